@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Unsupervised person re-identification: exact, sparse, fast; every published method as a short recipe.
+
+    import fastreid_u
+    run = fastreid_u.train("synthetic")
+
+Names are imported when first used, so ``import fastreid_u`` probes no GPU, compiles nothing and costs little.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastreid_u.engine.train import Run, train
+    from fastreid_u.engine.trained import evaluate, extract, load_model
+    from fastreid_u.memory import ClusterMemory
+    from fastreid_u import methods
+    from fastreid_u.ops.centroids import cluster_centroids
+    from fastreid_u.ops.cluster_nce import cluster_nce
+    from fastreid_u.ops.dbscan import DBSCAN, dbscan
+    from fastreid_u.ops.jaccard import jaccard_distance, jaccard_graph
+    from fastreid_u.ops.k_reciprocal import k_reciprocal_encoding
+    from fastreid_u.ops.knn import knn
+    from fastreid_u.ops.momentum_update import momentum_update_
+    from fastreid_u.ops.pseudo_labels import pseudo_labels
+    from fastreid_u.ops.rank_metrics import rank_metrics
+    from fastreid_u.ops.rerank import rerank
+    from fastreid_u.recipe import Recipe
+
+_HOME = {
+    "train": "engine.train",
+    "Run": "engine.train",
+    "evaluate": "engine.trained",
+    "extract": "engine.trained",
+    "load_model": "engine.trained",
+    "Recipe": "recipe",
+    "ClusterMemory": "memory",
+    "knn": "ops.knn",
+    "k_reciprocal_encoding": "ops.k_reciprocal",
+    "jaccard_graph": "ops.jaccard",
+    "jaccard_distance": "ops.jaccard",
+    "dbscan": "ops.dbscan",
+    "DBSCAN": "ops.dbscan",
+    "pseudo_labels": "ops.pseudo_labels",
+    "cluster_centroids": "ops.centroids",
+    "cluster_nce": "ops.cluster_nce",
+    "momentum_update_": "ops.momentum_update",
+    "rank_metrics": "ops.rank_metrics",
+    "rerank": "ops.rerank",
+}
+
+__all__ = sorted([*_HOME, "methods", "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("fastreid-u")
+    if name == "methods":  # a package that can be called: see its __init__
+        return importlib.import_module("fastreid_u.methods")
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastreid_u' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"fastreid_u.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

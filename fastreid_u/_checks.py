@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named checks for arguments, one message style: ``"<op>: <argument> must <rule>, got <value>"``.
+
+Every checker takes the op's public name and the argument's name first and returns what it checked, converted where
+that helps. A wrong kind of object is a ``TypeError``, a wrong value a ``ValueError``.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+import warnings
+from collections.abc import Collection
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def as_tensor(op: str, name: str, x: object) -> Tensor:
+    """Return ``x`` as a tensor on its own device, sharing memory where it can.
+
+    Takes torch tensors, NumPy arrays, anything with ``__dlpack__`` (CuPy, JAX, ...) and flat or nested sequences of
+    numbers. Read-only or reversed NumPy arrays are copied, because torch can wrap neither.
+    """
+    if isinstance(x, Tensor):
+        return x
+    if isinstance(x, np.ndarray):
+        if x.dtype.kind not in "biuf":
+            raise TypeError(f"{op}: {name} must hold numbers, got dtype {x.dtype}")
+        wrappable = x.flags.writeable and x.dtype.isnative and all(stride >= 0 for stride in x.strides)
+        return torch.from_numpy(x if wrappable else x.astype(x.dtype.newbyteorder("="), order="C", copy=True))
+    if hasattr(x, "__dlpack__"):
+        return torch.from_dlpack(x)
+    if isinstance(x, (list, tuple, range)):
+        try:
+            return torch.tensor(x)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{op}: {name} must hold numbers in equal rows, got {_kind(x)} ({error})") from error
+    raise TypeError(f"{op}: {name} must be a tensor or an array with __dlpack__, got {_kind(x)}")
+
+
+def require_2d(op: str, name: str, x: Tensor) -> Tensor:
+    """``x`` is a dense matrix."""
+    if x.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be dense, got {x.layout}")
+    if x.ndim != 2:
+        raise ValueError(f"{op}: {name} must be 2-D, got shape {tuple(x.shape)}")
+    return x
+
+
+def require_1d(op: str, name: str, x: Tensor) -> Tensor:
+    """``x`` is a vector."""
+    if x.ndim != 1:
+        raise ValueError(f"{op}: {name} must be 1-D, got shape {tuple(x.shape)}")
+    return x
+
+
+def require_floating(op: str, name: str, x: Tensor) -> Tensor:
+    """``x`` holds real floating-point numbers."""
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floating point, got {x.dtype}")
+    return x
+
+
+def require_integer(op: str, name: str, x: Tensor) -> Tensor:
+    """``x`` holds integers (bool is not one)."""
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{op}: {name} must hold integers, got {x.dtype}")
+    return x
+
+
+def require_finite(op: str, name: str, x: Tensor, *, always: bool = False) -> Tensor:
+    """``x`` holds no NaN and no infinity.
+
+    On a GPU this costs a host read, so it happens only with ``FASTREID_U_CHECK=1``, or with ``always``, which ops that
+    run once an epoch pass.
+    """
+    if not (always or _may_read(x)):
+        return x
+    finite = torch.isfinite(x)
+    if not finite.all():
+        bad = (~finite.reshape(len(x), -1)).any(dim=1).nonzero().flatten()
+        rows = f"{len(bad)} of {len(x)} rows (first: row {int(bad[0])})"
+        raise ValueError(f"{op}: {name} must be finite, got NaN or infinity in {rows}")
+    return x
+
+
+def require_values_in(
+    op: str, name: str, x: Tensor, low: int, high: int, *, ignore: int | None = None, always: bool = False
+) -> Tensor:
+    """Every integer of ``x`` but ``ignore`` lies in ``low .. high - 1``; read on a GPU as ``require_finite`` does."""
+    if not (always or _may_read(x)):
+        return x
+    looked_at = x if ignore is None else x[x != ignore]
+    if looked_at.numel() == 0:
+        return x
+    smallest, largest = int(looked_at.min()), int(looked_at.max())
+    if smallest < low or largest >= high:
+        worst = smallest if smallest < low else largest
+        raise ValueError(f"{op}: {name} must lie in [{low}, {high}), got {worst}")
+    return x
+
+
+def require_features(op: str, name: str, x: object) -> Tensor:
+    """What ops that run once an epoch take as features: (N, D), floating, finite; returned detached, in float32."""
+    x = require_floating(op, name, require_2d(op, name, as_tensor(op, name, x)))
+    return require_finite(op, name, x.detach(), always=True).float()
+
+
+def require_same_length(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> Tensor:
+    """``x`` has one entry for each row of ``other``."""
+    if len(x) != len(other):
+        raise ValueError(f"{op}: {name} must have one entry for each row of {other_name} ({len(other)}), got {len(x)}")
+    return x
+
+
+def require_same_width(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> Tensor:
+    """Rows of ``x`` are as long as rows of ``other``."""
+    if x.shape[1] != other.shape[1]:
+        raise ValueError(f"{op}: {name} must have {other.shape[1]} columns like {other_name}, got {x.shape[1]}")
+    return x
+
+
+def require_same_device(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> Tensor:
+    """``x`` lives where ``other`` lives."""
+    if x.device != other.device:
+        raise ValueError(f"{op}: {name} must be on {other.device} like {other_name}, got {x.device}")
+    return x
+
+
+def require_positive_int(op: str, name: str, value: object) -> int:
+    """``value`` is a whole number of at least 1."""
+    return require_int_at_least(op, name, value, 1)
+
+
+def require_int_at_least(op: str, name: str, value: object, low: int) -> int:
+    """``value`` is a whole number of at least ``low``; NumPy integers are taken, bool and float are not."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
+    if value < low:
+        raise ValueError(f"{op}: {name} must be at least {low}, got {value}")
+    return int(value)
+
+
+def require_positive(op: str, name: str, value: object) -> float:
+    """``value`` is a finite real number above 0."""
+    number = _real(op, name, value)
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"{op}: {name} must be positive and finite, got {value!r}")
+    return number
+
+
+def require_in_range(
+    op: str, name: str, value: object, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+) -> float:
+    """``value`` is a real number in ``[low, high]``; ``open_low`` and ``open_high`` leave that end out."""
+    number = _real(op, name, value)
+    above = number > low if open_low else number >= low
+    below = number < high if open_high else number <= high
+    if not (above and below):
+        interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+        raise ValueError(f"{op}: {name} must lie in {interval}, got {value!r}")
+    return number
+
+
+def require_choice(op: str, name: str, value: object, choices: Collection[str]) -> str:
+    """``value`` is one of ``choices``, which the message lists."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def clip_count(op: str, name: str, value: int, limit: int) -> int:
+    """A neighbour count no larger than ``limit``, which the number of rows sets; says so when it has to cut."""
+    if value <= limit:
+        return value
+    if limit > 0:  # an empty input asks for nothing
+        warnings.warn(f"{op}: {name}={value} is more than the data have, using {limit}", stacklevel=3)
+    return limit
+
+
+def _may_read(x: Tensor) -> bool:
+    """Looking at values on a GPU stalls it, and inside torch.compile it breaks the graph."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" or os.environ.get("FASTREID_U_CHECK") == "1"
+
+
+def _real(op: str, name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: {name} must be a real number, got {value!r}")
+    return float(value)
+
+
+def _kind(x: object) -> str:
+    return type(x).__name__

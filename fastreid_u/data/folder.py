@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any folder of crops: flat, nested, one sub-folder for each identity or camera, with or without a test split."""
+
+import os
+import re
+from pathlib import Path
+
+from fastreid_u.data.dataset import ReIDDataset, Row, Sample, from_rows
+from fastreid_u.data.locate import list_images
+from fastreid_u.data.market import MARKET_FOLDERS, MARKET_NAME, read_market_like
+
+_LAYOUTS = ("auto", "flat", "market", "by-identity", "by-camera")
+
+_CAMERA_FOLDER = re.compile(r"(?:c|cam|camera)[-_ ]?\d+", re.IGNORECASE)
+
+_MARKET_PATH = r"(?:^|/)(?P<pid>-?\d+)_c(?P<camid>\d+)[^/]*$"
+
+# A sub-folder with more images than this is a shard of a large collection rather than one identity.
+_IMAGES_OF_ONE = 500
+
+
+def read_unlabelled(folder: Path) -> ReIDDataset:
+    """Every image below ``folder``, whatever the nesting, without labels: shards of LUPerson and the like.
+
+    About 0.5 kB of memory for an image; no file is opened.
+    """
+    samples = tuple(Sample(path, -1, 0) for path in list_images(folder, recursive=True))
+    if not samples:
+        raise ValueError(f"load_dataset: {folder} must hold images, got none")
+    return ReIDDataset(
+        name=folder.name.lower(), root=folder, train=samples, has_pids=False, has_cameras=False, notes=("no labels",)
+    )
+
+
+def read_folder(folder: Path, *, layout: str = "auto", pattern: str | None = None) -> ReIDDataset:
+    """Read a folder of crops. The labels found serve evaluation, cameras and diagnosis; training needs none.
+
+    ``train/``, ``query/`` and ``gallery/`` inside the folder become the splits; without ``train/`` everything is
+    training data and there is nothing to evaluate, which is legal. ``bounding_box_train/``, ``query/`` and
+    ``bounding_box_test/`` are read as Market-1501 is, whatever the cameras and pids.
+
+    Args:
+        folder: searched with all its sub-folders.
+        layout: where labels are. "flat": nowhere, sub-folders mean nothing. "market": file names
+            ``<pid>_c<camera>...``. "by-identity" or "by-camera": the sub-folder's name. "auto": "market" if every name
+            fits; "by-camera" if every image lies one folder deep and all folders are called c1, cam_2, camera3 and the
+            like; "by-identity" if every image lies one folder deep in at least two folders of at most 500 images; else
+            "flat". The choice is in ``notes``.
+        pattern: regular expression with a group ``pid``, a group ``camid`` or both, searched in the path below the
+            folder ("/" between parts); overrules ``layout``. Labels may be numbers or text.
+
+    Raises:
+        ValueError: no images; a pattern without these groups or that does not fit every image; labels missing from
+            query or gallery.
+    """
+    folder = Path(os.path.abspath(folder))
+    name = folder.name
+    if layout not in _LAYOUTS:
+        raise ValueError(f"load_dataset: layout must be one of {_LAYOUTS}, got {layout!r}")
+    if pattern is None and layout == "auto" and all((folder / part).is_dir() for part in MARKET_FOLDERS):
+        return read_market_like(name, folder)
+    parts = [folder / part for part in ("train", "query", "gallery")]
+    if not parts[0].is_dir():
+        parts = [folder]
+    splits, notes = [], []
+    for part in parts:
+        paths = list_images(part, recursive=True) if part.is_dir() else []
+        rows, how = _label(part, paths, layout, pattern)
+        splits.append(rows)
+        if paths:
+            notes.append(f"{part.relative_to(folder).as_posix() if part != folder else 'folder'}: {how}")
+    if not splits[0]:
+        raise ValueError(f"load_dataset: {parts[0]} must hold images, got none")
+    splits += [[] for _ in range(3 - len(splits))]
+    return from_rows(name, folder, *splits, notes=notes)
+
+
+def _label(part: Path, paths: list[str], layout: str, pattern: str | None) -> tuple[list[Row], str]:
+    """Rows of one split, and in words where their labels come from."""
+    below = [os.path.relpath(path, part).replace(os.sep, "/") for path in paths]
+    if pattern is not None:
+        return _by_pattern(paths, below, pattern), f"labels by the pattern {pattern}"
+    if layout == "auto":
+        layout = _guess(below)
+    if layout == "market":
+        return _by_pattern(paths, below, _MARKET_PATH), "names <pid>_c<camera>"
+    tops = [path.split("/", 1)[0] if "/" in path else None for path in below]
+    if layout == "by-identity":
+        return [(path, top, None) for path, top in zip(paths, tops, strict=True)], "one sub-folder for each identity"
+    if layout == "by-camera":
+        return [(path, None, top) for path, top in zip(paths, tops, strict=True)], "one sub-folder for each camera"
+    return [(path, None, None) for path in paths], "no labels"
+
+
+def _by_pattern(paths: list[str], below: list[str], pattern: str) -> list[Row]:
+    compiled = re.compile(pattern)
+    groups = set(compiled.groupindex)
+    if not groups & {"pid", "camid"}:
+        raise ValueError(f"load_dataset: pattern must have a group named pid or camid, got {pattern!r}")
+    rows: list[Row] = []
+    for path, text in zip(paths, below, strict=True):
+        match = compiled.search(text)
+        if match is None:
+            raise ValueError(f"load_dataset: pattern must fit every image, got {text!r}, which {pattern!r} does not")
+        found = match.groupdict()
+        rows.append((path, found.get("pid"), found.get("camid")))
+    return rows
+
+
+def _guess(below: list[str]) -> str:
+    if below and all(MARKET_NAME.match(path.rsplit("/", 1)[-1]) for path in below):
+        return "market"
+    if not below or any(path.count("/") != 1 for path in below):
+        return "flat"
+    sizes: dict[str, int] = {}
+    for path in below:
+        top = path.split("/", 1)[0]
+        sizes[top] = sizes.get(top, 0) + 1
+    if all(_CAMERA_FOLDER.fullmatch(top) for top in sizes):
+        return "by-camera"
+    return "by-identity" if len(sizes) > 1 and max(sizes.values()) <= _IMAGES_OF_ONE else "flat"

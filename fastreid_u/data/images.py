@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a file to uint8 RGB pixels, whatever the file is; what cannot be read is a named error, not a crash."""
+
+import os
+import struct
+import zlib
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+# Raster decoders only. Pillow also knows formats that run outside programs (EPS), which a crop never is.
+_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
+
+MAX_PIXELS = 64_000_000  # 192 MB of RGB; a crop is a thousand times smaller, so more is a mistake or an attack
+
+# What Pillow's decoders raise on damaged files; OSError covers unidentified, truncated, vanished and unreadable ones.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+_ORIENTATION = 0x0112  # EXIF tag
+
+
+class BadImage(ValueError):
+    """An image file that cannot be used.
+
+    Attributes:
+        path: the file.
+        reason: what is wrong with it, in a few words.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)  # both in args, so that it survives the way back from a worker process
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def read_rgb(path: str | os.PathLike) -> Image.Image:
+    """Decode a file to an 8-bit RGB image, upright.
+
+    CMYK, palette and grey are converted; 16-bit grey keeps its upper 8 bits; transparent pixels are laid on black;
+    the EXIF orientation is applied. At most ``MAX_PIXELS`` pixels, checked before anything is decoded.
+
+    Raises:
+        BadImage: empty, truncated, not an image, too large, or no longer there.
+    """
+    path = os.fspath(path)
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImage(path, f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+            image.load()
+            if image.getexif().get(_ORIENTATION, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+            return _to_rgb(path, image)
+    except BadImage:
+        raise
+    except _DECODE_ERRORS as error:
+        raise BadImage(path, _reason(path, error)) from error
+
+
+def _to_rgb(path: str, image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):  # 16-bit grey; convert("RGB") would clip at 255 and give a white picture
+        pixels = np.asarray(image).astype(np.int64)
+        deep = pixels.max(initial=0) > 255
+        return Image.fromarray((pixels >> 8 if deep else pixels).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise BadImage(path, "floating-point pixels, whose range is not defined")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _reason(path: str, error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "file not found"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MAX_PIXELS:,} pixels"
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        return "empty file"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image, or of a format that is not read"
+    return f"cannot be decoded ({type(error).__name__}: {error})"
+
+
+def read_pixels(path: str | os.PathLike, height: int, width: int) -> torch.Tensor:
+    """Decode and resize: (3, height, width) uint8, bicubic as Pillow computes it (the published pipelines do)."""
+    image = read_rgb(path)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One crop: a person walking through the view of a camera, cut out by an imperfect detector."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from .body import Pose, Tube, make_tubes
+from .camera import Camera, develop, make_camera
+from .cloth import paint, wrinkles
+from .config import SyntheticConfig
+from .identity import Person, make_person
+from .occluders import stand_in_front
+from .scene import HEIGHT, WIDTH, Scene, make_scene
+from .shading import FAR, View, extent, fit, project, rasterise, shade
+
+SUPERSAMPLE = 2
+# First word of every random stream, so that no two kinds of thing share one.
+_PERSON, _CAMERA, _SCENE, _SHOT = range(4)
+
+
+@dataclass(frozen=True)
+class Shot:
+    """Who (``person``: a number of the world, not the pid), in which camera, which time, and what went wrong."""
+
+    person: int
+    camera: int
+    take: int
+    intruder: str = ""  # "", "empty", "stranger" or "badbox"
+
+
+class World:
+    """The people and cameras of one configuration; made when first needed, kept."""
+
+    def __init__(self, config: SyntheticConfig) -> None:
+        self.config = config
+        self._scenes: dict[int, Scene] = {}
+        self.cameras = [make_camera(self._rng(_CAMERA, c), config.shift) for c in range(config.cameras)]
+        self.person = lru_cache(256)(self._person)
+
+    def _rng(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng((self.config.seed, *key))
+
+    def _person(self, number: int) -> Person:
+        return make_person(self._rng(_PERSON, number), self.config.palette, self.config.texture)
+
+    def scene(self, camera: int) -> Scene:
+        if camera not in self._scenes:
+            self._scenes[camera] = make_scene(self._rng(_SCENE, camera), self.cameras[camera])
+        return self._scenes[camera]
+
+    def shoot(self, shot: Shot) -> bytes:
+        """The JPEG file of a shot: a function of the configuration and the shot alone."""
+        rng, config, camera = self._rng(_SHOT, shot.person, shot.camera, shot.take), self.config, self.cameras[shot.camera]
+        # every choice is drawn whether or not it is used: a dial changes what it says and nothing else
+        luck = rng.random(8)
+        mixed = luck[0] < config.background_mix
+        scene = self.scene(int(luck[1] * config.cameras) if mixed else shot.camera)
+        strangers = [make_person(np.random.default_rng(s), 16, 0.5) for s in rng.integers(1 << 60, size=2)]
+        person = strangers[1] if shot.intruder == "stranger" else self.person(shot.person)
+        row, column = rng.uniform(*scene.walk), rng.uniform(0.12, 0.88) * WIDTH
+        distance = scene.distance(row)
+        view = View(
+            yaw=camera.axis + (np.pi if luck[2] < 0.4 else 0.0) + config.yaw_std * rng.normal(),
+            pitch=float(np.arctan2(scene.lens - 0.55 * person.stature, distance)),
+            distance=float(np.hypot(distance, scene.lens - 0.55 * person.stature)),
+        )
+        box = config.jitter * np.array((rng.normal(0, 0.045), rng.normal(0, 0.025), rng.normal(0, 0.05)))
+        if shot.intruder == "badbox":
+            box += (rng.choice((-0.45, 0.45)), rng.choice((-0.35, 0.0, 0.35)), 0.5)
+        pose = _pose(rng, person)
+        figure = _Figure(config, person, pose, view, box)
+        picture = self._background(scene, figure, row, column)
+        body = figure.draw(camera, rng)
+        if luck[3] < 0.25:
+            self._passer_by(picture, strangers[0], camera, view, figure, rng, behind=True)
+        if shot.intruder != "empty":
+            _cast_shadow(picture, body, figure, camera, view)
+            _over(picture, body)
+        if luck[4] < config.occlusion:
+            if luck[5] < 0.45:
+                self._passer_by(picture, strangers[0], camera, view, figure, rng, behind=False)
+            else:
+                stand_in_front(picture, figure.foot_row, rng)
+        slope = np.linspace(-1, 1, config.height, dtype=np.float32) * rng.normal(0, 0.05)
+        picture *= (1 + slope)[:, None, None]
+        return develop(camera, picture, rng)
+
+    def _background(self, scene: Scene, figure: "_Figure", row: float, column: float) -> np.ndarray:
+        """Linear RGB of the frame's window in which the figure stands with its feet at (column, row)."""
+        config = self.config
+        zoom = scene.pixels_per_metre(row) / figure.scale  # frame pixels per pixel of the crop
+        wide, tall = config.width * zoom, config.height * zoom
+        left = np.clip(column - figure.foot_column * zoom, 0, WIDTH - wide)
+        top = np.clip(row - figure.foot_row * zoom, 0, HEIGHT - tall)
+        window = (left, top, min(left + wide, WIDTH), min(top + tall, HEIGHT))
+        crop = scene.picture.resize((config.width, config.height), Image.Resampling.BILINEAR, box=window)
+        return (np.asarray(crop, np.float32) * np.float32(1 / 255)) ** 2
+
+    def _passer_by(self, picture, stranger, camera: Camera, view: View, main: "_Figure", rng, *, behind: bool) -> None:
+        """Another person, farther away and higher up, or nearer and cutting into the crop."""
+        side, size = rng.choice((-1, 1)), rng.uniform(0.62, 0.85) if behind else rng.uniform(1.0, 1.2)
+        turned = View(view.yaw + rng.uniform(-1, 1), view.pitch, view.distance)
+        offset = (0.5 * side * rng.uniform(0.35, 1.0) if behind else 0.5 * side * rng.uniform(0.65, 0.95), 0.0, 0.0)
+        figure = _Figure(self.config, stranger, _pose(rng, stranger), turned, np.array(offset), size)
+        # feet of who is farther stand higher in the picture, by the slope of the ground
+        figure.move_feet(main.foot_row + (size - 1) * self.config.height * (0.45 if behind else 0.5))
+        body = figure.draw(camera, rng)
+        if behind:
+            _cast_shadow(picture, body, figure, camera, turned)
+        _over(picture, body)
+
+
+class _Figure:
+    """A posed person on the canvas; ``box`` is the detector's error in x, y and size, as shares of the crop's height."""
+
+    def __init__(self, config, person: Person, pose: Pose, view: View, box: np.ndarray, size: float = 1.0) -> None:
+        self.person, self.view, self.shape = person, view, (config.height, config.width)
+        self.tubes: list[Tube] = make_tubes(person, pose)
+        placed = project(self.tubes, view, person.stature)
+        left, top, right, bottom = extent(placed)
+        fill = 0.90 * np.exp(-box[2]) * size
+        self.scale = fill * config.height / (bottom - top)  # pixels per metre
+        x = 0.5 * config.width + box[0] * config.height - 0.5 * (left + right) * self.scale
+        y = (0.5 + box[1]) * config.height - 0.5 * (top + bottom) * self.scale
+        self.foot_row, self.foot_column = y + bottom * self.scale, x
+        self._placed, self._x, self._y = placed, x, y
+
+    def move_feet(self, row: float) -> None:
+        self._y += row - self.foot_row
+        self.foot_row = row
+
+    def draw(self, camera: Camera, rng: np.random.Generator) -> np.ndarray:
+        """Premultiplied linear RGBA (H, W, 4) float32."""
+        s = SUPERSAMPLE
+        shape, scale = (self.shape[0] * s, self.shape[1] * s), self.scale * s
+        placed = fit(self._placed, scale, self._x * s, self._y * s)
+        surface = rasterise(self.tubes, placed, self.view, shape, scale)
+        albedo, fold = paint(surface, self.tubes, self.person)
+        alpha = surface.depth > FAR / 2
+        if not alpha.any():
+            return np.zeros((*self.shape, 4), np.float32)
+        dy, dx = rng.integers(0, 512, 2)
+        tile = np.roll(wrinkles(), (int(dy), int(dx)), (0, 1))
+        step = max(1, round(scale / 140))
+        bump = np.tile(tile, (-(-shape[0] // 512), -(-shape[1] // 512)))[: shape[0], : shape[1]]
+        depth = surface.depth + bump * fold * np.float32(0.0045 * scale * step)
+        colour = shade(depth, albedo, camera.light, scale)
+        colour[~alpha] = 0
+        rgba = np.concatenate([colour, alpha[..., None].astype(np.float32)], axis=2)
+        return rgba.reshape(self.shape[0], s, self.shape[1], s, 4).mean((1, 3))
+
+
+def _pose(rng: np.random.Generator, person: Person) -> Pose:
+    standing = rng.random() < 0.15
+    return Pose(
+        phase=float(rng.uniform(0, 2 * np.pi)),
+        swing=float((0.10 if standing else 0.45) * person.stride * rng.uniform(0.8, 1.15)),
+        head_yaw=float(rng.normal(0, 0.35)),
+        raised=int(rng.choice((-1, 0, 1), p=(0.05, 0.9, 0.05))),
+    )
+
+
+def _over(picture: np.ndarray, body: np.ndarray) -> None:
+    picture *= 1 - body[..., 3:]
+    picture += body[..., :3]
+
+
+def _cast_shadow(picture: np.ndarray, body: np.ndarray, figure: _Figure, camera: Camera, view: View) -> None:
+    """The silhouette laid down on the ground away from the sun, and the dark between sole and ground."""
+    sx, sy, sz = camera.light.sun
+    row, column = figure.foot_row - 0.02 * picture.shape[0], figure.foot_column
+    drop = -sz / sy * np.sin(view.pitch)
+    drop = np.copysign(max(abs(drop), 0.06), drop)
+    # inverse map: the shadow at (x, y) is cast by the silhouette at height (y - row) / drop above the feet
+    inverse = (1, sx / sy / drop, -sx / sy * row / drop, 0, -1 / drop, row + row / drop)
+    shape = Image.fromarray((body[..., 3] * 255).astype(np.uint8))
+    laid = shape.transform(shape.size, Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR)
+    laid = np.asarray(laid.filter(ImageFilter.GaussianBlur(1.0)), np.float32) / 255
+    height, width = body.shape[:2]
+    y, x = np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)[None]
+    spread, flat = 0.10 * height, 0.022 * height
+    contact = np.exp(-(((x - column) / spread) ** 2) - ((y - row) / flat) ** 2)
+    direct = camera.light.sun_colour[1] / (camera.light.sun_colour[1] + camera.light.sky_colour[1])
+    dark = 1 - np.float32(0.75 * direct) * laid
+    picture *= (dark * (1 - 0.45 * contact))[..., None]

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a data set, and its files in the layout and naming of Market-1501."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from .config import RENDERER, SyntheticConfig
+from .render import Shot, World
+
+Plan = list[tuple[str, Shot]]  # path inside the folder, what it shows
+
+_PLAN = 100  # random stream of the plan, apart from those of the renderer
+
+
+def make_plan(config: SyntheticConfig) -> Plan:
+    """Every file of the set: who passes which camera, and which crop is the query."""
+    rng = np.random.default_rng((config.seed, _PLAN))
+    plan, frame = [], 0
+    people = config.train_ids + config.test_ids + config.distractors
+    for number in range(people):
+        rank = rng.permutation(config.cameras)
+        passes = rng.random(config.cameras) < config.camera_presence
+        for spare in rank.tolist():
+            passes[spare] |= passes.sum() < 2
+        pid = number + 1 if number < config.train_ids + config.test_ids else 0
+        for camera in np.flatnonzero(passes).tolist():
+            query = int(rng.integers(config.images_per_camera))
+            for take in range(config.images_per_camera):
+                wrong, kind = rng.random() < config.intruders, ("empty", "stranger", "badbox")[int(rng.integers(3))]
+                frame += 1
+                if number < config.train_ids:
+                    folder = "bounding_box_train"
+                elif pid and take == query:
+                    folder = "query"
+                else:
+                    folder = "bounding_box_test"
+                name = f"{folder}/{pid:04d}_c{camera + 1}s1_{frame:06d}_00.jpg"
+                shown = kind if wrong and folder == "bounding_box_train" else ""
+                plan.append((name, Shot(number, camera, take, shown)))
+    return plan
+
+
+def generate(
+    config: SyntheticConfig | None = None,
+    root: str | os.PathLike | None = None,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Render the data set of ``config``, or find it rendered, and return its folder.
+
+    The folder is ``<root>/synthetic-<digest>``, with ``bounding_box_train``, ``query``, ``bounding_box_test`` and
+    ``synthetic.json`` (dials and counts). It appears under that name only when it is complete; a broken run leaves
+    nothing behind. The bytes depend on the dials alone, not on ``workers``, as long as NumPy, Pillow and its JPEG
+    encoder are the same.
+
+    Args:
+        config: the dials; None means ``SyntheticConfig()``.
+        root: parent folder; None means ``$FASTREID_U_CACHE``, or ``~/.cache/fastreid_u`` where that is not set.
+        workers: rendering processes; None means one per CPU this process may use, and one for a small set.
+        progress: called as ``progress(done, total)`` from time to time in the calling thread; not called on a cache hit.
+
+    Raises:
+        ValueError: ``workers`` is not positive.
+        OSError: the folder cannot be written (no permission, disk full); the message names it.
+        RuntimeError: a rendering process died.
+    """
+    config = SyntheticConfig() if config is None else config
+    if workers is not None and workers < 1:
+        raise ValueError(f"generate: workers must be 1 or more, got {workers!r}")
+    root = Path(root or os.environ.get("FASTREID_U_CACHE") or Path("~/.cache/fastreid_u")).expanduser()
+    final = root / f"synthetic-{config.digest()}"
+    if (final / "synthetic.json").is_file():
+        return final
+    plan = make_plan(config)
+    if workers is None:
+        workers = max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(plan) // 100))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=root))
+    except OSError as error:
+        raise _unwritable(root, error) from error
+    try:
+        for folder in ("bounding_box_train", "query", "bounding_box_test"):
+            (scratch / folder).mkdir()
+        done = render_share(config, plan, scratch) if workers == 1 else _render_apart(config, scratch, workers)
+        for count, _ in enumerate(done, 1):
+            if progress is not None and (count % 16 == 0 or count == len(plan)):
+                progress(count, len(plan))
+        (scratch / "synthetic.json").write_text(json.dumps(_describe(config, plan), indent=2) + "\n")
+        _publish(scratch, final)
+    except OSError as error:
+        raise _unwritable(root, error) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return final
+
+
+def render_share(config: SyntheticConfig, plan: Plan, folder: Path) -> Iterator[None]:
+    """Write the files of ``plan`` below ``folder``; yields after each."""
+    world = World(config)
+    for name, shot in plan:
+        (folder / name).write_bytes(world.shoot(shot))
+        yield
+
+
+def _render_apart(config: SyntheticConfig, folder: Path, workers: int) -> Iterator[None]:
+    """Render in fresh interpreters, not in ``multiprocessing`` ones: no fork of a threaded parent (torch is one), and
+    no ``if __name__ == "__main__"`` asked of the caller's script. Each writes one byte per image into a shared pipe."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    crew: list[tuple[subprocess.Popen, IO[bytes]]] = []
+    reader, writer = os.pipe()
+    try:
+        for number in range(workers):
+            job = json.dumps({"config": asdict(config), "folder": str(folder), "start": number, "step": workers})
+            command = [sys.executable, "-m", "fastreid_u.data.synthetic", "--worker", job]
+            complaint = tempfile.TemporaryFile()
+            crew.append((subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=writer, stderr=complaint, env=environment), complaint))
+        os.close(writer)
+        writer = None
+        while beats := os.read(reader, 4096):  # ends when the last worker does
+            yield from (None for _ in beats)
+        for worker, complaint in crew:
+            if worker.wait():
+                complaint.seek(0)
+                _report(worker.returncode, complaint.read().decode(errors="replace"))
+    finally:
+        for worker, complaint in crew:
+            worker.kill()
+            worker.wait()
+            complaint.close()
+        os.close(reader)
+        if writer is not None:
+            os.close(writer)
+
+
+def work(job: str) -> int:
+    """Body of a rendering process; ``job`` is the JSON of ``_render_apart``. Returns the exit status."""
+    order = json.loads(job)
+    config = SyntheticConfig(**order["config"])
+    try:
+        for _ in render_share(config, make_plan(config)[order["start"] :: order["step"]], Path(order["folder"])):
+            os.write(1, b".")
+    except OSError as error:
+        print(json.dumps([error.errno, error.strerror]), file=sys.stderr)
+        return os.EX_IOERR
+    return 0
+
+
+def _report(status: int, complaint: str) -> None:
+    if status == os.EX_IOERR:
+        raise OSError(*json.loads(complaint.strip().splitlines()[-1]))
+    raise RuntimeError(f"generate: a rendering process ended with status {status}: {complaint.strip()[-2000:]}")
+
+
+def _describe(config: SyntheticConfig, plan: Plan) -> dict:
+    counts = {}
+    for name, shot in plan:
+        counts[name.split("/")[0]] = counts.get(name.split("/")[0], 0) + 1
+    return {
+        "what": "rendered pedestrians for trying and testing; not a Re-ID benchmark",
+        "renderer": RENDERER,
+        "dials": asdict(config),
+        "images": counts,
+        "intruders": sorted(name for name, shot in plan if shot.intruder),
+    }
+
+
+def _publish(scratch: Path, final: Path) -> None:
+    scratch.chmod(0o755)  # mkdtemp's is private
+    try:
+        scratch.rename(final)
+    except OSError:
+        if not (final / "synthetic.json").is_file():  # somebody else finished first: the bytes are the same
+            raise
+
+
+def _unwritable(root: Path, error: OSError) -> OSError:
+    return OSError(error.errno, f"generate: cannot write the rendered data set ({error.strerror or error})", str(root))

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: PT028 (test_transform is not a test)
+"""Training and test views of an image.
+
+A ``View`` is a size and a chain of steps. A step takes ``(image, rng)`` and returns an image: (3, H, W) uint8 up to
+``Normalize``, float32 after it. Randomness comes from the NumPy generator that the loader derives from the position
+in the stream, never from a global one, so an epoch does not depend on the number of worker processes; this is also
+why torchvision's transform classes, which draw from torch's global generator, are not used, only their functions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Step = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Flip:
+    """Mirror left and right with probability ``p``."""
+
+    p: float = 0.5
+
+    def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        return image.flip(-1) if rng.random() < self.p else image
+
+
+@dataclass(frozen=True)
+class PadCrop:
+    """Zero-pad ``pad`` pixels on every side, then crop the old size at a uniform place: a shift by up to ``pad``."""
+
+    pad: int = 10
+
+    def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        dy, dx = (int(d) for d in rng.integers(-self.pad, self.pad + 1, size=2))
+        height, width = image.shape[-2:]
+        out = torch.zeros_like(image)
+        if abs(dy) < height and abs(dx) < width:
+            source = image[:, max(dy, 0) : height + min(dy, 0), max(dx, 0) : width + min(dx, 0)]
+            out[:, max(-dy, 0) : height + min(-dy, 0), max(-dx, 0) : width + min(-dx, 0)] = source
+        return out
+
+
+@dataclass(frozen=True)
+class ColorJitter:
+    """Brightness, contrast and saturation, each times U(1 - strength, 1 + strength), in random order; no hue."""
+
+    strength: float
+
+    def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        from torchvision.transforms.v2 import functional as tvf
+
+        steps = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation)
+        for i in rng.permutation(3):
+            image = steps[i](image, rng.uniform(max(0.0, 1.0 - self.strength), 1.0 + self.strength))
+        return image
+
+
+@dataclass(frozen=True)
+class Grey:
+    """Luminance copied to all three channels with probability ``p`` (1 for the grey branch of CACL)."""
+
+    p: float = 1.0
+
+    def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        from torchvision.transforms.v2 import functional as tvf
+
+        return tvf.rgb_to_grayscale(image, num_output_channels=3) if rng.random() < self.p else image
+
+
+@dataclass(frozen=True)
+class Blur:
+    """With probability ``p`` a Gaussian blur of standard deviation U(*radius) pixels, as Pillow computes it (ICE)."""
+
+    p: float = 0.5
+    radius: tuple[float, float] = (0.1, 2.0)
+
+    def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        from PIL import Image, ImageFilter
+
+        if rng.random() >= self.p:
+            return image
+        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        blurred = picture.filter(ImageFilter.GaussianBlur(rng.uniform(*self.radius)))
+        return torch.from_numpy(np.array(blurred)).permute(2, 0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """uint8 to float32: (x / 255 - mean) / std for each channel."""
+
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        mean = torch.tensor(self.mean)[:, None, None]
+        std = torch.tensor(self.std)[:, None, None]
+        return image.to(torch.float32).div_(255.0).sub_(mean).div_(std)
+
+
+@dataclass(frozen=True)
+class Erase:
+    """Random erasing (Zhong et al., AAAI 2020) as the published Re-ID code does it, after ``Normalize``.
+
+    torchvision's RandomErasing is another recipe: it draws the aspect ratio log-uniformly; here it is uniform. The
+    fill is the ImageNet mean written into *normalised* pixels, a slightly bright patch, neither black nor the mean.
+
+    Attributes:
+        p: probability that the image is touched.
+        area: fraction of the image, uniform.
+        aspect: height over width, uniform.
+        fill: one value for each channel.
+        tries: rectangles drawn before giving up on one that fits strictly inside.
+    """
+
+    p: float = 0.5
+    area: tuple[float, float] = (0.02, 0.4)
+    aspect: tuple[float, float] = (0.3, 1 / 0.3)
+    fill: tuple[float, float, float] = IMAGENET_MEAN
+    tries: int = 100
+
+    def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        if rng.random() >= self.p:
+            return image
+        height, width = image.shape[-2:]
+        for _ in range(self.tries):
+            area = rng.uniform(*self.area) * height * width
+            aspect = rng.uniform(*self.aspect)
+            h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+            if h < height and w < width:
+                top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+                image = image.clone()
+                image[:, top : top + h, left : left + w] = torch.tensor(self.fill)[:, None, None]
+                return image
+        return image
+
+
+@dataclass(frozen=True)
+class View:
+    """A size and the steps that follow the resize; the loader resizes, so views of one image share that work."""
+
+    height: int
+    width: int
+    steps: tuple[Step, ...]
+
+    def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        """(3, height, width) uint8 to float32 of the same shape."""
+        for step in self.steps:
+            image = step(image, rng)
+        return image
+
+
+def train_transform(
+    height: int = 256,
+    width: int = 128,
+    *,
+    flip: float = 0.5,
+    pad: int = 10,
+    erase: float = 0.5,
+    erase_area: tuple[float, float] = (0.02, 0.4),
+    erase_fill: tuple[float, float, float] = IMAGENET_MEAN,
+    color_jitter: float = 0.0,
+    grey: float = 0.0,
+    blur: float = 0.0,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+) -> View:
+    """The training view of SpCL, Cluster Contrast and most of the family; a step of strength 0 is left out.
+
+    Args:
+        height, width: size in pixels; resize is bicubic.
+        flip: probability of mirroring.
+        pad: largest shift in pixels, filled with black.
+        erase: probability of random erasing (ICE 0.6).
+        erase_area: range of the erased fraction (CAP (0.02, 0.2)).
+        erase_fill: what is written, in normalised units; (0, 0, 0) is the data mean.
+        color_jitter: strength of brightness, contrast and saturation jitter.
+        grey: probability of a grey image.
+        blur: probability of a Gaussian blur (ICE 0.5).
+        mean, std: normalisation; 0.5 for the ViT runs.
+
+    Raises:
+        ValueError: a size that is not positive, or a probability outside [0, 1].
+    """
+    _require_size("train_transform", height, width)
+    for name, p in (("flip", flip), ("erase", erase), ("grey", grey), ("blur", blur)):
+        if not 0.0 <= p <= 1.0:
+            raise ValueError(f"train_transform: {name} must lie in [0, 1], got {p}")
+    if color_jitter < 0 or pad < 0:
+        raise ValueError(f"train_transform: color_jitter and pad must not be negative, got {color_jitter} and {pad}")
+    steps: list[tuple[float, Step]] = [
+        (color_jitter, ColorJitter(color_jitter)),
+        (grey, Grey(grey)),
+        (flip, Flip(flip)),
+        (pad, PadCrop(pad)),
+        (blur, Blur(blur)),
+        (1.0, Normalize(mean, std)),
+        (erase, Erase(erase, area=erase_area, fill=erase_fill)),
+    ]
+    return View(height, width, tuple(step for strength, step in steps if strength > 0))
+
+
+def strong_transform(height: int = 256, width: int = 128) -> View:
+    """The strong view of ICE: blur in half of the images, erasing in 60 %. Its weak view is ``test_transform``."""
+    return train_transform(height, width, blur=0.5, erase=0.6)
+
+
+def grey_transform(height: int = 256, width: int = 128, *, erase: float = 0.5) -> View:
+    """The grey branch of CACL: always grey, everything else as in ``train_transform``."""
+    return train_transform(height, width, grey=1.0, erase=erase)
+
+
+def test_transform(
+    height: int = 256,
+    width: int = 128,
+    *,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+) -> View:
+    """Resize and normalise, nothing random: for features, evaluation and the weak view of ICE."""
+    _require_size("test_transform", height, width)
+    return View(height, width, (Normalize(mean, std),))
+
+
+test_transform.__test__ = False  # or pytest collects it wherever it is imported
+
+
+def _require_size(op: str, height: int, width: int) -> None:
+    if height < 1 or width < 1:
+        raise ValueError(f"{op}: height and width must be positive, got {height} and {width}")

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranking quality of a network on a data set's query and gallery."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastreid_u.engine.display import Display
+from fastreid_u.engine.extract import BadImageLog, extract_features
+from fastreid_u.ops.rank_metrics import rank_metrics
+
+if TYPE_CHECKING:
+    from fastreid_u.data import ReIDDataset, ReIDLoader, Sample
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images to rank: the first ``queries`` of ``samples`` against the rest, or all against all when it is None."""
+
+    samples: "tuple[Sample, ...]"
+    queries: int | None
+    has_cameras: bool
+
+    @property
+    def pids(self) -> Tensor:
+        return torch.tensor([sample.pid for sample in self.samples])
+
+    @property
+    def camids(self) -> Tensor:
+        return torch.tensor([sample.camid for sample in self.samples])
+
+
+def test_split(dataset: "ReIDDataset", display: Display) -> Split | None:
+    """What can be ranked, with a warning where it is less than a query and a gallery with cameras; None = nothing."""
+    if dataset.query and dataset.gallery:
+        if not dataset.has_cameras:
+            display.line("warning: no camera ids: images of the query's own camera cannot be left out of its ranking")
+        return Split(dataset.query + dataset.gallery, len(dataset.query), dataset.has_cameras)
+    named = tuple(sample for sample in dataset.train if sample.pid >= 0) if dataset.has_pids else ()
+    if named:
+        display.line(
+            "warning: no query/gallery split: the training images with known identities are ranked against each "
+            "other, which flatters the network"
+        )
+        return Split(named, None, dataset.has_cameras)
+    display.line("warning: no query/gallery split and no identities: nothing to evaluate; labels are still reported")
+    return None
+
+
+def evaluate_split(
+    model: nn.Module,
+    loader: "ReIDLoader",
+    split: Split,
+    *,
+    ap: str,
+    display: Display,
+    log: BadImageLog,
+    device: torch.device,
+    autocast: bool = False,
+) -> dict[str, Any]:
+    """mAP, mINP and CMC at ranks 1, 5, 10 (fractions), and how many queries had a match."""
+    features = extract_features(
+        model, loader, split.samples, display=display, log=log, device=device, autocast=autocast, name="evaluate"
+    ).cpu()
+    readable = torch.isfinite(features).all(dim=1)
+    pids, camids = split.pids, split.camids
+    if split.queries is None:
+        # A unique "camera" per image makes the same-camera rule remove exactly the image itself.
+        camids = camids if split.has_cameras else torch.arange(len(pids))
+        query = gallery = readable
+    else:
+        first = torch.arange(len(pids)) < split.queries
+        query, gallery = readable & first, readable & ~first
+        camids = camids if split.has_cameras else None
+    result = rank_metrics(
+        features[query], features[gallery], pids[query], pids[gallery],
+        None if camids is None else camids[query], None if camids is None else camids[gallery], ap=ap,
+    )  # fmt: skip
+    cmc = [float(value) for value in result.cmc]
+    top = {f"top{rank}": cmc[min(rank, len(cmc)) - 1] for rank in (1, 5, 10)}
+    return {"mAP": float(result.mAP), "mINP": float(result.mINP), **top, "queries": int(result.num_valid_queries)}

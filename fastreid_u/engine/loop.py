@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The algorithm: extract, label, fit, evaluate, again. ``run_epochs`` reads as the papers' pseudo-code does."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fastreid_u.engine import checkpoint
+from fastreid_u.engine.curves import draw_curves
+from fastreid_u.engine.display import Display
+from fastreid_u.engine.evaluate import Split, evaluate_split
+from fastreid_u.engine.extract import BadImageLog, extract_features
+from fastreid_u.engine.fit import fit_epoch, learning_rate
+from fastreid_u.engine.health import label_health
+from fastreid_u.engine.report import table_head, table_row
+from fastreid_u.recipe import Recipe
+
+if TYPE_CHECKING:
+    from fastreid_u.data import ReIDDataset, ReIDLoader
+    from fastreid_u.models import ReIDModel
+
+
+class NoClustersError(RuntimeError):
+    """Every image is un-clustered: there is nothing to train on."""
+
+
+@dataclass
+class Session:
+    """One run in progress: what it uses, and what it has reached."""
+
+    recipe: Recipe
+    model: "ReIDModel"
+    optimizer: torch.optim.Optimizer
+    dataset: "ReIDDataset"
+    split: Split | None
+    plain: "ReIDLoader"  # training images as they are, for features
+    augmented: "ReIDLoader"  # training images as the network is trained on them
+    ranked: "ReIDLoader | None"  # images of the split
+    bad_train: BadImageLog
+    bad_test: BadImageLog | None
+    device: torch.device
+    autocast: bool
+    display: Display
+    folder: Path
+    start: int = 0
+    labels: np.ndarray | None = None  # of the last finished epoch
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+
+def run_epochs(session: Session) -> None:
+    """Train from ``session.start`` to the last epoch, saving after each."""
+    s, config = session, session.recipe.config
+    if s.start == 0:
+        _before_training(s)
+    s.display.line(table_head())
+    for record in s.records:
+        s.display.line(table_row(record))
+
+    for epoch in range(s.start, config.epochs):
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "extract"):
+            features = _features(s)
+        with _timed(seconds, "label"):
+            labels = s.recipe.label(features, epoch)
+        health = _look_at(s, labels.cpu().numpy(), epoch)
+
+        with _timed(seconds, "fit"):
+            s.recipe.begin_epoch(features, labels, epoch)
+            loss = fit_epoch(
+                s.recipe, s.model, s.optimizer, s.augmented, labels, epoch,
+                display=s.display, log=s.bad_train, device=s.device, autocast=s.autocast,
+            )  # fmt: skip
+        with _timed(seconds, "evaluate"):
+            due = (epoch + 1) % config.eval_step == 0 or epoch == config.epochs - 1
+            ranking = _ranking(s) if due and s.split else {}
+
+        record = {"epoch": epoch, **health, "loss": loss, "lr": learning_rate(config, epoch), **ranking, "seconds": seconds}
+        s.labels = labels.cpu().numpy()
+        _keep(s, record)
+
+
+def _before_training(s: Session) -> None:
+    config = s.recipe.config
+    if config.calibrate_bn:
+        from fastreid_u.models import calibrate_batchnorm
+
+        # Any fixed spread over the images will do; batches of near-identical neighbours would not.
+        order = torch.randperm(len(s.dataset.train), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        batches = (batch.images.to(s.device) for batch in s.plain.epoch(order))
+        with torch.autocast(s.device.type, dtype=torch.bfloat16, enabled=s.autocast):
+            calibrate_batchnorm(s.model, islice(batches, config.calibrate_bn))
+    if config.eval_initial and s.split:
+        _record(s, {"epoch": -1, **_ranking(s)})
+
+
+def _features(s: Session) -> torch.Tensor:
+    return extract_features(
+        s.model, s.plain, s.dataset.train, display=s.display, log=s.bad_train, device=s.device, autocast=s.autocast
+    )  # fmt: skip
+
+
+def _ranking(s: Session) -> dict[str, Any]:
+    return evaluate_split(
+        s.model, s.ranked, s.split, ap=s.recipe.config.ap,
+        display=s.display, log=s.bad_test, device=s.device, autocast=s.autocast,
+    )  # fmt: skip
+
+
+def _look_at(s: Session, labels: np.ndarray, epoch: int) -> dict[str, Any]:
+    """Health of this epoch's labels; refuses those that nothing can be learned from."""
+    config = s.recipe.config
+    pids = np.array([sample.pid for sample in s.dataset.train]) if s.dataset.has_pids else None
+    health = label_health(labels, s.labels, pids)
+    if health["clusters"] == 0:
+        raise NoClustersError(
+            f"epoch {epoch}: all {len(labels)} images are un-clustered at eps {config.eps}, min_samples "
+            f"{config.min_samples}, k1 {config.k1}. Raise eps, lower min_samples or k1, or start from better weights"
+            + ("" if epoch == 0 else "; finished epochs are saved")
+        )
+    if health["clusters"] == 1:
+        s.display.line(
+            f"warning: epoch {epoch}: one cluster holds all clustered images; the loss is 0 and nothing is learned. "
+            f"Lower eps (now {config.eps})" + ("" if config.center_per_camera else " or try center_per_camera=True")
+        )
+    return health
+
+
+def _record(s: Session, record: dict[str, Any]) -> None:
+    s.records.append(record)
+    try:
+        with (s.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise checkpoint.SaveError(f"cannot write {s.folder / 'metrics.jsonl'}: {error}") from error
+
+
+def _keep(s: Session, record: dict[str, Any]) -> None:
+    """Save a finished epoch. ``state`` goes last: an epoch counts as finished once all else of it is on disk."""
+    best = max((r["mAP"] for r in s.records if r["epoch"] >= 0 and r.get("mAP") is not None), default=-1.0)
+    about = {
+        "method": s.recipe.name,
+        "dataset": s.dataset.name,
+        "epoch": record["epoch"],
+        "mAP": record.get("mAP"),
+        "config": s.recipe.config.to_dict(),
+    }
+    _record(s, record)
+    checkpoint.save_model(s.folder, "model_last", s.model, about)
+    if record.get("mAP") is not None and record["mAP"] > best:
+        checkpoint.save_model(s.folder, "model_best", s.model, about)
+    checkpoint.save_state(
+        s.folder, s.model, s.optimizer, torch.from_numpy(s.labels), s.recipe.state(), {"epoch": record["epoch"]}
+    )
+    people = len({x.pid for x in s.dataset.train if x.pid >= 0}) if s.dataset.has_pids else None
+    draw_curves(s.records, s.folder / "curves.png", f"{s.recipe.title} on {s.dataset.name}", people)
+    s.display.line(table_row(record))
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 3)

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``train``: everything that surrounds the epochs. Checks first, work after; the algorithm itself is in ``loop.py``."""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastreid_u.config import Config, dump_toml, load_toml
+from fastreid_u.engine import checkpoint
+from fastreid_u.engine.display import Display
+from fastreid_u.engine.evaluate import test_split
+from fastreid_u.engine.extract import BadImageLog
+from fastreid_u.engine.fit import make_optimizer
+from fastreid_u.engine.loop import Session, run_epochs
+from fastreid_u.engine.report import metric_block, recipe_card
+from fastreid_u.methods import get_method
+from fastreid_u.recipe import Recipe
+
+if TYPE_CHECKING:
+    from fastreid_u.data import ReIDDataset
+
+# A resumed run may be given these anew; anything else would make it another experiment.
+_RESUMABLE = {"epochs", "workers", "cache_images", "print_freq", "eval_step", "eval_batch_size"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What ``train`` returns.
+
+    Attributes:
+        folder: where the run lies.
+        config: its settings.
+        records: one dict per epoch, as in ``metrics.jsonl`` (epoch -1 = before training, if evaluated).
+        model: the network after the last epoch, in eval mode.
+    """
+
+    folder: Path
+    config: Config
+    records: list[dict[str, Any]]
+    model: torch.nn.Module
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """Record of the last epoch."""
+        return self.records[-1]
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """Record of the epoch with the highest mAP, the one in ``model_best``; None if nothing was evaluated."""
+        ranked = [r for r in self.records if r["epoch"] >= 0 and r.get("mAP") is not None]
+        return max(ranked, key=lambda r: r["mAP"], default=None)
+
+
+def train(
+    dataset: "str | os.PathLike | ReIDDataset",
+    *,
+    method: str | type[Recipe] = "cluster_contrast",
+    root: str | os.PathLike | None = None,
+    logs_dir: str | os.PathLike | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | torch.device | None = None,
+    quiet: bool = False,
+    data: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> Run:
+    """Learn a Re-ID feature from images without identity labels.
+
+    Args:
+        dataset: a known name (``fastreid_u.data.dataset_names()``), a folder of crops, a CSV of ``path,pid,camid``, or
+            a ready ``ReIDDataset``. Identities, where known, are used to report ARI, NMI and mAP, never to train.
+        method: a name from ``fastreid_u.methods()`` or a ``Recipe`` subclass.
+        root: where data sets lie; default ``$FASTREID_U_DATA``, else ``./data``.
+        logs_dir: the run folder; default ``runs/<dataset>-<method>``, numbered if taken.
+        resume: go on with the run in ``logs_dir`` after its last finished epoch. On a CPU the result equals that of
+            an unbroken run on the same machine.
+        overwrite: replace the run in ``logs_dir``.
+        device: default a GPU if there is one, else the CPU.
+        quiet: print nothing; ``log.txt`` is written all the same.
+        data: options of the data set's reader, such as the dials of ``synthetic``.
+        **overrides: any field of the method's config, such as ``eps=0.5``.
+
+    Returns:
+        A ``Run``: folder, config, one record per epoch, and the network.
+
+    Raises:
+        ValueError, TypeError: unknown method, data set or option, or a value out of range; nothing has been touched.
+        FileNotFoundError: the data are not where they were looked for; the message says where that was.
+        FileExistsError: ``logs_dir`` holds a run and neither ``resume`` nor ``overwrite`` is given.
+        NoClustersError: an epoch's labels hold no cluster. TooManyBadImages: more than 5 % of a split is unreadable.
+        FloatingPointError: the network diverged. SaveError: the disk is full, say. Finished epochs are kept by all four.
+    """
+    from fastreid_u.data import ReIDDataset, dataset_names, load_dataset
+
+    recipe_class = get_method(method)
+    folder = Path(logs_dir) if logs_dir is not None else None
+    if resume and folder is None:
+        raise ValueError("train: logs_dir must name the run to resume, got None")
+
+    name = dataset.name if isinstance(dataset, ReIDDataset) else str(dataset)
+    key = name.lower() if name.lower() in dataset_names() else name
+    if resume:
+        checkpoint.open_folder(folder, resume=True, overwrite=overwrite)
+        config = _stored_config(folder, recipe_class, overrides)
+    else:
+        config = recipe_class.Config.for_dataset(key, **overrides)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    reid = dataset if isinstance(dataset, ReIDDataset) else load_dataset(dataset, root, **dict(data or {}))
+    if not reid.train:
+        raise ValueError(f"train: dataset must hold training images, got none in {reid.root}")
+    if folder is None:
+        folder = _free_folder(f"{reid.name}-{recipe_class.name}")
+    if not resume:
+        checkpoint.open_folder(folder, resume=False, overwrite=overwrite)
+    display = Display(folder / "log.txt", quiet=quiet)
+    session = _open_session(recipe_class, config, reid, device, display, folder)
+    if not resume:
+        run = {"method": recipe_class.name, "dataset": str(dataset if not isinstance(dataset, ReIDDataset) else reid.name),
+               "root": str(reid.root), "fastreid_u": _version(), "torch": torch.__version__, "device": str(device),
+               "started": time.strftime("%Y-%m-%d %H:%M:%S")}  # fmt: skip
+        tables = {"run": run, "config": config.to_dict(), "data": dict(data or {})}
+        checkpoint.write_text(folder / "config.toml", dump_toml(tables))
+
+    selects = "model_best is chosen on the test split, as published" if session.split else "no test split"
+    for line in reid.table().splitlines():
+        display.line(line)
+    display.line()
+    card = recipe_card(recipe_class, config, key, model=session.model.describe(), device=str(device), selects=selects)
+    for line in [*card, f"  run folder  {folder}", ""]:
+        display.line(line)
+
+    if resume:
+        _restore(session)
+    with display.hearing_warnings():
+        run_epochs(session)
+
+    run = Run(folder, config, session.records, session.model.eval())
+    if run.last.get("mAP") is not None:
+        display.line()
+        for line in metric_block(run.last):
+            display.line(line)
+        best = run.best
+        display.line(f"last epoch {run.last['epoch']}; best mAP {best['mAP']:.1%} at epoch {best['epoch']}, on the test split")
+    display.line(f"run folder: {folder}  (model_last.safetensors, curves.png, metrics.jsonl, log.txt)")
+    return run
+
+
+def _open_session(
+    recipe_class: type[Recipe],
+    config: Config,
+    reid: "ReIDDataset",
+    device: torch.device,
+    display: Display,
+    folder: Path,
+) -> Session:
+    from fastreid_u.data import PixelCache, make_loader, test_transform, train_transform
+    from fastreid_u.models import build_model
+
+    camids = torch.tensor([s.camid for s in reid.train]) if reid.has_cameras else None
+    if config.center_per_camera and camids is None:
+        display.line("warning: center_per_camera has no effect: these data have no camera ids")
+    model = build_model(
+        config.arch, pooling=config.pooling_type, weights=config.weights, bn_group=config.bn_group,
+        bn_running=config.bn_running, image_size=(config.height, config.width), seed=config.seed,
+    )  # fmt: skip
+    model = model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+    plain = test_transform(config.height, config.width)
+    augmented = train_transform(config.height, config.width, erase=config.erase, color_jitter=config.color_jitter)
+    cache: bool | PixelCache = False
+    if config.cache_images:  # one cache for both loaders of the training images
+        cache = PixelCache(len(reid.train), config.height, config.width, shared=config.workers > 0)
+
+    def loader(samples, transform, batch_size, cache):
+        return make_loader(
+            samples, transform, batch_size=batch_size, workers=config.workers, seed=config.seed, cache=cache,
+            pin_memory=device.type == "cuda",
+        )  # fmt: skip
+
+    split = test_split(reid, display)
+    return Session(
+        recipe=recipe_class(config, camids),
+        model=model,
+        optimizer=make_optimizer(model, config),
+        dataset=reid,
+        split=split,
+        plain=loader(reid.train, plain, config.eval_batch_size, cache),
+        augmented=loader(reid.train, augmented, config.batch_size, cache),
+        ranked=loader(split.samples, plain, config.eval_batch_size, config.cache_images) if split else None,
+        bad_train=BadImageLog(len(reid.train), display),
+        bad_test=BadImageLog(len(split.samples), display) if split else None,
+        device=device,
+        autocast=_autocast(config, device),
+        display=display,
+        folder=folder,
+    )
+
+
+def _autocast(config: Config, device: torch.device) -> bool:
+    if config.amp == "auto":  # bfloat16 without hardware support is slower than float32
+        return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return config.amp == "bf16"
+
+
+def _restore(session: Session) -> None:
+    """Bring ``session`` to the end of its last finished epoch; later lines of metrics.jsonl are dropped."""
+    labels, recipe_state, about = checkpoint.load_state(session.folder, session.model, session.optimizer)
+    if len(labels) != len(session.dataset.train):
+        raise ValueError(
+            f"train: the data must be the run's own: it had {len(labels)} training images, {session.dataset.root} has "
+            f"{len(session.dataset.train)}"
+        )
+    session.recipe.load_state(recipe_state)
+    session.labels = labels.numpy()
+    session.start = about["epoch"] + 1
+    lines = (session.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    session.records = [record for record in map(json.loads, lines) if record["epoch"] < session.start]
+    checkpoint.write_text(session.folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in session.records))
+    session.display.line(f"resumed after epoch {about['epoch']}")
+
+
+def _stored_config(folder: Path, recipe_class: type[Recipe], overrides: Mapping[str, Any]) -> Config:
+    stored = load_toml((folder / "config.toml").read_text(encoding="utf-8"))
+    if stored["run"]["method"] != recipe_class.name:
+        raise ValueError(f"train: method must be the run's own ({stored['run']['method']}), got {recipe_class.name!r}")
+    names = [field.name for field in dataclasses.fields(recipe_class.Config)]
+    values = {name: stored["config"].get(name) for name in names}  # None is written as a comment, hence absent
+    changed = {k: v for k, v in overrides.items() if k not in _RESUMABLE and values.get(k) != v}
+    if changed:
+        raise ValueError(
+            f"train: a resumed run must keep its settings (only {', '.join(sorted(_RESUMABLE))} may change), got "
+            + ", ".join(f"{k}={v!r} instead of {values.get(k)!r}" for k, v in changed.items())
+        )
+    return recipe_class.Config.for_dataset("", **{**values, **overrides})
+
+
+def _free_folder(name: str) -> Path:
+    folder, number = Path("runs") / name, 2
+    while checkpoint.holds_run(folder):
+        folder, number = Path("runs") / f"{name}-{number}", number + 1
+    return folder
+
+
+def _version() -> str:
+    try:
+        return version("fastreid-u")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "unknown"

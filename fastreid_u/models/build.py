@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an architecture's name to a network with weights."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastreid_u.models.batchnorm import set_bn_group
+from fastreid_u.models.pooling import make_pooling
+from fastreid_u.models.reid import ReIDModel
+from fastreid_u.models.resnet import ALIASES, RESNETS, ResNet
+from fastreid_u.models.timm_backbone import TimmBackbone
+from fastreid_u.models.weights import imagenet_file, is_reid_checkpoint, load_weights, read_weights
+
+
+def model_names() -> list[str]:
+    """Architectures that ``build_model`` has itself; ``timm/<name>`` comes on top where timm is installed."""
+    return list(RESNETS)
+
+
+def build_model(
+    arch: str = "resnet50",
+    *,
+    pooling: str = "gem",
+    weights: str | Path | None = "imagenet",
+    bn_group: int | None = None,
+    bn_running: str = "first",
+    last_stride: int = 1,
+    stem_relu: bool = True,
+    image_size: tuple[int, int] = (256, 128),
+    seed: int | None = None,
+) -> ReIDModel:
+    """Build a Re-ID network: backbone, pooling, BNNeck, rows of unit length.
+
+    Args:
+        arch: one of ``model_names()``, an alias ("ibn50a", "ibn101a"), or "timm/<name>".
+        pooling: "gem" (learnable exponent, starts at 3), "avg" or "max". Not used by timm's token networks.
+        weights: "imagenet", the path of a file (see :mod:`fastreid_u.models.weights`), or None for random weights.
+            Nothing is replaced silently: weights that cannot be had, or do not fit, are an error.
+        bn_group: images per BatchNorm group in training, None for the whole batch.
+        bn_running: "first" or "mean": the groups that the running statistics come from.
+        last_stride: stride of the last stage, 1 or 2. ResNets of ``model_names()`` only.
+        stem_relu: False leaves out the ReLU after the stem, as published CAP does. ResNets of ``model_names()`` only.
+        image_size: (height, width), for transformers with a fixed grid of positions; other networks take any size.
+        seed: of the random weights; torch's global generator is then left as it was. None draws from that generator.
+
+    Returns:
+        The network on the CPU, in training mode. ``model.describe()`` tells what was built.
+
+    Raises:
+        ValueError: an argument breaks its rule, or the weights do not fit.
+        FileNotFoundError: ``weights`` names no file.
+        RuntimeError: timm is missing, a download failed, or a file is unreadable.
+    """
+    arch = ALIASES.get(arch, arch)
+    if arch not in RESNETS and not arch.startswith("timm/"):
+        known = ", ".join([*RESNETS, *ALIASES])
+        raise ValueError(f"build_model: arch must be one of {known} or timm/<name>, got {arch!r}")
+    if last_stride not in (1, 2):
+        raise ValueError(f"build_model: last_stride must be 1 or 2, got {last_stride!r}")
+    if not stem_relu and arch not in RESNETS:
+        raise ValueError(f"build_model: stem_relu must be True for {arch}, got {stem_relu!r}")
+
+    file = imagenet_file(arch) if weights == "imagenet" and arch in RESNETS else weights
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which reseeds every GPU as well
+        if arch in RESNETS:
+            backbone = ResNet(RESNETS[arch], last_stride=last_stride, stem_relu=stem_relu)
+            card = {"pooling": pooling, "last_stride": last_stride, "stem_relu": stem_relu}
+            pool = make_pooling(pooling)
+        else:
+            backbone = TimmBackbone(arch.removeprefix("timm/"), pretrained=weights == "imagenet")
+            card = {"pooling": pooling if backbone.gives_map else "the network's own"}
+            pool = make_pooling(pooling) if backbone.gives_map else nn.Identity()
+    model = ReIDModel(backbone, pool, arch=arch, card=card)
+
+    if file is None or file == "imagenet":  # timm fetched its own
+        source = "random" if file is None else "imagenet (timm)"
+        _fit_image_size(backbone, image_size)
+    else:
+        state = read_weights(file)
+        # A checkpoint of ours holds positions for its own image size, a pre-trained backbone for timm's.
+        if is_reid_checkpoint(state):
+            _fit_image_size(backbone, image_size)
+        source = str(load_weights(model, state, source=Path(file).name))
+        _fit_image_size(backbone, image_size)
+    model.card["weights"] = source
+    set_bn_group(model, bn_group, bn_running)
+    return model
+
+
+def _fit_image_size(backbone: nn.Module, image_size: tuple[int, int]) -> None:
+    if isinstance(backbone, TimmBackbone):
+        backbone.set_image_size(image_size)

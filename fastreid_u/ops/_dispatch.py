@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only place that decides which backend runs an op."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+
+import torch
+
+from fastreid_u._checks import require_choice
+
+log = logging.getLogger(__name__)
+
+# What "auto" tries on each kind of device, fastest first. A backend that a device does not list cannot run there.
+PREFERENCE = {
+    "cpu": ("cpp", "numba", "reference"),
+    "cuda": ("cuda", "cupy", "triton", "reference"),
+}
+
+
+def choose(op: str, device: torch.device, backend: str, table: Mapping[str, Callable | str]) -> Callable:
+    """Pick the implementation of ``op`` that runs on ``device``.
+
+    Args:
+        op: public name, for messages.
+        device: where the inputs live.
+        backend: "auto", or a key of ``table``.
+        table: backend name to its callable, or to a sentence that says why it cannot run and how to change that.
+
+    Returns:
+        The callable. "auto" takes the first available of ``PREFERENCE[device.type]`` and never catches an error of
+        it; on a GPU that has only the reference left, it warns once per op.
+
+    Raises:
+        ValueError: unknown backend.
+        RuntimeError: the backend asked for cannot run here; the message says why.
+    """
+    require_choice(op, "backend", backend, ("auto", *table))
+    here = PREFERENCE.get(device.type, ("reference",))
+    if backend == "auto":
+        name = next(name for name in here if callable(table.get(name)))
+        if name == "reference" and device.type != "cpu" and not torch.compiler.is_compiling():
+            _warn_slow(op, device.type)
+    else:
+        name = backend
+        if isinstance(table[name], str):
+            raise RuntimeError(f"{op}: backend must be able to run here, got {name!r}: {table[name]}")
+        if name not in here:
+            raise RuntimeError(f"{op}: backend must run on {device.type} tensors, got {name!r}")
+    if not torch.compiler.is_compiling():  # a log line would break the graph
+        log.debug("%s on %s runs %s", op, device, name)
+    return table[name]
+
+
+@functools.cache
+def _warn_slow(op: str, device_type: str) -> None:
+    warnings.warn(f"{op}: no {device_type} kernel yet, running the slow reference", RuntimeWarning, stacklevel=4)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""k-reciprocal encoding: soft membership of each point in its expanded reciprocal neighbourhood."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+
+from fastreid_u._checks import (
+    as_tensor,
+    require_2d,
+    require_features,
+    require_integer,
+    require_positive_int,
+    require_same_device,
+    require_same_length,
+    require_values_in,
+)
+from fastreid_u.ops._dispatch import choose
+from fastreid_u.ops.knn import knn as nearest_neighbours
+from fastreid_u.reference import k_reciprocal as reference
+
+
+def k_reciprocal_encoding(
+    x: Tensor,
+    k1: int = 30,
+    k2: int = 6,
+    *,
+    knn: tuple[Tensor, Tensor] | None = None,
+    compat: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """The sparse matrix V' whose rows the Jaccard distance compares.
+
+    Row i weighs the mutual k1-nearest neighbours of i, joined by those of them whose own half lists agree (more than
+    two thirds inside), with a softmax of minus the squared distance; then it is averaged over i's k2 nearest rows.
+
+    Args:
+        x: (N, D) floating point, any device; taken in float32.
+        k1: neighbours examined per row, the row itself included. The half list has round-half-even(k1 / 2) + 1.
+        k2: rows averaged in local query expansion, at most k1; 1 turns it off.
+        knn: a ready ``(sq_dist, index)`` of :func:`fastreid_u.knn` on ``x``, at least k1 columns; saves the search.
+        compat: weigh by 2 - 2 x.y, as most published code does, instead of the true squared distance. The two are
+            the same for unit rows.
+        backend: "auto" or "reference"; anything but "auto" runs there or raises.
+
+    Returns:
+        ``torch.sparse_csr`` (N, N) float32 on ``x``'s device, columns ascending, rows summing to 1 (a row that a given
+        ``knn`` leaves out of its own list may be empty). At most k1 (1 + k1 / 6) entries a row before the averaging.
+
+    Raises:
+        TypeError, ValueError: wrong type, shape or count, NaN or infinity; the message names argument, rule and value.
+
+    k1 and k2 beyond N are clipped to N with one warning. Not differentiable.
+    Zhong et al., CVPR 2017, sections 3.2 to 3.4, with the neighbour counts of the published clustering code.
+    """
+    op = "k_reciprocal_encoding"
+    x = require_features(op, "x", x)
+    k1, k2 = neighbour_counts(op, k1, k2, len(x))
+    knn = neighbours(op, x, k1, knn)
+    run = choose(op, x.device, backend, {"reference": reference.k_reciprocal_encoding})
+    return run(x, k1, k2, knn=knn, compat=compat)
+
+
+def neighbour_counts(op: str, k1: object, k2: object, rows: int) -> tuple[int, int]:
+    """Check ``k1`` and ``k2``; clip both to the number of rows with one warning."""
+    k1, k2 = require_positive_int(op, "k1", k1), require_positive_int(op, "k2", k2)
+    if k2 > k1:
+        raise ValueError(f"{op}: k2 must be at most k1 ({k1}), got {k2}")
+    if 0 < rows < k1:
+        warnings.warn(f"{op}: k1={k1}, k2={k2} is more than the {rows} rows there are, clipped to them", stacklevel=3)
+    return (min(k1, rows), min(k2, rows)) if rows else (k1, k2)
+
+
+def neighbours(op: str, x: Tensor, k1: int, knn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """The neighbour lists of ``x``: searched for, or the given ones after a check."""
+    if knn is None:
+        return nearest_neighbours(x, k1) if len(x) else (x.new_zeros(0, k1), x.new_zeros(0, k1).long())
+    if not isinstance(knn, (tuple, list)) or len(knn) != 2:
+        raise TypeError(f"{op}: knn must be a pair (sq_dist, index), got {type(knn).__name__}")
+    sq_dist = require_2d(op, "knn sq_dist", as_tensor(op, "knn sq_dist", knn[0]))
+    index = require_integer(op, "knn index", require_2d(op, "knn index", as_tensor(op, "knn index", knn[1])))
+    for name, part in (("knn sq_dist", sq_dist), ("knn index", index)):
+        require_same_length(op, name, part, "x", x)
+        require_same_device(op, name, part, "x", x)
+    if index.shape[1] < k1 or sq_dist.shape != index.shape:
+        raise ValueError(
+            f"{op}: knn must hold at least k1={k1} columns in equal shapes, "
+            f"got {tuple(sq_dist.shape)} and {tuple(index.shape)}"
+        )
+    return sq_dist, require_values_in(op, "knn index", index.long(), 0, len(x), always=True)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact k nearest neighbours."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastreid_u._checks import (
+    clip_count,
+    require_choice,
+    require_features,
+    require_positive_int,
+    require_same_device,
+    require_same_width,
+)
+from fastreid_u.ops._dispatch import choose
+from fastreid_u.reference import knn as reference
+
+
+def knn(
+    x: Tensor, k: int, *, gallery: Tensor | None = None, precision: str = "fp32", backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The k nearest rows by squared Euclidean distance, exact.
+
+    Args:
+        x: (N, D) floating point, any device; taken in float32. Need not be of unit length.
+        k: neighbours per row, the row itself included; more than there are rows is clipped with a warning.
+        gallery: (M, D) rows to search; ``x`` itself if None.
+        precision: "fp32", "tf32" or "bf16", how a GPU looks for candidates. The result is measured exactly either way.
+        backend: "auto" or "reference"; anything but "auto" runs there or raises.
+
+    Returns:
+        ``(sq_dist, index)`` on ``x``'s device, (N, k) float32 and (N, k) int64. Without a gallery a row's own index
+        comes first; the rest is ascending by (distance, index). Distances are sums of squared differences, so copies
+        are exactly 0 apart, and ties, also at the cut-off, go to the lower index.
+
+    Raises:
+        TypeError: not floating point, or not a dense array.
+        ValueError: wrong shape, k < 1, NaN or infinity (the message counts the rows and names the first).
+
+    Rows of zeros are points like any other. Memory: 12 N k bytes for the result, and a block of rows against all
+    others while it runs (32 MB a temporary in the reference); never N x N. Not differentiable.
+    """
+    x = require_features("knn", "x", x)
+    if gallery is not None:
+        gallery = require_same_width("knn", "gallery", require_features("knn", "gallery", gallery), "x", x)
+        require_same_device("knn", "gallery", gallery, "x", x)
+    k = require_positive_int("knn", "k", k)
+    k = clip_count("knn", "k", k, len(x if gallery is None else gallery))
+    require_choice("knn", "precision", precision, ("fp32", "tf32", "bf16"))
+    run = choose("knn", x.device, backend, {"reference": reference.knn})
+    return run(x, k, gallery=gallery, precision=precision)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Retrieval quality: mAP, CMC and mINP."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from fastreid_u._checks import (
+    as_tensor,
+    require_1d,
+    require_2d,
+    require_choice,
+    require_features,
+    require_finite,
+    require_floating,
+    require_integer,
+    require_positive_int,
+    require_same_device,
+    require_same_width,
+)
+from fastreid_u.ops._dispatch import choose
+from fastreid_u.reference import rank_metrics as reference
+from fastreid_u.reference.rank_metrics import RankMetrics
+
+__all__ = ["RankMetrics", "rank_metrics"]
+
+
+def rank_metrics(
+    query: Tensor | None,
+    gallery: Tensor | None,
+    q_pids: Tensor,
+    g_pids: Tensor,
+    q_camids: Tensor | None = None,
+    g_camids: Tensor | None = None,
+    *,
+    distmat: Tensor | None = None,
+    ap: str = "rank",
+    max_rank: int = 100,
+    backend: str = "auto",
+) -> RankMetrics:
+    """Rank the gallery for each query and score the lists, the Market-1501 way.
+
+    Args:
+        query: (Q, D) floating point features, unit rows usually; ranked by squared distance. None with ``distmat``.
+        gallery: (G, D) features on the same device. None with ``distmat``.
+        q_pids, g_pids: (Q,) and (G,) integer identities, tensors, arrays or lists.
+        q_camids, g_camids: (Q,) and (G,) integer cameras: gallery images that share identity and camera with the query
+            are removed from its list. Without both nothing is removed. To score a set against itself without cameras,
+            pass ``range(N)`` for both: then only the query's own image is removed.
+        distmat: (Q, G) floating point distances instead of features, smaller is nearer.
+        ap: "rank", mean over matches of precision at their rank; "sklearn", the same with equal distances taken as one
+            step, as scikit-learn does; "trapezoid", area under straight lines between the points of "sklearn".
+        max_rank: length of the CMC curve; it stays at its last value beyond the end of a short list.
+        backend: "auto" or "reference"; anything but "auto" runs there or raises.
+
+    Returns:
+        :class:`RankMetrics`. Queries without a true match left are not counted; if that is all of them, mAP, mINP and
+        CMC are NaN and a warning says why. Equal distances rank by gallery index.
+
+    Raises:
+        TypeError, ValueError: wrong type, shape or choice, NaN or infinity; the message names argument, rule and value.
+
+    Streams over queries: never Q x G, beside a ``distmat`` that is one. Zheng et al., "Scalable Person
+    Re-identification: A Benchmark", ICCV 2015; mINP: Ye et al., TPAMI 2021.
+    """
+    op = "rank_metrics"
+    if distmat is None:
+        if query is None or gallery is None:
+            raise ValueError(f"{op}: query and gallery must be given without distmat, got None")
+        query, gallery = require_features(op, "query", query), require_features(op, "gallery", gallery)
+        require_same_width(op, "gallery", gallery, "query", query)
+        require_same_device(op, "gallery", gallery, "query", query)
+        shape, device = (len(query), len(gallery)), query.device
+    else:
+        distmat = require_floating(op, "distmat", require_2d(op, "distmat", as_tensor(op, "distmat", distmat)))
+        distmat = require_finite(op, "distmat", distmat.detach(), always=True)
+        if distmat.dtype not in (torch.float32, torch.float64):
+            distmat = distmat.float()
+        shape, device = tuple(distmat.shape), distmat.device
+
+    q_pids, g_pids = _ids(op, "q_pids", q_pids, shape[0]), _ids(op, "g_pids", g_pids, shape[1])
+    if (q_camids is None) != (g_camids is None):
+        missing = "q_camids" if q_camids is None else "g_camids"
+        raise ValueError(f"{op}: q_camids and g_camids must be given together, got no {missing}")
+    if q_camids is not None:
+        q_camids, g_camids = _ids(op, "q_camids", q_camids, shape[0]), _ids(op, "g_camids", g_camids, shape[1])
+    require_choice(op, "ap", ap, ("rank", "sklearn", "trapezoid"))
+    max_rank = require_positive_int(op, "max_rank", max_rank)
+
+    run = choose(op, device, backend, {"reference": reference.rank_metrics})
+    metrics = run(query, gallery, q_pids, g_pids, q_camids, g_camids, distmat=distmat, ap=ap, max_rank=max_rank)
+    if metrics.num_valid_queries == 0:
+        if torch.isin(q_pids.cpu(), g_pids.cpu()).any():
+            why = "every true match shares its query's camera; without camera ids none would be removed"
+        else:
+            why = "no identity of the query is in the gallery"
+        warnings.warn(f"{op}: none of {shape[0]} queries can be scored, the metrics are NaN: {why}", stacklevel=2)
+    return metrics
+
+
+def _ids(op: str, name: str, values: object, count: int) -> Tensor:
+    values = as_tensor(op, name, values)
+    if values.numel() == 0:
+        values = values.long()  # an empty list has no integer type of its own
+    values = require_integer(op, name, require_1d(op, name, values))
+    if len(values) != count:
+        raise ValueError(f"{op}: {name} must have {count} entries, got {len(values)}")
+    return values

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mAP, CMC and mINP of a retrieval, one query after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_BLOCK_ENTRIES = 2**23
+
+
+@dataclass(frozen=True, eq=False)
+class RankMetrics:
+    """Retrieval quality over the valid queries: those with a true match left after same-camera images are removed.
+
+    Attributes:
+        mAP: mean average precision, in [0, 1]; NaN without a valid query.
+        cmc: (max_rank,) float64; entry r - 1 is the share of valid queries whose first match is at rank <= r.
+        mINP: mean over queries of (number of matches) / (rank of the last match).
+        ap, inp: (num_valid_queries,) float64, per valid query in query order.
+        valid: (num_queries,) bool, which queries these are.
+        num_valid_queries, num_queries: how many count, how many there were.
+    """
+
+    mAP: float
+    cmc: Tensor
+    mINP: float
+    ap: Tensor
+    inp: Tensor
+    valid: Tensor
+    num_valid_queries: int
+    num_queries: int
+
+    def top(self, rank: int) -> float:
+        """CMC at ``rank`` (1-based): the share of valid queries with a match among the first ``rank``."""
+        return float(self.cmc[rank - 1])
+
+    def __str__(self) -> str:
+        shown = [f"mAP {self.mAP:.2%}"] + [f"top-{r} {self.top(r):.2%}" for r in (1, 5, 10) if r <= len(self.cmc)]
+        return " · ".join([*shown, f"mINP {self.mINP:.2%}", f"{self.num_valid_queries} of {self.num_queries} queries"])
+
+
+@torch.no_grad()
+def rank_metrics(
+    query: Tensor | None,
+    gallery: Tensor | None,
+    q_pids: Tensor,
+    g_pids: Tensor,
+    q_camids: Tensor | None = None,
+    g_camids: Tensor | None = None,
+    *,
+    distmat: Tensor | None = None,
+    ap: str = "rank",
+    max_rank: int = 100,
+) -> RankMetrics:
+    """Rank the gallery for each query by (distance, gallery index) and score the lists.
+
+    Gallery images with the query's identity and camera are removed first. ``ap``: "rank", the mean over matches of
+    precision at their rank; "sklearn", the same with precision taken at the end of each group of equal distances;
+    "trapezoid", the area under straight lines between those points of the precision-recall curve.
+    """
+    device = (query if distmat is None else distmat).device
+    q_pids, g_pids = q_pids.cpu().numpy(), g_pids.cpu().numpy()
+    filtered = q_camids is not None
+    if filtered:
+        q_camids, g_camids = q_camids.cpu().numpy(), g_camids.cpu().numpy()
+
+    precisions, penalties = [], []
+    valid = np.zeros(len(q_pids), bool)
+    first_match = np.zeros(max_rank, np.int64)
+    for q, distance in enumerate(_distances(query, gallery, distmat)):
+        order = distance.argsort(kind="stable")
+        match = g_pids[order] == q_pids[q]
+        if filtered:
+            kept = ~(match & (g_camids[order] == q_camids[q]))
+            order, match = order[kept], match[kept]
+        rank = match.nonzero()[0] + 1  # of the matches, 1-based
+        if len(rank) == 0:
+            continue
+        valid[q] = True
+        precisions.append(_average_precision(match, distance[order], ap))
+        penalties.append(len(rank) / rank[-1])
+        if rank[0] <= max_rank:
+            first_match[rank[0] - 1] += 1
+
+    count = len(precisions)
+    return RankMetrics(
+        mAP=float(np.mean(precisions)) if count else float("nan"),
+        cmc=torch.from_numpy(first_match.cumsum() / (count if count else np.nan)).to(device),
+        mINP=float(np.mean(penalties)) if count else float("nan"),
+        ap=torch.tensor(precisions, dtype=torch.float64, device=device),
+        inp=torch.tensor(penalties, dtype=torch.float64, device=device),
+        valid=torch.from_numpy(valid).to(device),
+        num_valid_queries=count,
+        num_queries=len(q_pids),
+    )
+
+
+def _average_precision(match: np.ndarray, sorted_distance: np.ndarray, formula: str) -> float:
+    hits = match.cumsum()
+    if formula == "rank":
+        cut = np.arange(len(match))
+    else:  # a threshold lets in all equal distances at once
+        cut = np.append(np.diff(sorted_distance) != 0, True).nonzero()[0]
+    precision, gained = hits[cut] / (cut + 1), np.diff(hits[cut], prepend=0)
+    if formula == "trapezoid":  # the curve starts at precision 1, recall 0
+        precision = (precision + np.append(1.0, precision[:-1])) / 2
+    return float(gained @ precision / hits[-1])
+
+
+def _distances(query: Tensor | None, gallery: Tensor | None, distmat: Tensor | None) -> Iterator[np.ndarray]:
+    """One vector of distances per query; from features the squared distance, in float64 and rounded to float32."""
+    if distmat is not None:
+        yield from distmat.cpu().numpy()
+        return
+    g = gallery.double()
+    norm = g.square().sum(dim=1)
+    for q in query.split(max(1, _BLOCK_ENTRIES // max(1, len(g)))):
+        q = q.double()
+        block = q.square().sum(dim=1, keepdim=True) + norm - 2 * (q @ g.T)
+        yield from block.float().cpu().numpy()

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared fixtures. Turns Triton's interpreter on before anything imports triton: a kernel reads it when defined."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+class Golden(dict):
+    """The arrays of one file by name, and its ``meta`` record."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path) as stored:
+            super().__init__({name: stored[name] for name in stored.files if name != "meta"})
+            self.meta = json.loads(str(stored["meta"]))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """An array as a tensor; stored int16 and int32 indices widen to int64."""
+        array = self[name]
+        return torch.from_numpy(array.astype(np.int64) if array.dtype.kind == "i" else array)
+
+    def matrix(self, name: str) -> np.ndarray:
+        """A symmetric distance matrix, stored whole or as its upper triangle below 1."""
+        if name in self:
+            return self[name]
+        rowptr, column, value = (self[f"{name}_{part}"] for part in ("rowptr", "col", "val"))
+        row = np.repeat(np.arange(len(rowptr) - 1), np.diff(rowptr))
+        full = np.ones((len(rowptr) - 1,) * 2, np.float32)
+        full[row, column] = full[column, row] = value
+        return full
+
+
+@pytest.fixture
+def golden():
+    """``golden(name)`` loads ``tests/golden/<name>.npz``."""
+    folder = Path(__file__).parent / "golden"
+    return lambda name: Golden(folder / f"{name}.npz")
+
+
+@pytest.fixture
+def seed():
+    """``seed(n)`` seeds Python, NumPy and torch and returns a torch generator."""
+
+    def plant(number: int = 0) -> torch.Generator:
+        random.seed(number)
+        np.random.seed(number)  # noqa: NPY002 - code under test may draw from the global state
+        torch.manual_seed(number)
+        return torch.Generator().manual_seed(number)
+
+    return plant
+
+
+@pytest.fixture
+def clustered():
+    """``clustered(n, d)`` makes (n, d) unit features around n / 12 identities, with a few outliers."""
+
+    def make(n: int, d: int, *, number: int = 0, spread: float = 0.6, dtype: torch.dtype = torch.float32):
+        generator = torch.Generator().manual_seed(number)
+        centres = torch.nn.functional.normalize(
+            torch.randn(max(2, n // 12), d, generator=generator, dtype=torch.float64)
+        )
+        identity = torch.randint(len(centres), (n,), generator=generator)
+        noise = torch.randn(n, d, generator=generator, dtype=torch.float64) * (spread / d**0.5)
+        noise[::10] *= 5
+        return torch.nn.functional.normalize(centres[identity] + noise).to(dtype)
+
+    return make

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The named checks and the choice of a backend."""
+
+import logging
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from fastreid_u import _checks as checks
+from fastreid_u.ops import _dispatch as dispatch
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        np.arange(6.0).reshape(2, 3),
+        np.arange(6.0).reshape(2, 3)[::-1],
+        np.arange(6, dtype=">f4"),
+        [[1, 2], [3, 4]],
+        range(5),
+    ],
+)
+def test_as_tensor_keeps_the_numbers(x):
+    np.testing.assert_array_equal(checks.as_tensor("op", "x", x).numpy(), np.asarray(x))
+
+
+def test_as_tensor_shares_memory_where_it_can():
+    array = np.zeros(3, np.float32)
+    checks.as_tensor("op", "x", array)[1] = 5
+    assert array[1] == 5
+    tensor = torch.zeros(2)
+    assert checks.as_tensor("op", "x", tensor) is tensor
+
+
+def test_as_tensor_copies_read_only_arrays():
+    array = np.zeros(3, np.float32)
+    array.flags.writeable = False
+    checks.as_tensor("op", "x", array)[1] = 5
+    assert array[1] == 0
+
+
+@pytest.mark.parametrize("x", [None, "abc", {1, 2}, object(), [[1, 2], [3]], ["a"], np.array(["a"]), np.array([None])])
+def test_as_tensor_names_what_it_cannot_take(x):
+    with pytest.raises(TypeError, match="op: x must "):
+        checks.as_tensor("op", "x", x)
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "message"),
+    [
+        (0.0, {"open_low": True}, r"op: eps must lie in \(0, 1\], got 0.0"),
+        (1.0, {"open_high": True}, r"op: eps must lie in \[0, 1\), got 1.0"),
+        (-0.1, {}, r"op: eps must lie in \[0, 1\], got -0.1"),
+        (float("nan"), {}, r"op: eps must lie in \[0, 1\], got nan"),
+    ],
+)
+def test_range_names_its_interval(value, options, message):
+    with pytest.raises(ValueError, match=message):
+        checks.require_in_range("op", "eps", value, 0, 1, **options)
+
+
+def test_range_and_counts_return_plain_numbers():
+    assert checks.require_in_range("op", "eps", np.float32(0.5), 0, 1) == 0.5
+    assert type(checks.require_positive_int("op", "k", np.int64(3))) is int
+    assert checks.require_positive("op", "t", 2) == 2.0
+
+
+@pytest.mark.parametrize("value", [True, 2.0, "3", None])
+def test_counts_are_whole_numbers(value):
+    with pytest.raises(TypeError, match="op: k must be an integer, got"):
+        checks.require_positive_int("op", "k", value)
+
+
+@pytest.mark.parametrize("value", [True, "0.5", None, 1j])
+def test_reals_are_real(value):
+    with pytest.raises(TypeError, match="op: t must be a real number, got"):
+        checks.require_positive("op", "t", value)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan")])
+def test_positive_is_positive_and_finite(value):
+    with pytest.raises(ValueError, match="op: t must be positive and finite, got"):
+        checks.require_positive("op", "t", value)
+
+
+def test_choice_lists_the_choices():
+    assert checks.require_choice("op", "mode", "a", ("a", "b")) == "a"
+    for wrong in ("c", None, ["a"]):
+        with pytest.raises(ValueError, match="op: mode must be one of 'a', 'b', got"):
+            checks.require_choice("op", "mode", wrong, ("a", "b"))
+
+
+def test_dense_and_integer():
+    graph = torch.eye(2).to_sparse()
+    with pytest.raises(TypeError, match=r"op: x must be dense, got torch\.sparse_coo"):
+        checks.require_2d("op", "x", graph)
+    with pytest.raises(TypeError, match=r"op: y must hold integers, got torch\.bool"):
+        checks.require_integer("op", "y", torch.tensor([True]))
+
+
+def test_values_in_skips_the_ignored():
+    targets = torch.tensor([0, -1, 4])
+    assert checks.require_values_in("op", "y", targets, 0, 5, ignore=-1) is targets
+    with pytest.raises(ValueError, match=r"op: y must lie in \[0, 4\), got 4"):
+        checks.require_values_in("op", "y", targets, 0, 4, ignore=-1)
+
+
+def test_device_values_are_read_only_on_request(monkeypatch):
+    class OnGPU:
+        device = torch.device("cuda")
+
+    assert not checks._may_read(OnGPU)
+    monkeypatch.setenv("FASTREID_U_CHECK", "1")
+    assert checks._may_read(OnGPU)
+
+
+def test_different_devices():
+    with pytest.raises(ValueError, match="op: y must be on cpu like x, got meta"):
+        checks.require_same_device("op", "y", torch.zeros(1, device="meta"), "x", torch.zeros(1))
+
+
+def reference():
+    return "reference"
+
+
+def numba():
+    return "numba"
+
+
+def triton():
+    return "triton"
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_auto_takes_the_fastest_that_can_run():
+    assert dispatch.choose("op", CPU, "auto", {"reference": reference, "numba": numba, "triton": triton}) is numba
+    assert dispatch.choose("op", CUDA, "auto", {"reference": reference, "numba": numba, "triton": triton}) is triton
+    assert dispatch.choose("op", CPU, "auto", {"reference": reference, "numba": "numba is not installed"}) is reference
+
+
+def test_named_backend_runs_there_or_says_why():
+    table = {"reference": reference, "numba": "numba is not installed; pip install numba", "triton": triton}
+    assert dispatch.choose("op", CPU, "reference", table) is reference
+    with pytest.raises(RuntimeError, match="op: backend must be able to run here, got 'numba': numba is not installed"):
+        dispatch.choose("op", CPU, "numba", table)
+    with pytest.raises(RuntimeError, match="op: backend must run on cpu tensors, got 'triton'"):
+        dispatch.choose("op", CPU, "triton", table)
+    with pytest.raises(
+        ValueError, match="op: backend must be one of 'auto', 'reference', 'numba', 'triton', got 'cuda'"
+    ):
+        dispatch.choose("op", CPU, "cuda", table)
+
+
+def test_only_the_reference_on_a_gpu_warns_once():
+    dispatch._warn_slow.cache_clear()
+    with pytest.warns(RuntimeWarning, match="slow_op: no cuda kernel yet"):
+        dispatch.choose("slow_op", CUDA, "auto", {"reference": reference})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch.choose("slow_op", CUDA, "auto", {"reference": reference})
+
+
+def test_choice_is_logged(caplog):
+    with caplog.at_level(logging.DEBUG, logger="fastreid_u.ops._dispatch"):
+        dispatch.choose("op", CPU, "auto", {"reference": reference})
+    assert "op on cpu runs reference" in caplog.text

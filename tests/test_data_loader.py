@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loader: same batches for every number of workers, bad files reported and never fatal, pixels cached."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastreid_u.data import BadImage, PixelCache, Sample, make_loader, test_transform, train_transform
+
+SIZE = (16, 8)  # height, width
+
+
+@pytest.fixture
+def samples(tmp_path):
+    made = []
+    for i in range(23):
+        path = tmp_path / f"{i:04d}.jpg"
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 10, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path, quality=95)
+        made.append(Sample(str(path), i // 4, i % 4))
+    return made
+
+
+def collect(batches):
+    """(images, indices, paths of bad files) of an epoch, in its order."""
+    batches = list(batches)
+    images = torch.cat([batch.images for batch in batches])
+    return images, torch.cat([batch.indices for batch in batches]), [bad.path for batch in batches for bad in batch.bad]
+
+
+def test_workers_do_not_change_a_bit_and_survive_epochs(samples):
+    view = train_transform(*SIZE, color_jitter=0.3, blur=0.5)
+    alone = make_loader(samples, view, batch_size=5, seed=1)
+    helped = make_loader(samples, view, batch_size=5, seed=1, workers=2)
+    os.remove(samples[3].path)
+    pids = set()
+    for epoch in range(3):
+        order = np.random.default_rng(epoch).integers(0, len(samples), 40)
+        expected = collect(alone.epoch(order, seed=(1, epoch)))
+        got = collect(helped.epoch(iter(order), seed=(1, epoch)))
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(got[1], expected[1])
+        assert got[2] == expected[2]
+        pids.add(tuple(worker.pid for worker in helped._batches._iterator._workers))
+    assert len(pids) == 1  # the same processes in every epoch
+
+
+def test_an_epoch_left_early_does_not_disturb_the_next(samples):
+    view = train_transform(*SIZE)
+    expected = collect(make_loader(samples, view, batch_size=4).epoch(range(20), seed=9))
+    for workers in (0, 2):
+        loader = make_loader(samples, view, batch_size=4, workers=workers)
+        next(loader.epoch(range(22, 0, -1), seed=3))
+        images, indices, _ = collect(loader.epoch(range(20), seed=9))
+        assert torch.equal(images, expected[0])
+        assert indices.tolist() == list(range(20))
+
+
+def test_draws_depend_on_seed_and_position_only(samples):
+    loader = make_loader(samples, train_transform(*SIZE), batch_size=4)
+    first, _, _ = collect(loader.epoch([5, 5, 5, 5, 6], seed=1))
+    assert not torch.equal(first[0], first[1])  # another position, another view of the same image
+    other_batches = make_loader(samples, train_transform(*SIZE), batch_size=3)
+    assert torch.equal(collect(other_batches.epoch([5, 5, 5, 5, 6], seed=1))[0], first)
+    assert not torch.equal(collect(loader.epoch([5, 5, 5, 5, 6], seed=2))[0], first)
+
+
+def test_global_generators_are_left_alone(samples):
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    list(make_loader(samples, train_transform(*SIZE), batch_size=4))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_default_order_sizes_and_drop_last(samples):
+    batches = list(make_loader(samples, test_transform(*SIZE), batch_size=5))
+    assert [len(batch.indices) for batch in batches] == [5, 5, 5, 5, 3]
+    assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(23))
+    assert batches[0].images.shape == (5, 3, *SIZE)
+    assert batches[0].images.dtype == torch.float32
+    assert batches[0].indices.dtype == torch.int64
+    full = list(make_loader(samples, test_transform(*SIZE), batch_size=5, drop_last=True))
+    assert [len(batch.indices) for batch in full] == [5, 5, 5, 5]
+
+
+def test_pixels_are_those_of_pillow(samples):
+    """Bicubic as Pillow resizes, then (x / 255 - mean) / std."""
+    batch = next(iter(make_loader(samples, test_transform(*SIZE, mean=(0,) * 3, std=(1,) * 3), batch_size=1)))
+    with Image.open(samples[0].path) as image:
+        expected = np.asarray(image.convert("RGB").resize(SIZE[::-1], Image.Resampling.BICUBIC))
+    assert np.array_equal((batch.images[0] * 255).round().byte().permute(1, 2, 0).numpy(), expected)
+
+
+def test_several_views_of_one_decode(samples):
+    views = (train_transform(*SIZE), train_transform(*SIZE), test_transform(*SIZE))
+    plain = next(iter(make_loader(samples, test_transform(*SIZE), batch_size=6)))
+    batch = next(iter(make_loader(samples, views, batch_size=6)))
+    assert len(batch.images) == 3
+    assert torch.equal(batch.images[2], plain.images)
+    assert not torch.equal(batch.images[0], batch.images[1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_left_out_and_named(samples, workers):
+    (empty, cut, text, gone) = (samples[i].path for i in (1, 4, 7, 9))
+    open(empty, "wb").close()
+    os.truncate(cut, os.path.getsize(cut) // 2)
+    with open(text, "w") as file:
+        file.write("not an image")
+    os.remove(gone)
+    loader = make_loader(samples, test_transform(*SIZE), batch_size=5, workers=workers)
+    batches = list(loader)
+    assert [len(batch.images) for batch in batches] == [3, 2, 5, 5, 3]
+    assert 1 not in torch.cat([batch.indices for batch in batches])
+    bad = {error.path: error.reason for batch in batches for error in batch.bad}
+    assert list(bad) == [empty, cut, text, gone]
+    assert all(isinstance(error, BadImage) for batch in batches for error in batch.bad)
+    assert bad[empty] == "empty file"
+    assert "truncated" in bad[cut]
+    assert "not an image" in bad[text]
+    assert bad[gone] == "file not found"
+
+
+def test_a_batch_with_no_good_image_is_empty(samples):
+    for sample in samples[:2]:
+        os.remove(sample.path)
+    batch = next(iter(make_loader(samples, (test_transform(*SIZE),) * 2, batch_size=2)))
+    assert [images.shape for images in batch.images] == [(0, 3, *SIZE)] * 2
+    assert batch.indices.shape == (0,)
+    assert len(batch.bad) == 2
+
+
+def test_a_file_that_vanishes_between_epochs(samples):
+    loader = make_loader(samples, test_transform(*SIZE), batch_size=23)
+    assert next(iter(loader)).bad == []
+    os.remove(samples[11].path)
+    assert [bad.path for bad in next(iter(loader)).bad] == [samples[11].path]
+
+
+class TestCache:
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_same_pixels_and_no_second_read(self, samples, workers):
+        view = train_transform(*SIZE)
+        expected = collect(make_loader(samples, view, batch_size=4).epoch(range(23), seed=2))[0]
+        loader = make_loader(samples, view, batch_size=4, cache=True, workers=workers)
+        assert torch.equal(collect(loader.epoch(range(23), seed=2))[0], expected)
+        assert loader.cache.ready.all()
+        for sample in samples:
+            os.remove(sample.path)
+        images, _, bad = collect(loader.epoch(range(23), seed=2))
+        assert bad == []
+        assert torch.equal(images, expected)
+
+    def test_one_cache_for_two_loaders(self, samples):
+        cache = PixelCache(len(samples), *SIZE)
+        list(make_loader(samples, test_transform(*SIZE), batch_size=4, cache=cache))
+        for sample in samples:
+            os.remove(sample.path)
+        assert not any(b.bad for b in make_loader(samples, train_transform(*SIZE), batch_size=4, cache=cache))
+
+    def test_bad_images_stay_bad(self, samples):
+        os.truncate(samples[0].path, 0)
+        loader = make_loader(samples, test_transform(*SIZE), batch_size=23, cache=True)
+        for _ in range(2):
+            assert [bad.path for bad in next(iter(loader)).bad] == [samples[0].path]
+
+    def test_the_views_cannot_write_into_it(self, samples):
+        def vandal(image, rng):
+            return test_transform(*SIZE)(image, rng).zero_()
+
+        view = test_transform(*SIZE)
+        loader = make_loader(samples, type(view)(*SIZE, (vandal,)), batch_size=23, cache=True)
+        list(loader)
+        before = loader.cache.pixels.clone()
+        list(make_loader(samples, train_transform(*SIZE), batch_size=4, cache=loader.cache))
+        assert torch.equal(loader.cache.pixels, before)
+
+    def test_shared_memory_that_is_too_small(self, samples, monkeypatch):
+        monkeypatch.setattr("shutil.disk_usage", lambda path: os.terminal_size((0, 0)) and _Usage(1000))
+        if not os.path.isdir("/dev/shm"):
+            pytest.skip("no /dev/shm on this system")
+        with pytest.raises(MemoryError, match="free in /dev/shm; use workers=0"):
+            make_loader(samples, test_transform(*SIZE), batch_size=4, cache=True, workers=1)
+
+
+class _Usage:
+    def __init__(self, free):
+        self.free = free
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"batch_size": 0}, ValueError, "batch_size must be positive, got 0"),
+        ({"workers": -1}, ValueError, "workers must not be negative, got -1"),
+        ({"transform": ()}, ValueError, "transform must be one view or several of equal size"),
+        ({"transform": (test_transform(4, 4), test_transform(4, 5))}, ValueError, "of equal size"),
+        ({"cache": PixelCache(3, *SIZE)}, ValueError, "cache must have the shape"),
+        ({"cache": PixelCache(23, *SIZE), "workers": 1}, ValueError, "cache must be shared=True"),
+    ],
+)
+def test_rejects(samples, arguments, error, message):
+    settings = {"transform": test_transform(*SIZE), "batch_size": 4} | arguments
+    with pytest.raises(error, match=message):
+        make_loader(samples, settings.pop("transform"), **settings)
+
+
+@pytest.mark.parametrize("index", [-1, 23])
+def test_rejects_indices_out_of_range(samples, index):
+    with pytest.raises(IndexError, match=rf"order must hold indices in \[0, 23\), got {index}"):
+        list(make_loader(samples, test_transform(*SIZE), batch_size=4, order=[0, index]))

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ClusterMemory against the published class: loss, gradient, rows after one step and after ten, in both of its forms."""
+
+import pytest
+import torch
+
+from fastreid_u import ClusterMemory
+
+FILES = ["cm_one_b64_d96_k40", "cm_random_b50_d48_k23"]
+SETTINGS = [(0.05, 0.1), (0.05, 0.2), (0.05, 0.9), (0.1, 0.2)]
+
+
+def make(golden_case, temp, momentum, use_hard):
+    rows = torch.from_numpy(golden_case["features_before"])
+    memory = ClusterMemory(rows.shape[1], rows.shape[0], temp=temp, momentum=momentum, use_hard=use_hard)
+    memory.features.copy_(rows)
+    return memory
+
+
+@pytest.mark.parametrize("use_hard", [False, True])
+@pytest.mark.parametrize(("temp", "momentum"), SETTINGS)
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("form", ["one call", "apart"])
+def test_equals_the_published_class(golden, name, temp, momentum, use_hard, form):
+    case = golden(name)
+    tag = f"{'hard' if use_hard else 'cm'}_t{temp}_m{momentum}"
+    memory = make(case, temp, momentum, use_hard)
+    x = torch.from_numpy(case["inputs"]).requires_grad_()
+    targets = torch.from_numpy(case["targets"])
+    if form == "one call":
+        loss = memory(x, targets)
+        torch.testing.assert_close(memory.features, torch.from_numpy(case["features_before"]), rtol=0, atol=0)
+        loss.backward()
+    else:
+        loss = memory.loss(x, targets)
+        loss.backward()
+        memory.update_(x, targets)
+    torch.testing.assert_close(loss.detach(), torch.tensor(case[f"loss_{tag}"].item()), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(x.grad, torch.from_numpy(case[f"grad_{tag}"]), rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(memory.features, torch.from_numpy(case[f"features_after_{tag}"]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_hard", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, 0.2, 0.9])
+def test_ten_steps_equal_the_published_trajectory(golden, momentum, use_hard):
+    case = golden("cm_trajectory_b32_d64_k24")
+    tag = f"{'hard' if use_hard else 'cm'}_m{momentum}"
+    memory = make(case, 0.05, momentum, use_hard)
+    stored = dict(zip((1, 2, 3, 5, 10), case[f"features_each_step_{tag}"], strict=True))
+    for step in range(10):
+        x = torch.from_numpy(case["inputs"][step]).requires_grad_()
+        loss = memory(x, torch.from_numpy(case["targets"][step]))
+        loss.backward()
+        assert loss.item() == pytest.approx(case[f"loss_{tag}"][step].item(), rel=1e-5, abs=1e-6)
+        if step + 1 in stored:
+            torch.testing.assert_close(memory.features, torch.from_numpy(stored[step + 1]), rtol=0, atol=5e-6)
+    torch.testing.assert_close(x.grad, torch.from_numpy(case[f"grad_last_{tag}"]), rtol=1e-4, atol=2e-6)
+
+
+def test_no_update_without_gradients():
+    memory = ClusterMemory.from_centroids(torch.eye(3))
+    before = memory.features.clone()
+    memory(torch.rand(4, 3), torch.tensor([0, 1, 2, 0]))
+    with torch.no_grad():
+        memory(torch.rand(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 0]))
+    assert torch.equal(memory.features, before)
+
+
+def test_two_calls_before_one_backward_both_see_the_old_rows():
+    torch.manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
+    targets = torch.tensor([0, 1, 1, 4])
+    batches = torch.randn(2, 4, 8)
+    apart = []
+    for batch in batches:
+        x = batch.clone().requires_grad_()
+        ClusterMemory.from_centroids(rows)(x, targets).backward()
+        apart.append(x.grad)
+    memory = ClusterMemory.from_centroids(rows)
+    x, y = (batch.clone().requires_grad_() for batch in batches)
+    (memory(x, targets) + memory(y, targets)).backward()
+    torch.testing.assert_close(torch.stack([x.grad, y.grad]), torch.stack(apart))
+
+
+def test_all_state_is_in_the_state_dict():
+    memory = ClusterMemory.from_centroids(torch.randn(5, 8), temp=0.1)
+    other = ClusterMemory(8, 5)
+    other.load_state_dict(memory.state_dict())
+    assert torch.equal(other.features, memory.features)
+    torch.testing.assert_close(memory.features.norm(dim=1), torch.ones(5))
+
+
+@pytest.mark.parametrize(("settings", "name"), [({"temp": 0.0}, "temp"), ({"momentum": 1.1}, "momentum")])
+def test_refuses(settings, name):
+    with pytest.raises(ValueError, match=f"ClusterMemory: {name} must"):
+        ClusterMemory(8, 4, **settings)

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mAP, CMC and mINP: published numbers, scikit-learn, and queries that cannot be scored."""
+
+import dataclasses
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score
+
+from fastreid_u.ops.rank_metrics import rank_metrics
+from fastreid_u.reference import rank_metrics as reference
+
+FILES = ["eval_all_valid_q40_g160", "eval_no_match_q60_g220", "eval_small_gallery_q25_g41", "eval_ties_q50_g180"]
+
+
+def score(file, **options):
+    ids = [file.tensor(name) for name in ("q_ids", "g_ids", "q_cams", "g_cams")]
+    return rank_metrics(None, None, *ids, distmat=file.tensor("distmat"), **options)
+
+
+def stable(file, name):
+    """The variant of an array that does not depend on how a sort orders equal distances."""
+    return file.get(f"{name}_stable_sort", file.get(name))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_golden_first_match_cmc(golden, name):
+    file = golden(name)
+    np.testing.assert_allclose(score(file).cmc.numpy(), stable(file, "cc_cmc"), atol=1e-9)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("formula", "published"), [("sklearn", "cc_mAP"), ("trapezoid", "cap_mapcmc_mAP")])
+def test_golden_mean_average_precision(golden, name, formula, published):
+    file = golden(name)
+    assert score(file, ap=formula).mAP == pytest.approx(float(stable(file, published)), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_golden_per_query_values(golden, name):
+    file = golden(name)
+    found = score(file)
+    for source, tolerance in (("fastreid_py", 1e-6), ("fastreid_cy", 2e-6)):
+        if f"{source}_AP" in file:
+            np.testing.assert_allclose(found.ap.numpy(), stable(file, f"{source}_AP"), atol=tolerance)
+            np.testing.assert_allclose(found.inp.numpy(), stable(file, f"{source}_INP"), atol=tolerance)
+    assert found.mAP == pytest.approx(float(stable(file, "torchreid_cy_mAP")), abs=2e-6)
+    assert found.mINP == pytest.approx(float(stable(file, "fastreid_cy_INP").mean()), abs=2e-6)
+    np.testing.assert_array_equal(found.valid.numpy(), file["query_has_match"])
+    assert found.num_valid_queries == file["query_has_match"].sum()
+    assert found.num_queries == len(file["q_ids"])
+
+
+def test_golden_short_kept_list(golden):
+    file = golden("eval_short_kept_list")
+    found = score(file, max_rank=50)
+    np.testing.assert_allclose(found.cmc.numpy(), file["cc_cmc50"], atol=1e-9)
+    assert score(file, ap="sklearn").mAP == pytest.approx(float(file["cc_mAP"]), abs=1e-9)
+    np.testing.assert_allclose(found.ap.numpy(), file["fastreid_cy_AP"], atol=2e-6)
+    np.testing.assert_allclose(found.inp.numpy(), file["fastreid_cy_INP"], atol=2e-6)
+
+
+@pytest.mark.parametrize("name", FILES[:3])
+def test_features_rank_as_the_stored_distances(golden, name):
+    file = golden(name)
+    ids = [file.tensor(key) for key in ("q_ids", "g_ids", "q_cams", "g_cams")]
+    found = rank_metrics(file.tensor("query"), file.tensor("gallery"), *ids)
+    expected = score(file)
+    assert torch.equal(found.ap, expected.ap)
+    assert torch.equal(found.cmc, expected.cmc)
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_sklearn_formula_is_scikit_learns(coarse):
+    rng = np.random.default_rng(0)
+    distmat = rng.random((20, 70)).astype(np.float32)
+    if coarse:
+        distmat = np.round(distmat * 6) / 6
+    q_pids, g_pids = rng.integers(0, 8, 20), rng.integers(0, 8, 70)
+    found = rank_metrics(None, None, q_pids, g_pids, distmat=distmat, ap="sklearn")
+    expected = [average_precision_score(g_pids == pid, -row) for pid, row in zip(q_pids, distmat, strict=True)]
+    np.testing.assert_allclose(found.ap.numpy(), expected, atol=1e-12)
+
+
+def test_worked_by_hand():
+    # the list of the query: wrong, right, (same camera: removed), wrong, right
+    found = rank_metrics(
+        None,
+        None,
+        [1],
+        [2, 1, 1, 3, 1],
+        [0],
+        [1, 1, 0, 1, 2],
+        distmat=torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5]]),
+        max_rank=5,
+    )
+    assert found.mAP == pytest.approx((1 / 2 + 2 / 4) / 2)
+    assert found.mINP == pytest.approx(2 / 4)
+    assert found.cmc.tolist() == [0, 1, 1, 1, 1]
+    assert (found.top(1), found.top(2)) == (0, 1)
+
+
+def test_equal_distances_rank_by_gallery_index():
+    late = rank_metrics(None, None, [1], [0, 0, 1], distmat=torch.zeros(1, 3))
+    early = rank_metrics(None, None, [1], [1, 0, 0], distmat=torch.zeros(1, 3))
+    assert (late.mAP, early.mAP) == (pytest.approx(1 / 3), 1)
+    block = rank_metrics(None, None, [1], [0, 0, 1], distmat=torch.zeros(1, 3), ap="sklearn")
+    assert block.mAP == pytest.approx(1 / 3)
+
+
+def test_without_cameras_nothing_is_removed():
+    ids, distmat = ([1], [1, 2]), torch.tensor([[0.0, 1.0]])
+    assert rank_metrics(None, None, *ids, distmat=distmat).mAP == 1
+    assert rank_metrics(None, None, *ids, [0], [1, 0], distmat=distmat).mAP == 1
+
+
+def test_a_set_against_itself_by_unique_cameras(clustered):
+    x = clustered(60, 8)
+    pids = torch.arange(60) % 12
+    found = rank_metrics(x, x, pids, pids, range(60), range(60))
+    sq_dist = torch.cdist(x.double(), x.double()).fill_diagonal_(torch.inf)
+    nearest = pids[sq_dist.argmin(1)] == pids
+    assert found.num_valid_queries == 60
+    assert found.top(1) == pytest.approx(nearest.double().mean().item())
+
+
+@pytest.mark.parametrize(
+    ("g_pids", "g_camids", "why"),
+    [([7, 8], [1, 1], "no identity of the query is in the gallery"), ([1, 8], [0, 0], "shares its query's camera")],
+)
+def test_nobody_to_score_warns_and_gives_nan(g_pids, g_camids, why):
+    with pytest.warns(UserWarning, match=why):
+        found = rank_metrics(None, None, [1], g_pids, [0], g_camids, distmat=torch.rand(1, 2))
+    assert math.isnan(found.mAP)
+    assert math.isnan(found.mINP)
+    assert found.cmc.isnan().all()
+    assert (found.num_valid_queries, found.num_queries, len(found.ap)) == (0, 1, 0)
+    assert "0 of 1 queries" in str(found)
+
+
+@pytest.mark.parametrize(("q", "g"), [(0, 5), (3, 0), (0, 0)])
+def test_empty_sides(q, g):
+    with pytest.warns(UserWarning, match=f"none of {q} queries"):
+        found = rank_metrics(torch.zeros(q, 4), torch.zeros(g, 4), [1] * q, [1] * g)
+    assert (found.num_queries, found.num_valid_queries) == (q, 0)
+
+
+def test_blocks_of_queries_do_not_matter(golden, monkeypatch):
+    file = golden(FILES[0])
+    arguments = [file.tensor(key) for key in ("query", "gallery", "q_ids", "g_ids", "q_cams", "g_cams")]
+    expected = rank_metrics(*arguments)
+    monkeypatch.setattr(reference, "_BLOCK_ENTRIES", 500)
+    assert torch.equal(rank_metrics(*arguments).ap, expected.ap)
+
+
+def test_result_is_frozen_and_prints(golden):
+    found = score(golden(FILES[0]))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.mAP = 1.0
+    assert str(found).startswith("mAP 23.95% · top-1 22.50% · top-5 67.50% · top-10 85.00% · mINP 14.13%")
+
+
+def test_no_warning_when_all_is_well(golden):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score(golden(FILES[1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"ap": "voc"}, ValueError, "ap must be one of 'rank', 'sklearn', 'trapezoid', got 'voc'"),
+        ({"max_rank": 0}, ValueError, "max_rank must be at least 1, got 0"),
+        ({"q_pids": [1, 2, 3]}, ValueError, "q_pids must have 2 entries, got 3"),
+        ({"g_pids": torch.ones(3)}, TypeError, "g_pids must hold integers, got torch.float32"),
+        ({"q_camids": [0, 0]}, ValueError, "q_camids and g_camids must be given together, got no g_camids"),
+        ({"distmat": None}, ValueError, "query and gallery must be given without distmat, got None"),
+        ({"distmat": torch.full((2, 3), torch.nan)}, ValueError, "distmat must be finite, .* 2 of 2 rows"),
+        ({"distmat": torch.ones(3)}, ValueError, r"distmat must be 2-D, got shape \(3,\)"),
+    ],
+)
+def test_rejects(change, error, message):
+    arguments = {"query": None, "gallery": None, "q_pids": [1, 2], "g_pids": [1, 2, 1], "distmat": torch.rand(2, 3)}
+    with pytest.raises(error, match=f"rank_metrics: {message}"):
+        rank_metrics(**{**arguments, **change})

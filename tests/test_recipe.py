@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seams between engine and methods."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastreid_u
+from fastreid_u.methods import get_method
+from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
+from fastreid_u.recipe import center_per_camera
+
+
+def people(ids=8, per_camera=4, cameras=2, shift=0.0, dim=32):
+    """Unit features of ``ids`` tight identities, each camera adding its own constant vector."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(ids, dim, generator=generator)
+    offsets = shift * torch.randn(cameras, dim, generator=generator)
+    pids = torch.arange(ids).repeat_interleave(per_camera * cameras)
+    camids = torch.arange(cameras).repeat(ids * per_camera)
+    noise = 0.1 * torch.randn(len(pids), dim, generator=generator)
+    return F.normalize(centres[pids] + offsets[camids] + noise, dim=1), pids, camids
+
+
+def test_centring_removes_what_a_camera_adds():
+    features, pids, camids = people(shift=3.0)
+    config = ClusterContrastConfig(k1=8, k2=3, eps=0.5)
+    plain = ClusterContrast(config, camids).label(features, epoch=0)
+    centred_config = ClusterContrastConfig(k1=8, k2=3, eps=0.5, center_per_camera=True)
+    centred = ClusterContrast(centred_config, camids).label(features, epoch=0)
+    assert torch.equal(centred, pids)  # one cluster per identity, numbered by first image
+    mixed = [len(set(plain[pids == pid].tolist())) for pid in range(8)]
+    assert max(mixed) > 1  # without it, cameras split identities
+
+
+def test_centring_gives_unit_rows_and_leaves_its_input_alone():
+    features, _, camids = people()
+    before = features.clone()
+    centred = center_per_camera(features, camids)
+    assert torch.equal(features, before)
+    torch.testing.assert_close(centred.norm(dim=1), torch.ones(len(features)))
+    for camid in camids.unique():
+        own = features[camids == camid]
+        torch.testing.assert_close(centred[camids == camid], F.normalize(own - own.mean(0), dim=1))
+
+
+def test_unreadable_rows_are_unclustered_and_disturb_nobody():
+    features, pids, camids = people()
+    config = ClusterContrastConfig(k1=8, k2=3)
+    holed = torch.cat([features, torch.full((2, features.shape[1]), torch.nan)])
+    labels = ClusterContrast(config, torch.cat([camids, torch.tensor([0, 1])])).label(holed, epoch=0)
+    assert torch.equal(labels[:-2], pids)
+    assert labels[-2:].tolist() == [-1, -1]
+
+
+def test_order_is_one_pass_or_full_batches():
+    labels = torch.tensor([0] * 5 + [1] * 5 + [-1] * 3 + [2] * 5)
+    one_pass = ClusterContrast(ClusterContrastConfig(iters=0, batch_size=4, num_instances=4), None)
+    stream = list(one_pass.order(labels, epoch=0))
+    assert len(stream) == 12
+    assert not set(stream) & {10, 11, 12}
+    steps = ClusterContrast(ClusterContrastConfig(iters=7, batch_size=8, num_instances=4), None)
+    assert len(list(steps.order(labels, epoch=0))) == 56
+    assert list(steps.order(labels, epoch=0)) == list(steps.order(labels, epoch=0))
+    assert list(steps.order(labels, epoch=0)) != list(steps.order(labels, epoch=1))
+
+
+def test_cameras_are_used_unless_told_otherwise():
+    labels = torch.zeros(40, dtype=torch.int64)
+    camids = torch.arange(40) % 2
+    with_cameras = ClusterContrast(ClusterContrastConfig(iters=50, batch_size=4, num_instances=4), camids)
+    groups = np.array(list(with_cameras.order(labels, 0))).reshape(-1, 4)
+    assert (groups[:, 1:] % 2 != groups[:, :1] % 2).all()
+    without = ClusterContrast(ClusterContrastConfig(iters=50, batch_size=4, num_instances=4, no_cam=True), camids)
+    groups = np.array(list(without.order(labels, 0))).reshape(-1, 4)
+    assert (groups[:, 1:] % 2 == groups[:, :1] % 2).any()
+
+
+def test_methods_is_a_list_and_a_package():
+    import fastreid_u.methods.cluster_contrast  # binds the package to the name, as any training does
+
+    assert fastreid_u.methods() == ["cluster_contrast"]
+    assert get_method("cluster_contrast") is ClusterContrast
+    assert get_method(ClusterContrast) is ClusterContrast
+
+
+def test_an_unknown_method_lists_the_known():
+    with pytest.raises(ValueError, match="method must be one of cluster_contrast, got 'cluster_contrst'.*did you mean"):
+        get_method("cluster_contrst")
