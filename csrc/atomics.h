@@ -2,10 +2,10 @@
 // The relaxed atomics of the DBSCAN core, spelled once for host threads and for CUDA threads.
 //
 // Relaxed order is enough everywhere: inside a phase each word is read and written on its own, and phases are separated
-// by a thread join or a kernel boundary, which order everything.
+// by a thread join or a kernel boundary, which order everything. On the host these are builtins of GCC and Clang:
+// std::atomic_ref needs C++20, which older CMake cannot ask of nvcc.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 
 #ifdef __CUDACC__
@@ -20,7 +20,7 @@ FU_HD int64_t load_relaxed(const int64_t* p) {
 #ifdef __CUDA_ARCH__
   return *static_cast<const volatile int64_t*>(p);
 #else
-  return std::atomic_ref<int64_t>(*const_cast<int64_t*>(p)).load(std::memory_order_relaxed);
+  return __atomic_load_n(p, __ATOMIC_RELAXED);
 #endif
 }
 
@@ -28,7 +28,7 @@ FU_HD void store_relaxed(int64_t* p, int64_t value) {
 #ifdef __CUDA_ARCH__
   *static_cast<volatile int64_t*>(p) = value;
 #else
-  std::atomic_ref<int64_t>(*p).store(value, std::memory_order_relaxed);
+  __atomic_store_n(p, value, __ATOMIC_RELAXED);
 #endif
 }
 
@@ -42,7 +42,7 @@ FU_HD bool compare_and_swap(int64_t* p, int64_t expected, int64_t desired) {
 #ifdef FU_LET_OTHERS_IN  // a test lets other threads in here, so that races are lost on any machine
   FU_LET_OTHERS_IN();
 #endif
-  return std::atomic_ref<int64_t>(*p).compare_exchange_strong(expected, desired, std::memory_order_relaxed);
+  return __atomic_compare_exchange_n(p, &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
 #endif
 }
 
@@ -52,10 +52,10 @@ FU_HD bool lower_unsigned(int64_t* p, int64_t value) {
   using word = unsigned long long;
   return atomicMin(reinterpret_cast<word*>(p), static_cast<word>(value)) > static_cast<word>(value);
 #else
-  std::atomic_ref<int64_t> word(*p);
-  int64_t seen = word.load(std::memory_order_relaxed);
+  int64_t seen = load_relaxed(p);
   while (static_cast<uint64_t>(value) < static_cast<uint64_t>(seen)) {
-    if (word.compare_exchange_weak(seen, value, std::memory_order_relaxed)) return true;
+    if (compare_and_swap(p, seen, value)) return true;
+    seen = load_relaxed(p);
   }
   return false;
 #endif

@@ -36,6 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; finished epochs are saved, go on with --logs-dir FOLDER --resume", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        sys.stdout = None
+        return 1
     except (ValueError, TypeError, RuntimeError, ArithmeticError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self, get_type_hints
 
 OURS = "ours"
-LINEAGE = "common to SpCL, Cluster Contrast and their descendants"
+LINEAGE = "SpCL lineage"  # the same in SpCL, Cluster Contrast and the code that descends from them
 
 
 def option(default: Any, help: str, *, source: str = OURS, flags: tuple[str, ...] = (), choices: tuple = ()) -> Any:

@@ -103,6 +103,13 @@ def test_worked_by_hand():
     assert (found.top(1), found.top(2)) == (0, 1)
 
 
+@pytest.mark.parametrize(("max_rank", "last"), [(2, 0), (3, 1), (4, 1)])
+def test_first_match_at_the_last_rank_counts(max_rank, last):
+    found = rank_metrics(None, None, [1], [0, 0, 1], distmat=torch.tensor([[0.1, 0.2, 0.3]]), max_rank=max_rank)
+    assert len(found.cmc) == max_rank
+    assert found.cmc[-1] == last
+
+
 def test_equal_distances_rank_by_gallery_index():
     late = rank_metrics(None, None, [1], [0, 0, 1], distmat=torch.zeros(1, 3))
     early = rank_metrics(None, None, [1], [1, 0, 0], distmat=torch.zeros(1, 3))

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastreid_u.data.catalogue import dataset_names, load_dataset
+    from fastreid_u.data.catalogue import dataset_names, known_name, load_dataset
     from fastreid_u.data.dataset import ReIDDataset, Sample
     from fastreid_u.data.images import BadImage, read_rgb
     from fastreid_u.data.loader import Batch, PixelCache, ReIDLoader, make_loader
@@ -28,6 +28,7 @@ _HOME = {
     "DatasetNotFound": "locate",
     "load_dataset": "catalogue",
     "dataset_names": "catalogue",
+    "known_name": "catalogue",
     "BadImage": "images",
     "read_rgb": "images",
     "Batch": "loader",

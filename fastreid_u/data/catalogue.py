@@ -131,6 +131,16 @@ def dataset_names() -> list[str]:
     return sorted([*KNOWN_SETS, "synthetic"])
 
 
+def known_name(name: str | os.PathLike) -> str | None:
+    """Our name of a data set ("Market-1501", "market" and "MARKET1501" are market1501), None for anything else."""
+    text = os.fspath(name)
+    plain = "" if os.sep in text else plain_name(text)
+    for known, entry in KNOWN_SETS.items():
+        if plain in {plain_name(alias) for alias in (known, *entry.folders, *entry.aliases)}:
+            return known
+    return "synthetic" if plain == "synthetic" else None
+
+
 def load_dataset(name: str | os.PathLike, root: str | os.PathLike | None = None, **options: Any) -> ReIDDataset:
     """Read a data set from local files; nothing is downloaded and no image is opened.
 
@@ -153,14 +163,14 @@ def load_dataset(name: str | os.PathLike, root: str | os.PathLike | None = None,
     text = os.fspath(name)
     if not text:
         raise ValueError("load_dataset: name must not be empty, got ''")
-    plain = plain_name(text) if os.sep not in text else ""
-    for known, entry in KNOWN_SETS.items():
-        if plain in {plain_name(alias) for alias in (known, *entry.folders, *entry.aliases)}:
-            _check_options(known, entry.read, options)
-            folder, _ = find_layout(known, data_root(root), entry.folders, entry.layouts, entry.access)
-            return entry.read(folder, **options)
-    if plain == "synthetic":
+    known = known_name(text)
+    if known == "synthetic":
         return _render(root, options)
+    if known is not None:
+        entry = KNOWN_SETS[known]
+        _check_options(known, entry.read, options)
+        folder, _ = find_layout(known, data_root(root), entry.folders, entry.layouts, entry.access)
+        return entry.read(folder, **options)
     for path in (Path(text).expanduser(), data_root(root) / text):
         if path.is_dir():
             _check_options(text, read_folder, options)
@@ -168,7 +178,7 @@ def load_dataset(name: str | os.PathLike, root: str | os.PathLike | None = None,
         if path.is_file():
             _check_options(text, read_csv, options)
             return read_csv(path, **options)
-    close = difflib.get_close_matches(plain, dataset_names(), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(plain_name(text), dataset_names(), n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise DatasetNotFound(
         f"load_dataset: name must be one of {', '.join(dataset_names())}, or an existing folder or CSV file, "

@@ -22,7 +22,7 @@ _IMAGES_OF_ONE = 500
 def read_unlabelled(folder: Path) -> ReIDDataset:
     """Every image below ``folder``, whatever the nesting, without labels: shards of LUPerson and the like.
 
-    About 0.5 kB of memory for an image; no file is opened.
+    About 0.3 kB of memory for an image; no file is opened.
     """
     samples = tuple(Sample(path, -1, 0) for path in list_images(folder, recursive=True))
     if not samples:
@@ -77,7 +77,8 @@ def read_folder(folder: Path, *, layout: str = "auto", pattern: str | None = Non
 
 def _label(part: Path, paths: list[str], layout: str, pattern: str | None) -> tuple[list[Row], str]:
     """Rows of one split, and in words where their labels come from."""
-    below = [os.path.relpath(path, part).replace(os.sep, "/") for path in paths]
+    skip = len(os.path.join(part, ""))
+    below = [path[skip:].replace(os.sep, "/") for path in paths]
     if pattern is not None:
         return _by_pattern(paths, below, pattern), f"labels by the pattern {pattern}"
     if layout == "auto":

@@ -97,7 +97,7 @@ def train(
         NoClustersError: an epoch's labels hold no cluster. TooManyBadImages: more than 5 % of a split is unreadable.
         FloatingPointError: the network diverged. SaveError: the disk is full, say. Finished epochs are kept by all four.
     """
-    from fastreid_u.data import ReIDDataset, dataset_names, load_dataset
+    from fastreid_u.data import ReIDDataset, known_name, load_dataset
 
     recipe_class = get_method(method)
     folder = Path(logs_dir) if logs_dir is not None else None
@@ -105,7 +105,7 @@ def train(
         raise ValueError("train: logs_dir must name the run to resume, got None")
 
     name = dataset.name if isinstance(dataset, ReIDDataset) else str(dataset)
-    key = name.lower() if name.lower() in dataset_names() else name
+    key = known_name(name) or name
     if resume:
         checkpoint.open_folder(folder, resume=True, overwrite=overwrite)
         config = _stored_config(folder, recipe_class, overrides)
@@ -132,6 +132,8 @@ def train(
     selects = "model_best is chosen on the test split, as published" if session.split else "no test split"
     for line in reid.table().splitlines():
         display.line(line)
+    for note in reid.notes:
+        display.line(f"note: {note}")
     display.line()
     card = recipe_card(recipe_class, config, key, model=session.model.describe(), device=str(device), selects=selects)
     for line in [*card, f"  run folder  {folder}", ""]:

@@ -67,8 +67,12 @@ class ClusterContrast(Recipe):
 
     def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> None:
         config = self.config
+        kept = labels >= 0
         self.memory = ClusterMemory.from_centroids(
-            cluster_centroids(features, labels), temp=config.temp, momentum=config.momentum, use_hard=config.use_hard
+            cluster_centroids(features[kept], labels[kept]),
+            temp=config.temp,
+            momentum=config.momentum,
+            use_hard=config.use_hard,
         )
 
     def loss(self, x: Tensor, targets: Tensor, indices: Tensor) -> Tensor:

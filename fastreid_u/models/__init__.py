@@ -4,7 +4,13 @@
 Importing this package imports torch only; torchvision and timm are imported when a network is built.
 """
 
-from fastreid_u.models.batchnorm import GroupBatchNorm1d, GroupBatchNorm2d, calibrate_batchnorm, group_sizes, set_bn_group
+from fastreid_u.models.batchnorm import (
+    GroupBatchNorm1d,
+    GroupBatchNorm2d,
+    calibrate_batchnorm,
+    group_sizes,
+    set_bn_group,
+)
 from fastreid_u.models.build import build_model, model_names
 from fastreid_u.models.pooling import POOLINGS, GeM
 from fastreid_u.models.reid import ReIDModel

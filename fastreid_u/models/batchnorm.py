@@ -30,7 +30,7 @@ def group_sizes(batch: int, group: int) -> list[int]:
     >>> group_sizes(32, 16), group_sizes(36, 16), group_sizes(40, 16), group_sizes(5, 16)
     ([16, 16], [16, 20], [16, 16, 8], [5])
     """
-    full, rest = divmod(batch, group)
+    full, rest = batch // group, batch % group  # not divmod: torch.compile traces these for any batch size
     if full == 0:
         return [batch]
     sizes = [group] * full
@@ -168,14 +168,14 @@ def calibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
 
     Args:
         model: on any device; batches are moved to it.
-        batches: image tensors (B, 3, H, W), B >= 2; some hundred images in all are enough. They should be drawn at
-            random, with the training or the test transform.
+        batches: image tensors (B, 3, H, W); some hundred images in all are enough. They should be drawn at random,
+            with the training or the test transform. A batch of one image has no variance and is passed over.
 
     Returns:
-        Number of batches seen.
+        Number of batches used.
 
     Raises:
-        ValueError: no batch at all, or a batch of one image.
+        ValueError: no batch of two images or more; nothing is changed then.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     modes = {module: module.training for module in model.modules()}
@@ -187,7 +187,7 @@ def calibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
         with torch.no_grad():
             for images in batches:
                 if images.shape[0] < 2:
-                    raise ValueError("calibrate_batchnorm: batches must have at least 2 images each, got 1")
+                    continue
                 if seen == 0:
                     for norm, _, group in before:
                         norm.reset_running_stats()
@@ -205,5 +205,5 @@ def calibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
             if group is not None:
                 norm.group_size = group
     if seen == 0:
-        raise ValueError("calibrate_batchnorm: batches must hold at least one batch, got none")
+        raise ValueError("calibrate_batchnorm: batches must hold a batch of at least 2 images, got none")
     return seen

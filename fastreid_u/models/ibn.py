@@ -3,7 +3,7 @@
 
 Instance normalisation removes what an image's camera did to colour and contrast; keeping batch normalisation on the
 other half keeps the contrast that tells people apart. It pays in the early stages only, so stage 4 has none.
-Pan et al., "Two at Once: Enhancing Learning and Generalization Capacities via IBN-Net", ECCV 2018, §3.3.
+Pan et al., "Two at Once: Enhancing Learning and Generalization Capacities via IBN-Net", ECCV 2018.
 """
 
 import torch

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The BNNeck: a BatchNorm1d between the pooled feature and the loss.
 
-Luo et al., "Bag of Tricks and a Strong Baseline for Deep Person Re-identification", CVPR-W 2019, §3.6.
+Luo et al., "Bag of Tricks and a Strong Baseline for Deep Person Re-identification", CVPR-W 2019.
 """
 
 from torch import nn

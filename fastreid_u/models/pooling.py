@@ -29,7 +29,7 @@ class GeM(nn.Module):
     Memory: two float32 copies of the map are kept for backward, three if it came in half precision (B = 256,
     ResNet-50 at 256x128: 0.27 GB each).
 
-    Radenovic et al., "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2019, §3.2; eps and the one p
+    Radenovic et al., "Fine-tuning CNN Image Retrieval with No Human Annotation", TPAMI 2019; eps and the one p
     (3 at first) as in Cluster Contrast.
     """
 

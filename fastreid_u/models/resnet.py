@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """ResNet trunks: images in, the feature map of the last stage out; no pooling, no classifier.
 
-The blocks are torchvision's and the parameter names too, so torchvision's, IBN-Net's and timm's ResNet files load
-without renaming. Re-identification keeps the last stage at stride 1 (no dilation): twice the map in each direction
-at the cost of one stage's arithmetic.
-He et al., "Deep Residual Learning for Image Recognition", CVPR 2016; stride 1: Luo et al., CVPR-W 2019, §3.5.
+The blocks are torchvision's and the parameter names too, so torchvision's and IBN-Net's files load
+without renaming. Re-identification keeps the last stage at stride 1 (no dilation): a map twice as high and wide, for
+four times the arithmetic of that stage.
+He et al., "Deep Residual Learning for Image Recognition", CVPR 2016; stride 1: Luo et al., CVPR-W 2019.
 """
 
 from typing import NamedTuple

@@ -33,7 +33,9 @@ class TimmBackbone(nn.Module):
 
         if not timm.is_model(name):
             near = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:8]) or "see timm.list_models()"
-            raise ValueError(f"build_model: arch must be a model of timm {timm.__version__}, got {name!r} (near: {near})")
+            raise ValueError(
+                f"build_model: arch must be a model of timm {timm.__version__} (near: {near}), got {name!r}"
+            )
         super().__init__()
         try:
             self.net = timm.create_model(name, pretrained=pretrained, num_classes=0)

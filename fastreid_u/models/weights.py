@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastreid_u.models.reid import ReIDModel
 from fastreid_u.models.resnet import RESNETS
+from fastreid_u.models.timm_backbone import TimmBackbone
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DDP; torch.compile
@@ -41,7 +42,7 @@ class WeightsReport:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a weight file by name, unwrapped, prefixes and published names translated to ours; on the CPU.
+    """The tensors of a weight file by name, on the CPU; out of their wrapper and without prefixes.
 
     ``.safetensors`` is read by that library, anything else by ``torch.load(weights_only=True)``.
 
@@ -59,7 +60,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         try:
             found = load_file(path)
         except SafetensorError as error:
-            raise RuntimeError(f"read_weights: path must be a readable safetensors file, got {path}: {error}") from error
+            raise RuntimeError(f"read_weights: path must be a safetensors file, got {path}: {error}") from error
     else:
         found = _torch_load(path)
     for key in _WRAPPERS:
@@ -67,8 +68,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             found = found[key]
     if not isinstance(found, Mapping):
         raise RuntimeError(f"read_weights: path must hold a dict of tensors, got a {type(found).__name__} in {path}")
-    state = {_strip(name): value for name, value in found.items() if isinstance(value, Tensor)}
-    return _published_names(state)
+    return {_strip(name): value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 class _Discarded:
@@ -101,28 +101,28 @@ def _strip(name: str) -> str:
     return name
 
 
-def _published_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """SpCL's names to ours: ``base`` is a Sequential of stem and stages, ``gap`` the pooling, ``feat_bn`` the neck."""
-    if "base.0.weight" not in state:
-        return state
-    # Children of base: conv1, bn1, [relu], maxpool, layer1, ... . Only the numbers tell whether there is a ReLU.
-    first = 3 if any(name.startswith("base.3.") for name in state) else 4
-    children = {"0": "conv1", "1": "bn1"} | {str(first + i): f"layer{i + 1}" for i in range(4)}
-    renamed = {}
-    for name, tensor in state.items():
-        if match := re.match(r"base\.(\d+)\.(.+)", name):
-            name = f"backbone.{children.get(match[1], match[1])}.{match[2]}"
-        renamed[name.replace("gap.", "pooling.", 1).replace("feat_bn.", "bnneck.", 1)] = tensor
-    renamed[_STEM_RELU] = torch.tensor(first == 4)
-    return renamed
-
-
-_STEM_RELU = "stem_relu"  # an entry of our own: the published network had a ReLU after the stem
-
-
 def is_reid_checkpoint(state: Mapping[str, Tensor]) -> bool:
     """Whether ``state`` (of ``read_weights``) is of a whole Re-ID network rather than of a bare backbone."""
-    return any(name.startswith("backbone.") for name in state)
+    return any(name.startswith(("backbone.", "base.")) for name in state)
+
+
+def _our_names(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool | None]:
+    """SpCL's names to ours, and whether that network had a ReLU in its stem (None: not such a checkpoint).
+
+    There ``base`` is a Sequential of conv1, bn1, [relu], maxpool, layer1, ...: the children's numbers tell of the ReLU.
+    ``gap`` is the pooling, ``feat_bn`` the neck.
+    """
+    if "base.0.weight" not in state:
+        return dict(state), None
+    stem_relu = not any(name.startswith("base.3.") for name in state)
+    first = 4 if stem_relu else 3
+    names = {"base.0.": "backbone.conv1.", "base.1.": "backbone.bn1.", "gap.": "pooling.", "feat_bn.": "bnneck."}
+    names |= {f"base.{first + i}.": f"backbone.layer{i + 1}." for i in range(4)}
+    renamed = {}
+    for name, tensor in state.items():
+        old = next((old for old in names if name.startswith(old)), "")
+        renamed[names.get(old, "") + name.removeprefix(old)] = tensor
+    return renamed, stem_relu
 
 
 def load_weights(model: ReIDModel, weights: str | Path | Mapping[str, Tensor], source: str = "") -> WeightsReport:
@@ -145,13 +145,14 @@ def load_weights(model: ReIDModel, weights: str | Path | Mapping[str, Tensor], s
         source = source or Path(weights).name
         weights = read_weights(weights)
     source = source or "a state dict"
-    state = dict(weights)
-    stem_relu = state.pop(_STEM_RELU, None)
+    state, stem_relu = _our_names(weights)
     if is_reid_checkpoint(state):
         target, required = model, "backbone."
         _check_head(model, state, stem_relu, source)
     else:
         target, required = model.backbone, ""
+        if isinstance(target, TimmBackbone):
+            target = target.net  # the network that timm's files are of
 
     own = target.state_dict()
     missing = [n for n in own if n.startswith(required) and n not in state and not n.endswith("num_batches_tracked")]
@@ -172,15 +173,15 @@ def load_weights(model: ReIDModel, weights: str | Path | Mapping[str, Tensor], s
     return WeightsReport(source, len(fitting), tuple(name for name in state if name not in own))
 
 
-def _check_head(model: ReIDModel, state: Mapping[str, Tensor], stem_relu: Tensor | None, source: str) -> None:
+def _check_head(model: ReIDModel, state: Mapping[str, Tensor], stem_relu: bool | None, source: str) -> None:
     gem = "pooling.p" in state
     if gem != ("pooling.p" in model.state_dict()):
         rule = "be 'gem'" if gem else "not be 'gem'"
         raise ValueError(f"load_weights: pooling of the model must {rule} for {source}, got {model.pooling}")
     if stem_relu is not None and hasattr(model.backbone, "relu"):
         has_relu = isinstance(model.backbone.relu, nn.ReLU)
-        if has_relu != bool(stem_relu):
-            raise ValueError(f"load_weights: stem_relu must be {bool(stem_relu)} for {source}, got {has_relu}")
+        if has_relu != stem_relu:
+            raise ValueError(f"load_weights: stem_relu must be {stem_relu} for {source}, got {has_relu}")
 
 
 def imagenet_file(arch: str) -> Path:

@@ -12,6 +12,8 @@ import numpy as np
 from .identity import Person
 
 KNOTS = 16  # samples of a tube's radii along its axis
+_GRID = np.linspace(0, 1, KNOTS)
+_EVEN = {n: np.linspace(0, 1, n) for n in range(1, KNOTS + 1)}
 
 
 @dataclass(frozen=True)
@@ -26,26 +28,36 @@ class Pose:
 
 @dataclass
 class Tube:
-    """From ``top`` to ``bottom`` (3,), half widths ``a`` (lateral) and ``b`` (forward) and forward shift at KNOTS places."""
+    """One tube, in shares of the stature. The profile holds half widths (lateral, forward) and a forward shift."""
 
     fabric: str
-    top: np.ndarray
-    bottom: np.ndarray
-    a: np.ndarray
-    b: np.ndarray
-    shift: np.ndarray
-    v: tuple[float, float]  # texture coordinate along the axis at both ends, metres
-    round_top: bool = True
-    round_bottom: bool = True
+    ends: tuple  # top and bottom, (x, y, z) each
+    profile: np.ndarray  # (3, KNOTS), top to bottom
+    v: tuple[float, float]  # texture coordinate along the axis at both ends
+    round: tuple[bool, bool]  # ends closed by a dome; else cut flat
     yaw: float = 0.0  # turn of the section about the axis, relative to the body
+    over: bool = False  # cloth that hides, and is bulged by, whatever was drawn before
+
+
+@dataclass
+class Body:
+    """N tubes as arrays, metres; drawn in this order."""
+
+    fabric: list[str]
+    ends: np.ndarray  # (N, 2, 3)
+    profile: np.ndarray  # (N, 3, KNOTS)
+    v: np.ndarray  # (N, 2)
+    round: np.ndarray  # (N, 2) bool
+    yaw: np.ndarray  # (N,)
+    over: np.ndarray  # (N,) bool
 
 
 # height, lateral half width, forward half width, forward shift
 _TORSO = np.array(
     [
         (0.860, 0.033, 0.034, -0.008),
-        (0.842, 0.042, 0.038, -0.008),
-        (0.828, 0.072, 0.045, -0.006),
+        (0.845, 0.046, 0.039, -0.008),
+        (0.830, 0.074, 0.045, -0.006),
         (0.810, 0.101, 0.052, -0.004),
         (0.780, 0.110, 0.060, -0.002),
         (0.720, 0.104, 0.067, 0.002),
@@ -59,48 +71,48 @@ _TORSO = np.array(
 )[::-1]
 
 
-def make_tubes(person: Person, pose: Pose) -> list[Tube]:
-    """Tubes of the person, no order implied, with the feet on y = 0 and the pelvis above x = z = 0."""
+def make_body(person: Person, pose: Pose) -> Body:
+    """The person's tubes with the lower sole on y = 0 and the pelvis above x = z = 0."""
     legs, lift = _legs(person, pose)
     tubes = legs + _trunk(person, pose) + _arms(person, pose) + _head(person, pose) + _bag(person)
-    for tube in tubes:
-        lean = person.posture + 0.03
-        for end in (tube.top, tube.bottom):
-            end[2] += lean * max(end[1] - 0.52, 0.0)
-            end[1] += lift
-            end *= person.stature
-        tube.a, tube.b, tube.shift = (person.stature * r for r in (tube.a, tube.b, tube.shift))
-        tube.v = (tube.v[0] * person.stature, tube.v[1] * person.stature)
-    return tubes
-
-
-def _tube(fabric, top, bottom, a, b=None, shift=0.0, v=None, round_top=True, round_bottom=True, yaw=0.0) -> Tube:
-    """``a``, ``b``, ``shift``: a number or values equally spaced from top to bottom."""
-    top, bottom = np.array(top, dtype=float), np.array(bottom, dtype=float)
-    grid = np.linspace(0, 1, KNOTS)
-    a, b, shift = (
-        np.interp(grid, np.linspace(0, 1, np.size(r)), np.atleast_1d(r)) for r in (a, a if b is None else b, shift)
+    ends = np.array([tube.ends for tube in tubes])
+    ends[..., 2] += (person.posture + 0.03) * np.maximum(ends[..., 1] - 0.52, 0)  # lean from the hips
+    ends[..., 1] += lift
+    return Body(
+        fabric=[tube.fabric for tube in tubes],
+        ends=ends * person.stature,
+        profile=np.array([tube.profile for tube in tubes]) * person.stature,
+        v=np.array([tube.v for tube in tubes]) * person.stature,
+        round=np.array([tube.round for tube in tubes]),
+        yaw=np.array([tube.yaw for tube in tubes]),
+        over=np.array([tube.over for tube in tubes]),
     )
-    return Tube(fabric, top, bottom, a, b, shift, v or (top[1], bottom[1]), round_top, round_bottom, yaw)
+
+
+def _tube(fabric, top, bottom, a, b=None, shift=0.0, v=None, round_top=True, round_bottom=True, yaw=0.0, over=False) -> Tube:
+    """``a``, ``b``, ``shift``: a number or values equally spaced from top to bottom."""
+    profile = np.empty((3, KNOTS))
+    for row, value in zip(profile, (a, a if b is None else b, shift), strict=True):
+        row[:] = np.interp(_GRID, _EVEN[len(value)], value) if np.ndim(value) else value
+    return Tube(fabric, (top, bottom), profile, v or (top[1], bottom[1]), (round_top, round_bottom), yaw, over)
 
 
 def _trunk(person: Person, pose: Pose) -> list[Tube]:
     cut, loose = person.top_cut, {"hoodie": 0.011, "jacket": 0.011, "coat": 0.014, "shirt": 0.006}.get(person.top_cut, 0.004)
     hem = person.top_length
-    tubes = [_tube("skin", (0, 0.90, 0.005), (0, 0.82, -0.008), 0.030 * person.girth**0.5)]
-    heights = np.linspace(0.850, hem, KNOTS)
+    heights = 0.850 + (hem - 0.850) * _GRID
     a, b, shift = _section(person, heights, loose)
     if cut in ("coat", "dress"):  # hangs free below the hips, and lets the legs swing
         below = np.clip((0.53 - heights) / 0.25, 0, 1)
         stride = 0.10 * pose.swing * np.abs(np.cos(pose.phase))
         a, b = np.maximum(a, 0.098) + 0.022 * below, np.maximum(b, 0.066) + (0.02 + stride) * below
-    tubes.append(_tube("top", (0, 0.850, 0), (0, hem, 0), a, b, shift, round_top=False, round_bottom=False))
+    tubes = [] if cut == "dress" else _pelvis(person, pose)
+    tubes.append(_tube("top", (0, 0.850, 0), (0, hem, 0), a, b, shift, round_top=False, round_bottom=False, over=True))
+    tubes.append(_tube("skin", (0, 0.89, 0.004), (0, 0.81, -0.006), 0.033 * person.girth**0.5))
     if cut == "hoodie":
         tubes.append(_tube("top", (0, 0.865, -0.055), (0, 0.800, -0.070), (0.045, 0.060, 0.030), (0.022, 0.030, 0.012)))
     if cut in ("shirt", "jacket", "coat"):  # collar
         tubes.append(_tube("top", (0, 0.872, -0.006), (0, 0.838, -0.004), (0.040, 0.046), (0.038, 0.044), round_top=False))
-    if cut != "dress":
-        tubes += _pelvis(person, pose)
     return tubes
 
 
@@ -115,14 +127,14 @@ def _section(person: Person, heights: np.ndarray, loose: float):
 
 def _pelvis(person: Person, pose: Pose) -> list[Tube]:
     if "skirt" in person.bottom_cut:
-        heights = np.linspace(0.63, person.bottom_length, KNOTS)
+        heights = 0.63 + (person.bottom_length - 0.63) * _GRID
         a, b, shift = _section(person, heights, 0.002)
         below = np.clip((0.55 - heights) / 0.3, 0, 1)
         stride = 0.22 * pose.swing * np.abs(np.cos(pose.phase))
         flare = 0.030 if person.bottom_cut == "skirt" else 0.022
         a, b = np.maximum(a, 0.09 * person.hips) + flare * below, np.maximum(b, 0.064) + (flare + stride) * below
-        return [_tube("bottom", (0, 0.63, 0), (0, person.bottom_length, 0), a, b, shift, round_bottom=False)]
-    heights = np.linspace(0.63, 0.475 * person.legs, KNOTS)
+        return [_tube("bottom", (0, 0.63, 0), (0, person.bottom_length, 0), a, b, shift, round_bottom=False, over=True)]
+    heights = 0.63 + (0.475 * person.legs - 0.63) * _GRID
     a, b, shift = _section(person, heights, 0.001)
     return [_tube("bottom", (0, heights[0], 0), (0, heights[-1], 0), a, b, shift)]
 
@@ -184,31 +196,31 @@ def _arms(person: Person, pose: Pose) -> list[Tube]:
             swing, bend = 0.25, 1.9
         elif person.bag == "hand" and person.bag_side == side:
             swing, bend = 0.3 * swing, 0.12
-        shoulder = np.array((side * (0.104 * person.shoulders + 0.3 * loose), 0.798, -0.004))
+        shoulder = np.array((side * (0.103 * person.shoulders + 0.2 * loose), 0.792, -0.004))
         elbow = shoulder + 0.170 * np.array((side * np.sin(out), -np.cos(swing) * np.cos(out), np.sin(swing)))
         fore = swing + bend
         wrist = elbow + 0.145 * np.array((-side * 0.06, -np.cos(fore), np.sin(fore)))
         hand = wrist + 0.058 * np.array((0, -np.cos(fore + 0.2), np.sin(fore + 0.2)))
-        upper, lower = (0.031 * thick, 0.029 * thick, 0.025 * thick), (0.025 * thick, 0.022 * thick, 0.016)
+        upper, lower = (0.026 * thick, 0.031 * thick, 0.029 * thick, 0.025 * thick), (0.025 * thick, 0.022 * thick, 0.016)
         tubes.append(_tube("skin", wrist, hand, (0.014, 0.019, 0.012), (0.016, 0.022, 0.014)))
         v = (0.80, 0.63, 0.48)
         if bare is None:
-            tubes.append(_tube("sleeve", shoulder, elbow, np.add(upper, loose), v=v[:2]))
+            tubes.append(_tube("sleeve", shoulder, elbow, np.add(upper, (0.4 * loose, loose, loose, loose)), v=v[:2]))
             cuff = wrist - 0.03 * (wrist - elbow)
             tubes.append(_tube("sleeve", elbow, cuff, np.add(lower, loose), v=v[1:], round_bottom=False))
             continue
         tubes += [_tube("skin", shoulder, elbow, upper, v=v[:2]), _tube("skin", elbow, wrist, lower, v=v[1:])]
         if bare:
             end = shoulder + (bare + 0.15) * (elbow - shoulder)
-            tubes.append(_tube("sleeve", shoulder, end, np.add(upper[:2], (0.003, loose)), v=v[:2], round_bottom=False))
+            tubes.append(_tube("sleeve", shoulder, end, np.add(upper[:2], (0.002, loose)), v=v[:2], round_bottom=False))
     return tubes
 
 
 def _head(person: Person, pose: Pose) -> list[Tube]:
     size, yaw = person.head, pose.head_yaw
     ahead = np.array((np.sin(yaw), 0.0, np.cos(yaw)))
-    centre = np.array((0.0, 0.868, 0.012))
-    t = np.linspace(0, 1, KNOTS)  # crown to chin
+    centre = np.array((0.0, 0.858, 0.012))
+    t = _GRID  # crown to chin
     egg = np.sqrt(np.clip(1 - (2 * t - 1) ** 2, 0.02, 1)) * np.where(t > 0.5, 1 - 0.16 * (2 * t - 1) ** 2, 1.0)
     top, chin = centre + (0, 0.136 * size, 0), centre - (0, 0.006, 0)
     tubes = [_tube("head", top, chin, 0.043 * size * egg, 0.055 * size * egg, v=(1, 0), yaw=yaw, round_top=False, round_bottom=False)]  # fmt: skip
@@ -241,10 +253,11 @@ def _bag(person: Person) -> list[Tube]:
     edge = np.array((0.75, 0.95, 1.0, 1.0, 1.0, 0.95, 0.8))
     if person.bag == "backpack":
         return [_tube("bag", (0, 0.800, -depth - 0.050), (0, 0.580, -depth - 0.058), 0.076 * edge, 0.046 * edge)]
+    box = {"round_top": False, "round_bottom": False}
     if person.bag in ("shoulder", "cross"):
         x = side * (0.105 * person.hips + 0.035)
-        return [_tube("bag", (x, 0.555, -0.015), (x, 0.455, -0.015), 0.030 * edge, 0.078 * edge)]
+        return [_tube("bag", (x, 0.560, -0.015), (x, 0.460, -0.015), 0.026 * edge, 0.080 * edge, **box)]
     if person.bag == "hand":
         x = side * (0.104 * person.shoulders + 0.035)
-        return [_tube("bag", (x, 0.415, 0.02), (x, 0.290, 0.02), 0.028 * edge, 0.070 * edge)]
+        return [_tube("bag", (x, 0.405, 0.02), (x, 0.285, 0.02), (0.020, 0.026, 0.028), (0.050, 0.062, 0.072), **box)]
     return []

@@ -33,29 +33,30 @@ def make_camera(rng: np.random.Generator, shift: float) -> Camera:
     """Draw a camera; ``shift`` scales how far its colours and exposure lie from the neutral camera."""
     azimuth, elevation = rng.uniform(-1.9, 1.9), rng.uniform(0.6, 1.2)
     sun = (np.sin(azimuth) * np.cos(elevation), np.sin(elevation), np.cos(azimuth) * np.cos(elevation))
-    direct = rng.uniform(0.2, 0.9)  # overcast or indoor to sunny
-    warm = shift * rng.normal(0, 0.25)
+    # 0 overcast or indoor, 1 sunny
+    direct = float(np.clip(0.6 + shift * rng.normal(0, 0.5), 0.1, 1.1))
+    warm = shift * rng.normal(0, 0.15)
     tint = np.array((1 + warm, 1.0, 1 - warm))
-    sky = (1.1 - 0.6 * direct) * np.array((0.97, 1.0, 1.04)) * tint
-    cast = np.exp(shift * rng.normal(0, 0.40, 3))
+    sky = (1.0 - 0.5 * direct) * np.array((0.97, 1.0, 1.04)) * tint
+    cast = np.exp(shift * rng.normal(0, 0.20, 3))
     return Camera(
         height=float(rng.uniform(2.2, 4.2)),
         axis=float(rng.uniform(-np.pi, np.pi)),
         near=float(rng.uniform(0.35, 0.75)),
         light=Light(
             sun=tuple(float(c) for c in sun),
-            sun_colour=tuple(float(c) for c in 1.1 * direct * tint * (1.02, 1.0, 0.95)),
+            sun_colour=tuple(float(c) for c in 1.35 * direct * tint * (1.02, 1.0, 0.95)),
             sky_colour=tuple(float(c) for c in sky),
             ground_colour=tuple(float(c) for c in 0.35 * sky),
         ),
         cast=tuple(float(c) for c in cast / cast.mean()),
-        gain=float(np.exp(shift * rng.normal(0, 0.55))),
-        gamma=float(np.exp(shift * rng.normal(0, 0.35))),
-        contrast=float(np.exp(shift * rng.normal(0, 0.30))),
-        saturation=float(np.exp(shift * rng.normal(-0.1, 0.6))),
+        gain=float(np.exp(shift * rng.normal(0, 0.30))),
+        gamma=float(np.exp(shift * rng.normal(0, 0.20))),
+        contrast=float(np.exp(shift * rng.normal(0, 0.20))),
+        saturation=float(np.exp(shift * rng.normal(-0.1, 0.4))),
         resolution=float(rng.uniform(0.55, 1.0)),
         blur=float(rng.uniform(0.1, 0.6)),
-        noise=float(rng.uniform(0.004, 0.020)),
+        noise=float(rng.uniform(0.004, 0.016)),
         quality=int(rng.integers(55, 88)),
     )
 

@@ -5,29 +5,30 @@ from functools import cache
 
 import numpy as np
 
-from .body import Tube
+from .body import Body
 from .identity import Fabric, Person
-from .shading import FAR, Surface
+from .shading import Surface
 
 _GROUPS = ("skin", "head", "hair", "top", "sleeve", "bottom", "shoes", "bag", "hat")
 
 
-def paint(surface: Surface, tubes: list[Tube], person: Person) -> tuple[np.ndarray, np.ndarray]:
-    """Albedo (H, W, 3) float32 in linear RGB and depth of the wrinkles (H, W) in 0..1."""
-    group = np.array([_GROUPS.index(tube.fabric) for tube in tubes])[surface.part]
-    group[surface.depth <= FAR / 2] = -1
-    colour, fold = np.zeros((*surface.depth.shape, 3), np.float32), np.zeros(surface.depth.shape, np.float32)
+def paint(surface: Surface, body: Body, person: Person) -> tuple[np.ndarray, np.ndarray]:
+    """Albedo (h, w, 3) in linear RGB and depth of the wrinkles (h, w) in 0..1, float32, of the surface's window."""
+    group = np.array([_GROUPS.index(name) for name in body.fabric])[surface.part]
+    colour, fold = np.zeros((group.size, 3), np.float32), np.zeros(group.size, np.float32)
     for number, name in enumerate(_GROUPS):
-        where = np.nonzero(group == number)
-        if where[0].size:
+        where = np.flatnonzero(group == number)
+        if where.size:
             v, lx, lz = surface.v[where], surface.lx[where], surface.lz[where]
             colour[where], fold[where] = _material(name, person, v, lx, lz)
-    return colour * colour, fold  # display values to linear light, with gamma 2
+    albedo, folds = np.zeros((*surface.seen.shape, 3), np.float32), np.zeros(surface.seen.shape, np.float32)
+    albedo[surface.seen], folds[surface.seen] = colour * colour, fold  # display values to linear light, with gamma 2
+    return albedo, folds
 
 
 def wrinkles() -> np.ndarray:
     """(512, 512) float32 tile of soft folds, mean 0, deviation 1."""
-    return noise_tile(0, 512, 0.9, 0.035, 0.10)
+    return noise_tile(0, 512, 1.0, 0.050, 0.055)
 
 
 def _material(name: str, person: Person, v, lx, lz) -> tuple[np.ndarray, float]:
@@ -43,8 +44,9 @@ def _material(name: str, person: Person, v, lx, lz) -> tuple[np.ndarray, float]:
     out = weave(fabric, v, lx, lz, person.stature)
     if name == "shoes":
         out[v < 0.006] *= 0.6
-    if name == "bag":
-        out[np.abs(lx) > 0.85] *= 0.8
+    if name == "bag":  # flap and seam
+        middle = 0.5 * (v.min() + v.max())
+        out[np.abs(v - middle - 0.03) < 0.008] *= 0.6
     return out, fabric.fold
 
 

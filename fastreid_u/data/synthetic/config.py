@@ -52,7 +52,7 @@ class SyntheticConfig:
     distractors: int = 8
     intruders: float = 0.0
     palette: int = 16
-    texture: float = 0.5
+    texture: float = 0.6
     shift: float = 0.25
     occlusion: float = 0.25
     jitter: float = 1.0

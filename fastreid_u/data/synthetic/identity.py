@@ -9,22 +9,35 @@ Colour = tuple[float, float, float]
 
 # sRGB, commonest in the street first; the second column weighs tops, the third trousers and skirts.
 CLOTH: tuple[tuple[Colour, float, float], ...] = (
-    ((0.07, 0.07, 0.08), 12, 18),  # black
-    ((0.13, 0.17, 0.31), 8, 12),  # navy
+    ((0.07, 0.07, 0.08), 12, 12),  # black
+    ((0.13, 0.17, 0.31), 8, 9),  # navy
     ((0.52, 0.53, 0.54), 9, 8),  # grey
-    ((0.84, 0.84, 0.82), 10, 4),  # white
-    ((0.28, 0.37, 0.52), 5, 18),  # denim
-    ((0.70, 0.62, 0.48), 6, 8),  # beige
-    ((0.66, 0.13, 0.14), 7, 2),  # red
-    ((0.34, 0.24, 0.16), 5, 5),  # brown
-    ((0.32, 0.34, 0.20), 5, 4),  # olive
-    ((0.52, 0.67, 0.82), 5, 2),  # light blue
-    ((0.38, 0.10, 0.16), 4, 2),  # burgundy
-    ((0.82, 0.55, 0.62), 4, 1),  # pink
-    ((0.15, 0.29, 0.64), 4, 1),  # royal blue
-    ((0.14, 0.40, 0.26), 3, 1),  # green
-    ((0.82, 0.67, 0.22), 4, 1),  # yellow
-    ((0.38, 0.26, 0.50), 3, 1),  # purple
+    ((0.82, 0.82, 0.80), 10, 5),  # white
+    ((0.23, 0.31, 0.44), 5, 12),  # denim
+    ((0.62, 0.55, 0.43), 6, 8),  # beige
+    ((0.60, 0.14, 0.14), 7, 3),  # red
+    ((0.34, 0.24, 0.16), 5, 6),  # brown
+    ((0.32, 0.34, 0.20), 5, 5),  # olive
+    ((0.46, 0.58, 0.71), 6, 4),  # light blue
+    ((0.38, 0.10, 0.16), 4, 3),  # burgundy
+    ((0.74, 0.50, 0.56), 4, 1.5),  # pink
+    ((0.19, 0.31, 0.56), 5, 2),  # royal blue
+    ((0.15, 0.36, 0.25), 4, 1.5),  # green
+    ((0.76, 0.62, 0.23), 4, 1.5),  # yellow
+    ((0.34, 0.25, 0.43), 4, 1.5),  # purple
+)
+# of shoes, bags and hats; not subject to the palette, which is about clothes
+GEAR: tuple[tuple[Colour, float], ...] = (
+    ((0.07, 0.07, 0.08), 9),
+    ((0.80, 0.80, 0.79), 5),
+    ((0.36, 0.36, 0.37), 4),
+    ((0.33, 0.23, 0.16), 3),
+    ((0.13, 0.17, 0.29), 3),
+    ((0.58, 0.47, 0.34), 2),
+    ((0.55, 0.15, 0.15), 1.2),
+    ((0.20, 0.33, 0.50), 1),
+    ((0.26, 0.32, 0.22), 1),
+    ((0.60, 0.40, 0.46), 0.6),
 )
 SKIN: tuple[Colour, ...] = (
     (0.90, 0.72, 0.61),
@@ -123,9 +136,9 @@ def make_person(rng: np.random.Generator, palette: int = 16, texture: float = 0.
             "top": top,
             "under": under,
             "bottom": _garment(rng, 2, palette, 0.35 * texture, ("side", "check", "fade", "camo", "vstripe")),
-            "shoes": _garment(rng, 2 if rng.random() < 0.6 else 1, palette, 0.0, fold=0.0),
-            "bag": _garment(rng, 2 if rng.random() < 0.5 else 1, palette, 0.5 * texture, ("block",), fold=0.25),
-            "hat": _garment(rng, 1, palette, 0.0, fold=0.3),
+            "shoes": _gear(rng, 0.0),
+            "bag": _gear(rng, 0.25),
+            "hat": _gear(rng, 0.3),
         },
     )
 
@@ -137,8 +150,13 @@ def _choice(rng: np.random.Generator, items, weights):
 
 def _vary(rng: np.random.Generator, colour: Colour, amount: float) -> Colour:
     # mostly lightness, a little hue: two navy coats differ as two navy coats do
-    shifted = np.asarray(colour) * np.exp(rng.normal(0, 3 * amount)) + rng.normal(0, amount, 3)
+    shifted = np.asarray(colour) * np.exp(rng.normal(0, 3 * amount) + rng.normal(0, 1.5 * amount, 3))
     return tuple(float(c) for c in np.clip(shifted, 0.03, 0.95))
+
+
+def _gear(rng: np.random.Generator, fold: float) -> Fabric:
+    colour = _choice(rng, [c for c, _ in GEAR], [w for _, w in GEAR])
+    return Fabric(_vary(rng, colour, 0.04), fold=fold, key=int(rng.integers(1 << 30)))
 
 
 def _garment(rng: np.random.Generator, column: int, palette: int, texture: float,

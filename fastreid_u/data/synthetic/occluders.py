@@ -12,7 +12,7 @@ def stand_in_front(picture: np.ndarray, foot_row: float, rng: np.random.Generato
     mask = Image.new("L", (width * grow, height * grow))
     draw = ImageDraw.Draw(mask)
     kind = ("post", "rail", "bin", "bush", "bicycle", "bonnet")[int(rng.integers(6))]
-    colour = rng.uniform(0.05, 0.45) + rng.normal(0, 0.06, 3)
+    colour = rng.uniform(0.03, 0.40) * np.exp(rng.normal(0, 0.15, 3))
     h, w = height * grow, width * grow
     if kind == "post":
         x, half = rng.uniform(0.15, 0.85) * w, rng.uniform(0.03, 0.07) * w
@@ -48,7 +48,11 @@ def stand_in_front(picture: np.ndarray, foot_row: float, rng: np.random.Generato
     alpha = np.asarray(mask, np.float32)[..., None] / 255
     slope = np.linspace(1.15, 0.8, height, dtype=np.float32)[:, None, None] * np.linspace(0.9, 1.1, width, dtype=np.float32)[None, :, None]
     value = np.clip(colour, 0.02, 0.8).astype(np.float32) * slope
-    if kind == "bush":
+    if kind in ("bin", "bonnet"):  # a lid's or panel's edge
+        edge = round(top / grow) + 4
+        value = np.broadcast_to(value, picture.shape).copy()
+        value[edge : edge + 2] *= 0.4
+    elif kind == "bush":
         value = value * rng.uniform(0.5, 1.6, (height, width, 1)).astype(np.float32)
     picture *= 1 - alpha
     picture += alpha * value

@@ -7,14 +7,14 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .body import Pose, Tube, make_tubes
+from .body import Pose, make_body
 from .camera import Camera, develop, make_camera
 from .cloth import paint, wrinkles
 from .config import SyntheticConfig
 from .identity import Person, make_person
 from .occluders import stand_in_front
 from .scene import HEIGHT, WIDTH, Scene, make_scene
-from .shading import FAR, View, extent, fit, project, rasterise, shade
+from .shading import View, project, rasterise, shade
 
 SUPERSAMPLE = 2
 # First word of every random stream, so that no two kinds of thing share one.
@@ -58,8 +58,8 @@ class World:
         luck = rng.random(8)
         mixed = luck[0] < config.background_mix
         scene = self.scene(int(luck[1] * config.cameras) if mixed else shot.camera)
-        strangers = [make_person(np.random.default_rng(s), 16, 0.5) for s in rng.integers(1 << 60, size=2)]
-        person = strangers[1] if shot.intruder == "stranger" else self.person(shot.person)
+        seeds = rng.integers(1 << 60, size=2).tolist()
+        person = _stranger(seeds[1]) if shot.intruder == "stranger" else self.person(shot.person)
         row, column = rng.uniform(*scene.walk), rng.uniform(0.12, 0.88) * WIDTH
         distance = scene.distance(row)
         view = View(
@@ -75,13 +75,13 @@ class World:
         picture = self._background(scene, figure, row, column)
         body = figure.draw(camera, rng)
         if luck[3] < 0.25:
-            self._passer_by(picture, strangers[0], camera, view, figure, rng, behind=True)
+            self._passer_by(picture, _stranger(seeds[0]), camera, view, figure, rng, behind=True)
         if shot.intruder != "empty":
             _cast_shadow(picture, body, figure, camera, view)
             _over(picture, body)
         if luck[4] < config.occlusion:
             if luck[5] < 0.45:
-                self._passer_by(picture, strangers[0], camera, view, figure, rng, behind=False)
+                self._passer_by(picture, _stranger(seeds[0]), camera, view, figure, rng, behind=False)
             else:
                 stand_in_front(picture, figure.foot_row, rng)
         slope = np.linspace(-1, 1, config.height, dtype=np.float32) * rng.normal(0, 0.05)
@@ -92,6 +92,7 @@ class World:
         """Linear RGB of the frame's window in which the figure stands with its feet at (column, row)."""
         config = self.config
         zoom = scene.pixels_per_metre(row) / figure.scale  # frame pixels per pixel of the crop
+        zoom = min(zoom, HEIGHT / config.height, WIDTH / config.width)
         wide, tall = config.width * zoom, config.height * zoom
         left = np.clip(column - figure.foot_column * zoom, 0, WIDTH - wide)
         top = np.clip(row - figure.foot_row * zoom, 0, HEIGHT - tall)
@@ -118,15 +119,15 @@ class _Figure:
 
     def __init__(self, config, person: Person, pose: Pose, view: View, box: np.ndarray, size: float = 1.0) -> None:
         self.person, self.view, self.shape = person, view, (config.height, config.width)
-        self.tubes: list[Tube] = make_tubes(person, pose)
-        placed = project(self.tubes, view, person.stature)
-        left, top, right, bottom = extent(placed)
+        self.body = make_body(person, pose)
+        self._drawing = project(self.body, view, person.stature)
+        left, top, right, bottom = self._drawing.extent()
         fill = 0.90 * np.exp(-box[2]) * size
         self.scale = fill * config.height / (bottom - top)  # pixels per metre
         x = 0.5 * config.width + box[0] * config.height - 0.5 * (left + right) * self.scale
         y = (0.5 + box[1]) * config.height - 0.5 * (top + bottom) * self.scale
         self.foot_row, self.foot_column = y + bottom * self.scale, x
-        self._placed, self._x, self._y = placed, x, y
+        self._x, self._y = x, y
 
     def move_feet(self, row: float) -> None:
         self._y += row - self.foot_row
@@ -136,21 +137,23 @@ class _Figure:
         """Premultiplied linear RGBA (H, W, 4) float32."""
         s = SUPERSAMPLE
         shape, scale = (self.shape[0] * s, self.shape[1] * s), self.scale * s
-        placed = fit(self._placed, scale, self._x * s, self._y * s)
-        surface = rasterise(self.tubes, placed, self.view, shape, scale)
-        albedo, fold = paint(surface, self.tubes, self.person)
-        alpha = surface.depth > FAR / 2
-        if not alpha.any():
-            return np.zeros((*self.shape, 4), np.float32)
-        dy, dx = rng.integers(0, 512, 2)
-        tile = np.roll(wrinkles(), (int(dy), int(dx)), (0, 1))
-        step = max(1, round(scale / 140))
-        bump = np.tile(tile, (-(-shape[0] // 512), -(-shape[1] // 512)))[: shape[0], : shape[1]]
-        depth = surface.depth + bump * fold * np.float32(0.0045 * scale * step)
-        colour = shade(depth, albedo, camera.light, scale)
-        colour[~alpha] = 0
-        rgba = np.concatenate([colour, alpha[..., None].astype(np.float32)], axis=2)
-        return rgba.reshape(self.shape[0], s, self.shape[1], s, 4).mean((1, 3))
+        drawing = self._drawing.placed(scale, self._x * s, self._y * s)
+        surface = rasterise(self.body, drawing, self.view, shape, scale)
+        rgba = np.zeros((*shape, 4), np.float32)
+        row, column = rng.integers(0, 512, 2)
+        if surface is not None:
+            albedo, fold = paint(surface, self.body, self.person)
+            height, width = fold.shape
+            rows, columns = (row + np.arange(height)) % 512, (column + np.arange(width)) % 512
+            depth = surface.depth + wrinkles()[rows[:, None], columns] * fold * np.float32(0.004 * scale)
+            rgba[surface.window][..., :3] = shade(depth, albedo, camera.light, scale) * surface.seen[..., None]
+            rgba[surface.window][..., 3] = surface.seen
+        half = rgba[0::s] + rgba[1::s]
+        return (half[:, 0::s] + half[:, 1::s]) * np.float32(0.25)
+
+
+def _stranger(seed: int) -> Person:
+    return make_person(np.random.default_rng(seed))
 
 
 def _pose(rng: np.random.Generator, person: Person) -> Pose:

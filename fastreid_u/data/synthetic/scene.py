@@ -45,8 +45,10 @@ def make_scene(rng: np.random.Generator, camera: Camera) -> Scene:
     values = np.asarray(draw.image, np.float32) / 255
     values *= np.sqrt(np.clip(light, 0.2, 2.0)).astype(np.float32) * (1 + 0.06 * patches[..., None])
     final = Image.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.8))
-    low = max(kerb + 6, horizon + 110.0 / 1.75 * camera.height)
-    return Scene(final, horizon, camera.height, (low, max(low + 40, HEIGHT * 0.93)))
+    # people pass where they are 110 to 330 pixels tall, on this side of the kerb
+    low, high = (horizon + tall / 1.75 * camera.height for tall in (110, 330))
+    low = max(low, kerb + 6)
+    return Scene(final, horizon, camera.height, (low, max(low + 30, min(high, 0.95 * HEIGHT))))
 
 
 class Picture:
@@ -58,6 +60,11 @@ class Picture:
     def at(self, x: float, y: float, distance: float) -> tuple[float, float]:
         k = FOCAL / distance
         return WIDTH / 2 + x * k, self.horizon + (self.lens - y) * k
+
+    def soften(self, distance: float) -> None:
+        """Blur and dull what was drawn so far: it lies farther away than what comes."""
+        self.image = self.image.filter(ImageFilter.GaussianBlur(0.6))
+        self.draw = ImageDraw.Draw(self.image)
 
     def box(self, x0, y0, x1, y1, distance, colour) -> None:
         (left, low), (right, high) = self.at(x0, y0, distance), self.at(x1, y1, distance)
@@ -82,6 +89,11 @@ def _rgb(colour) -> tuple[int, int, int]:
     return tuple(int(np.clip(255 * c, 0, 255)) for c in colour)
 
 
+def _muted(rng: np.random.Generator) -> np.ndarray:
+    """A colour of the street: some grey, rarely bright."""
+    return np.clip(rng.uniform(0.12, 0.65) * np.exp(rng.normal(0, rng.choice((0.06, 0.3)), 3)), 0.05, 0.85)
+
+
 def _ground(rng: np.random.Generator, camera: Camera, horizon: float) -> Image.Image:
     rows, cols = np.arange(HEIGHT, dtype=np.float32)[:, None], np.arange(WIDTH, dtype=np.float32)[None]
     depth = FOCAL * camera.height / np.maximum(rows - horizon, 4)
@@ -91,12 +103,12 @@ def _ground(rng: np.random.Generator, camera: Camera, horizon: float) -> Image.I
         "asphalt": (0.40, 0.40, 0.41),
         "slabs": (0.58, 0.57, 0.54),
         "bricks": (0.52, 0.44, 0.40),
-        "grass": (0.34, 0.42, 0.24),
+        "grass": (0.33, 0.38, 0.24),
         "concrete": (0.62, 0.61, 0.58),
         "floor": (0.66, 0.65, 0.63),
     }[kind]
     tile = noise_tile(int(rng.integers(100, 200)), 512, 0.2, 0.15, 0.15)
-    fine = tile[(depth * 40).astype(np.int32) % 512, (x * 40).astype(np.int32) % 512]
+    fine = tile[(depth * 25).astype(np.int32) % 512, (x * 25).astype(np.int32) % 512]
     coarse = tile[(depth * 5).astype(np.int32) % 512, (x * 5).astype(np.int32) % 512]
     fade = np.clip(8 / depth, 0.15, 1)  # texture dies away with distance
     value = 1 + (0.16 if kind == "grass" else 0.07) * fine * fade + 0.05 * coarse
@@ -109,11 +121,12 @@ def _ground(rng: np.random.Generator, camera: Camera, horizon: float) -> Image.I
         value = value * np.where(joint, 1 - 0.25 * fade, 1)
         cell = np.mod(np.floor(a / size) * 12.9898 + np.floor(b / size) * 78.233, 7.0) / 7.0
         value = value * (0.95 + 0.10 * cell)
+    value = value * (1 + 0.05 * rng.standard_normal((HEIGHT, WIDTH), np.float32))
     out = value[..., None] * np.array(base, np.float32) * rng.uniform(0.75, 1.1)
     if rng.random() < 0.6:  # a strip of another surface: road, path or lawn
         middle, half = rng.uniform(8, 20), rng.uniform(1, 3)
         strip = np.abs(depth + 0.3 * x * rng.uniform(-1, 1) - middle) < half
-        colour = ((0.33, 0.33, 0.34), (0.34, 0.42, 0.24), (0.60, 0.58, 0.54))[int(rng.integers(3))]
+        colour = ((0.33, 0.33, 0.34), (0.33, 0.38, 0.24), (0.60, 0.58, 0.54))[int(rng.integers(3))]
         out = np.where(strip[..., None], value[..., None] * np.array(colour, np.float32), out)
     return Image.fromarray((np.clip(out, 0, 1) * 255).astype(np.uint8))
 
@@ -133,8 +146,8 @@ def _far_side(rng: np.random.Generator, draw: Picture, kerb: float, far: float) 
             draw.box(x + 0.15, 0.3, x + w - 0.15, 2.5, far, wall * rng.uniform(0.2, 0.45))
             for _ in range(8):
                 gx, gy = x + rng.uniform(0.2, w - 0.6), rng.uniform(0.3, 2.0)
-                draw.box(gx, gy, gx + rng.uniform(0.1, 0.5), gy + rng.uniform(0.1, 0.5), far, rng.uniform(0.15, 0.8, 3))
-            draw.box(x + 0.1, 2.6, x + w - 0.1, 3.2, far, rng.uniform(0.15, 0.8, 3))
+                draw.box(gx, gy, gx + rng.uniform(0.1, 0.5), gy + rng.uniform(0.1, 0.5), far, _muted(rng))
+            draw.box(x + 0.1, 2.6, x + w - 0.1, 3.2, far, _muted(rng))
         elif kind in ("brick", "concrete"):
             w = rng.uniform(1.8, 3.5)
             draw.box(x + 0.5, rng.uniform(0, 1.1), x + w - 0.5, 2.6, far, wall * rng.uniform(0.25, 0.7))
@@ -158,9 +171,12 @@ def _foliage(rng, draw: Picture, x0, x1, y0, y1, distance, grain) -> None:
 
 def _things(rng: np.random.Generator, draw: Picture, kerb: float, far: float) -> None:
     near = max(0.45 * far, FOCAL * draw.lens / (0.62 * HEIGHT - draw.horizon))
-    for distance in sorted(rng.uniform(min(near, 0.9 * far), far * 0.98, 14), reverse=True):
+    for distance in sorted(rng.uniform(min(near, 0.9 * far), far * 0.98, 16), reverse=True):
         span = WIDTH / 2 * distance / FOCAL
         x, kind = rng.uniform(-span, span), int(rng.integers(7))
+        draw.soften(distance)
+        if kind not in (0, 1, 2):
+            draw.ellipse(x, 0.0, 0.6, 0.10, distance, (0.22, 0.22, 0.22))
         if kind == 0:
             _car(rng, draw, x, distance)
         elif kind in (1, 2):
@@ -171,10 +187,10 @@ def _things(rng: np.random.Generator, draw: Picture, kerb: float, far: float) ->
             _foliage(rng, draw, x - 1.2, x + 1.2, 2.4, 5.0, distance, 0.12)
         elif kind == 4:  # post with a sign
             draw.line([(x, 0), (x, 5)], distance, (0.35, 0.36, 0.37), 0.10)
-            draw.box(x - 0.25, 1.9, x + 0.25, 2.5, distance, rng.uniform(0.2, 0.8, 3))
+            draw.box(x - 0.25, 1.9, x + 0.25, 2.5, distance, _muted(rng))
         elif kind == 5:  # bin or planter
             w, h = rng.uniform(0.25, 0.7), rng.uniform(0.6, 1.0)
-            draw.box(x - w, 0, x + w, h, distance, rng.uniform(0.15, 0.5, 3))
+            draw.box(x - w, 0, x + w, h, distance, _muted(rng))
             if rng.random() < 0.5:
                 _foliage(rng, draw, x - w, x + w, h, h + 0.6, distance, 0.05)
         else:  # bench
@@ -185,7 +201,7 @@ def _things(rng: np.random.Generator, draw: Picture, kerb: float, far: float) ->
 
 
 def _car(rng, draw: Picture, x, distance) -> None:
-    paint = np.array(((0.75, 0.75, 0.75), (0.12, 0.12, 0.13), (0.45, 0.46, 0.48), (0.45, 0.12, 0.12), (0.16, 0.22, 0.38))[int(rng.integers(5))])
+    paint = np.array(((0.75, 0.75, 0.75), (0.12, 0.12, 0.13), (0.45, 0.46, 0.48), (0.38, 0.13, 0.13), (0.17, 0.21, 0.32))[int(rng.integers(5))])
     draw.ellipse(x, 0.05, 2.3, 0.12, distance, (0.18, 0.18, 0.18))
     draw.polygon([(x - 2.1, 0.3), (x - 2.1, 0.85), (x - 1.3, 0.95), (x - 0.8, 1.45), (x + 0.9, 1.45), (x + 1.5, 0.95), (x + 2.1, 0.85), (x + 2.1, 0.3)], distance, paint)
     draw.polygon([(x - 1.15, 0.95), (x - 0.75, 1.38), (x + 0.05, 1.38), (x + 0.05, 0.95)], distance, (0.13, 0.16, 0.18))
@@ -196,7 +212,7 @@ def _car(rng, draw: Picture, x, distance) -> None:
 
 
 def _bicycle(rng, draw: Picture, x, distance) -> None:
-    k, frame = FOCAL / distance, rng.uniform(0.08, 0.6, 3)
+    k, frame = FOCAL / distance, _muted(rng)
     for wheel in (-0.52, 0.52):
         draw.ellipse(x + wheel, 0.34, 0.33, 0.33, distance, outline=(0.10, 0.10, 0.10), width=0.05 * k)
     path = [(x - 0.52, 0.34), (x - 0.15, 0.85), (x + 0.40, 0.80), (x + 0.52, 0.34)]

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .body import KNOTS, Tube
+from .body import KNOTS, Body
 
 FAR = np.float32(-1e4)
+_FINE = 64  # radii along a tube are looked up in a table of this many places
 
 
 @dataclass(frozen=True)
@@ -24,119 +25,142 @@ class View:
 
 
 @dataclass
-class Surface:
-    """What each pixel shows, all (H, W): depth in pixels (FAR: nothing), tube number, place on the tube."""
+class Drawing:
+    """N tubes on the image plane; lengths in metres until ``placed`` makes them pixels."""
 
-    depth: np.ndarray
-    part: np.ndarray  # uint8, index of the tube
-    v: np.ndarray  # metres along the axis
-    lx: np.ndarray  # place on the section's unit circle: -1 right of the person, 1 left
-    lz: np.ndarray  # -1 back, 1 front
+    ends: np.ndarray  # (N, 2, 3): x right, y down, z towards the camera
+    table: np.ndarray  # (N, 4, _FINE): half width, slant, bulge and shift of the section, see ``_draw``
+    ratio: np.ndarray  # (N,) lateral over forward half width
+    turn: np.ndarray  # (N, 2) sine and cosine of each section's yaw
+
+    def extent(self) -> tuple[float, float, float, float]:
+        """Left, top, right, bottom."""
+        reach = 0.8 * self.table[:, 0].max(1)
+        low, high = self.ends[:, :, :2].min(1) - reach[:, None], self.ends[:, :, :2].max(1) + reach[:, None]
+        return (*low.min(0).tolist(), *high.max(0).tolist())
+
+    def placed(self, scale: float, x: float, y: float) -> "Drawing":
+        """In pixels, ``scale`` to the metre, moved by (x, y)."""
+        unit = np.array((scale, 1, scale, scale))[:, None]  # the slant is a ratio
+        return Drawing(self.ends * scale + (x, y, 0), self.table * unit, self.ratio, self.turn)
 
 
 @dataclass
-class Placed:
-    """A tube on the image plane; metres until ``fit`` scales it to pixels."""
+class Surface:
+    """The pixels of a window that show the body, M of them, row by row."""
 
-    ends: np.ndarray  # (2, 3) x right, y down, z towards the camera
-    a: np.ndarray
-    b: np.ndarray
-    shift: np.ndarray
+    window: tuple[slice, slice]
+    depth: np.ndarray  # (h, w) of the window, pixels, FAR where nothing is
+    seen: np.ndarray  # (h, w) bool, M set
+    part: np.ndarray  # (M,) tube
+    v: np.ndarray  # (M,) metres along the tube
+    lx: np.ndarray  # (M,) place on the section's unit circle: -1 right of the person, 1 left
+    lz: np.ndarray  # (M,) -1 back, 1 front
 
 
-def project(tubes: list[Tube], view: View, stature: float) -> list[Placed]:
+def project(body: Body, view: View, stature: float) -> Drawing:
     """Perspective of a camera that looks at the middle of the body."""
-    sy, cy = np.sin(view.yaw), np.cos(view.yaw)
-    sp, cp = np.sin(view.pitch), np.cos(view.pitch)
-    placed = []
-    for tube in tubes:
-        ends = np.stack([tube.top, tube.bottom])
-        x, z, y = ends[:, 0] * cy + ends[:, 2] * sy, ends[:, 2] * cy - ends[:, 0] * sy, ends[:, 1] - stature / 2
-        near = y * sp + z * cp
-        scale = view.distance / (view.distance - near)
-        grow = np.linspace(scale[0], scale[1], KNOTS)
-        flat = np.stack([x * scale, -(y * cp - z * sp) * scale, near], axis=1)
-        placed.append(Placed(flat, tube.a * grow, tube.b * grow, tube.shift * grow))
-    return placed
+    sy, cy, sp, cp = np.sin(view.yaw), np.cos(view.yaw), np.sin(view.pitch), np.cos(view.pitch)
+    x, y, z = body.ends[..., 0], body.ends[..., 1] - stature / 2, body.ends[..., 2]
+    x, z = x * cy + z * sy, z * cy - x * sy
+    near = y * sp + z * cp
+    zoom = view.distance / (view.distance - near)
+    ends = np.stack([x * zoom, (z * sp - y * cp) * zoom, near], axis=2)
+
+    place = np.linspace(0, KNOTS - 1, _FINE)
+    knot = np.minimum(place.astype(int), KNOTS - 2)
+    profile = body.profile[..., knot] + (place - knot) * (body.profile[..., knot + 1] - body.profile[..., knot])
+    profile *= (zoom[:, :1] + np.linspace(0, 1, _FINE) * (zoom[:, 1:] - zoom[:, :1]))[:, None]
+    a, b, shift = profile[:, 0], profile[:, 1], profile[:, 2]
+    turn = view.yaw + body.yaw
+    sin, cos = np.sin(turn)[:, None], np.cos(turn)[:, None]
+    width = np.sqrt((a * cos) ** 2 + (b * sin) ** 2)
+    table = np.stack([width, (b * b - a * a) * sin * cos / width**2, a * b / width, shift], axis=1)
+    return Drawing(ends, table, a.max(1) / b.max(1), np.concatenate([sin, cos], axis=1))
 
 
-def extent(placed: list[Placed]) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of the drawing."""
-    low = np.min([p.ends[:, :2].min(0) - p.a.max() * 0.8 for p in placed], axis=0)
-    high = np.max([p.ends[:, :2].max(0) + p.a.max() * 0.8 for p in placed], axis=0)
-    return float(low[0]), float(low[1]), float(high[0]), float(high[1])
+def rasterise(body: Body, drawing: Drawing, view: View, shape: tuple[int, int], scale: float) -> Surface | None:
+    """Draw on a canvas of ``shape`` (H, W), ``scale`` pixels to the metre; None if (next to) nothing falls on it."""
+    depth, part = np.full(shape, FAR, np.float32), np.zeros(shape, np.uint8)
+    ends, table = drawing.ends.astype(np.float32), drawing.table.astype(np.float32)
+    tilt = np.float32(np.sin(view.pitch))
+    for number in range(len(ends)):
+        _draw(depth, part, number, body, ends[number], table[number], drawing.turn[number], tilt, np.float32(0.03 * scale))
+    rows, cols = np.flatnonzero((depth > FAR / 2).any(1)), np.flatnonzero((depth > FAR / 2).any(0))
+    if rows.size < 3 or cols.size < 3:  # no slope can be taken
+        return None
+    window = np.s_[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1]
+    seen = depth[window] > FAR / 2
+    y, x = np.nonzero(seen)
+    which = part[window][seen]
+    return Surface(window, depth[window], seen, which, *_place(body, drawing, which, x + cols[0], y + rows[0], tilt))
 
 
-def fit(placed: list[Placed], scale: float, x: float, y: float) -> list[Placed]:
-    """Scale to pixels, then move by (x, y) pixels."""
-    move = np.array((x, y, 0.0))
-    return [Placed(p.ends * scale + move, p.a * scale, p.b * scale, p.shift * scale) for p in placed]
+def _draw(depth, part, number: int, body: Body, ends, table, turn, tilt, melt) -> None:
+    """Add one tube to the buffers.
 
-
-def rasterise(tubes: list[Tube], placed: list[Placed], view: View, shape: tuple[int, int], scale: float) -> Surface:
-    """Draw into a fresh buffer of ``shape`` (H, W); ``scale`` is pixels per metre, for the width of the melt."""
-    surface = Surface(
-        np.full(shape, FAR, np.float32), np.zeros(shape, np.uint8), *(np.zeros(shape, np.float32) for _ in range(3))
-    )
-    for number, (tube, flat) in enumerate(zip(tubes, placed, strict=True)):
-        _draw(surface, number, tube, flat, view, np.float32(0.03 * scale))
-    return surface
-
-
-def _draw(surface: Surface, number: int, tube: Tube, flat: Placed, view: View, melt: np.float32) -> None:
-    (x0, y0, z0), (x1, y1, z1) = flat.ends.tolist()
-    length = max(float(np.hypot(x1 - x0, y1 - y0)), 1e-3)
-    ux, uy = (x1 - x0) / length, (y1 - y0) / length
-    psi = view.yaw + tube.yaw
-    sin, cos, tilt = np.sin(psi), np.cos(psi), np.sin(view.pitch)
-    width = np.hypot(flat.a * cos, flat.b * sin)
-    reach = float(width.max() + np.abs(flat.shift * sin).max() + tilt * flat.b.max()) + 1
-    height, full = surface.depth.shape
-    left, right = max(int(min(x0, x1) - reach), 0), min(int(max(x0, x1) + reach) + 2, full)
+    An elliptic section (a, b) turned by psi shows the half width w = sqrt(a² cos² psi + b² sin² psi); at x across, its
+    near side lies at depth slant * x + bulge * sqrt(1 - (x/w)²), slant = (b² - a²) sin psi cos psi / w², bulge = ab/w.
+    """
+    (x0, y0, z0), (x1, y1, z1) = ends.tolist()
+    length = max(((x1 - x0) ** 2 + (y1 - y0) ** 2) ** 0.5, 1e-3)
+    ux, uy = np.float32((x1 - x0) / length), np.float32((y1 - y0) / length)
+    sin, cos = np.float32(turn[0]), np.float32(turn[1])
+    reach = float(table[0].max()) + abs(float(sin)) * float(np.abs(table[3]).max()) + float(tilt) * float(table[2].max()) + 1
+    height, width = depth.shape
+    left, right = max(int(min(x0, x1) - reach), 0), min(int(max(x0, x1) + reach) + 2, width)
     high, low = max(int(min(y0, y1) - reach), 0), min(int(max(y0, y1) + reach) + 2, height)
     if left >= right or high >= low:
         return
-    dx = np.arange(left, right, dtype=np.float32)[None] - np.float32(x0)
-    dy = np.arange(high, low, dtype=np.float32)[:, None] - np.float32(y0)
-    along = dx * np.float32(ux) + dy * np.float32(uy)
-    across = dx * np.float32(uy) - dy * np.float32(ux)
-    t = np.clip(along * np.float32(1 / length), 0, 1)
+    dx = np.arange(left - x0, right - x0 - 0.5, dtype=np.float32)
+    dy = np.arange(high - y0, low - y0 - 0.5, dtype=np.float32)[:, None]
+    along = (dx * ux + dy * uy) * np.float32(1 / length)
+    t = np.clip(along, 0, 1)
+    w, slant, bulge, shift = table[:, (t * np.float32(_FINE - 1)).astype(np.intp)]
+    across = dx * uy - dy * ux - shift * sin
 
-    knot = t * np.float32(KNOTS - 1)
-    index = np.minimum(knot.astype(np.int32), KNOTS - 2)
-    part = knot - index
-    table = np.stack([width, (flat.b**2 - flat.a**2) * sin * cos / width**2, flat.a * flat.b / width, flat.shift])
-    table = table.astype(np.float32)
-    w, slant, bulge, shift = (row[index] + part * (row[index + 1] - row[index]) for row in table)
-
-    across = across - shift * np.float32(sin)
-    q2 = (across / w) ** 2
-    if tube.round_top:
-        q2 += (np.minimum(along, 0) / w) ** 2
-    if tube.round_bottom:
-        q2 += (np.maximum(along - np.float32(length), 0) / w) ** 2
+    q2 = np.square(across / w)
+    round_top, round_bottom = body.round[number]
+    if round_top or round_bottom:
+        beyond = along - t
+        if not round_bottom:
+            beyond = np.minimum(beyond, 0)
+        elif not round_top:
+            beyond = np.maximum(beyond, 0)
+        q2 += np.square(beyond * np.float32(length) / w)
     inside = q2 < 1
     local = across * slant + bulge * np.sqrt(np.maximum(1 - q2, 0))  # depth relative to the axis
-    # seen from above, a ring round the tube is an arc: its near side lies lower in the image
-    ring = (along - local * np.float32(tilt)) * np.float32(1 / length)
-    if not tube.round_top:
-        inside &= ring > 0
-    if not tube.round_bottom:
-        inside &= ring < 1
-    z = np.float32(z0) + np.float32(z1 - z0) * t + local + shift * np.float32(cos)
+    if not (round_top and round_bottom):
+        # seen from above, a ring round the tube is an arc: its near side lies lower in the image
+        ring = along - local * (tilt / np.float32(length))
+        if not round_top:
+            inside &= ring > 0
+        if not round_bottom:
+            inside &= ring < 1
+    z = np.float32(z0) + np.float32(z1 - z0) * t + local + shift * cos
 
     box = np.s_[high:low, left:right]
-    old = surface.depth[box]
-    front = inside & (z > old)
+    old = depth[box]
     overlap = np.maximum(melt - np.abs(z - old), 0)
-    surface.depth[box] = np.where(inside, np.maximum(z, old) + overlap * overlap * (0.25 / melt), old)
-    surface.part[box][front] = number
-    surface.v[box][front] = (np.float32(tube.v[0]) + np.float32(tube.v[1] - tube.v[0]) * np.clip(ring, 0, 1))[front]
-    ratio = np.float32(flat.a.max() / max(flat.b.max(), 1e-6))
-    depth_half = w if abs(ratio - 1) < 1e-3 else np.sqrt(np.maximum(w * bulge, 1e-6) * (1 / ratio))
-    lateral = depth_half * ratio
-    surface.lx[box][front] = ((across * np.float32(cos) - local * np.float32(sin)) / lateral)[front]
-    surface.lz[box][front] = ((across * np.float32(sin) + local * np.float32(cos)) / depth_half)[front]
+    part[box][inside if body.over[number] else inside & (z > old)] = number
+    depth[box] = np.where(inside, np.maximum(z, old) + overlap * overlap * (np.float32(0.25) / melt), old)
+
+
+def _place(body: Body, drawing: Drawing, which, x, y, tilt) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Texture coordinates v, lx, lz of visible pixels: the formulas of ``_draw``, once for all tubes."""
+    start, step = drawing.ends[:, 0, :2], drawing.ends[:, 1, :2] - drawing.ends[:, 0, :2]
+    length = np.maximum(np.hypot(step[:, 0], step[:, 1]), 1e-3)
+    constants = np.column_stack([start, step / length[:, None], length, drawing.turn, drawing.ratio, body.v])
+    x0, y0, ux, uy, length, sin, cos, ratio, v0, v1 = constants.astype(np.float32)[which].T
+    dx, dy = x.astype(np.float32) - x0, y.astype(np.float32) - y0
+    along = (dx * ux + dy * uy) / length
+    row = (np.clip(along, 0, 1) * np.float32(_FINE - 1)).astype(np.intp)
+    w, slant, bulge, shift = drawing.table.astype(np.float32).transpose(1, 0, 2)[:, which, row]
+    across = dx * uy - dy * ux - shift * sin
+    local = across * slant + bulge * np.sqrt(np.maximum(1 - np.square(across / w), 0))
+    v = v0 + (v1 - v0) * np.clip(along - local * tilt / length, 0, 1)
+    forward = np.sqrt(np.maximum(w * bulge / ratio, 1e-6))  # b, from w * bulge = ab
+    return v, (across * cos - local * sin) / (forward * ratio), (across * sin + local * cos) / forward
 
 
 @dataclass(frozen=True)
@@ -150,43 +174,49 @@ class Light:
 
 
 def shade(depth: np.ndarray, albedo: np.ndarray, light: Light, scale: float) -> np.ndarray:
-    """Linear RGB (H, W, 3) float32 of a melted depth buffer; ``albedo`` linear, ``scale`` pixels per metre."""
+    """Linear RGB (H, W, 3) float32 of a melted depth buffer; ``albedo`` linear, ``scale`` pixels to the metre."""
     nx, ny = -_slope(depth, 1), _slope(depth, 0)  # image rows run down, y runs up
-    inverse = 1 / np.sqrt(nx * nx + ny * ny + 1)
-    nx, ny, nz = nx * inverse, ny * inverse, inverse
-    sun = np.maximum(nx * light.sun[0] + ny * light.sun[1] + nz * light.sun[2], 0) * _shadow(depth, light.sun, scale)
-    up = (0.5 + 0.5 * ny) * (1 - 0.75 * _crevice(depth, scale))
+    nz = 1 / np.sqrt(nx * nx + ny * ny + 1)
+    nx, ny = nx * nz, ny * nz
+    sx, sy, sz = (np.float32(c) for c in light.sun)
+    sun = np.maximum(nx * sx + ny * sy + nz * sz, 0) * _shadow(depth, light.sun, scale)
+    up = (0.5 + 0.5 * ny) * (1 - np.float32(0.75) * _crevice(depth, scale))
     down = 0.5 - 0.5 * ny
     out = np.empty_like(albedo)
     for c in range(3):
-        out[..., c] = albedo[..., c] * (
-            sun * light.sun_colour[c] + up * light.sky_colour[c] + down * light.ground_colour[c]
-        )
+        lit = sun * np.float32(light.sun_colour[c])
+        lit += up * np.float32(light.sky_colour[c])
+        lit += down * np.float32(light.ground_colour[c])
+        out[..., c] = albedo[..., c] * lit
     return out
 
 
 def _slope(depth: np.ndarray, axis: int) -> np.ndarray:
     """Depth's derivative; of the two one-sided differences the flatter, so an edge between parts is no cliff."""
     step = np.diff(depth, axis=axis)
-    first, last = np.take(step, [0], axis), np.take(step, [-1], axis)
-    back, ahead = np.concatenate([first, step], axis), np.concatenate([step, last], axis)
+    edge = np.s_[:1] if axis == 0 else np.s_[:, :1]
+    back = np.concatenate([step[edge], step], axis)
+    edge = np.s_[-1:] if axis == 0 else np.s_[:, -1:]
+    ahead = np.concatenate([step, step[edge]], axis)
     return np.clip(np.where(np.abs(back) < np.abs(ahead), back, ahead), -6, 6)
 
 
 def _crevice(depth: np.ndarray, scale: float) -> np.ndarray:
     """0 open to 1 buried: how much of the neighbourhood stands nearer to the camera (ambient occlusion)."""
     radius = max(int(0.05 * scale), 2)
-    floor = depth.max() - np.float32(0.6 * scale)
-    clipped = np.maximum(depth, floor)
+    clipped = np.maximum(depth, depth.max() - np.float32(0.6 * scale))
     occlusion = _box(_box(clipped, radius, 0), radius, 1) - clipped
     return np.clip(occlusion / np.float32(0.06 * scale), 0, 1)
 
 
 def _box(x: np.ndarray, radius: int, axis: int) -> np.ndarray:
-    x = np.moveaxis(x, axis, 0)
-    padded = np.concatenate([np.repeat(x[:1], radius + 1, 0), x, np.repeat(x[-1:], radius, 0)])
-    total = np.cumsum(padded, axis=0, dtype=np.float32)
-    return np.moveaxis((total[2 * radius + 1 :] - total[: -2 * radius - 1]) / np.float32(2 * radius + 1), 0, axis)
+    """Mean over 2 radius + 1 pixels along an axis, edges repeated."""
+    pad = [(0, 0), (0, 0)]
+    pad[axis] = (radius + 1, radius)
+    total = np.cumsum(np.pad(x, pad, mode="edge"), axis=axis, dtype=np.float32)
+    size = 2 * radius + 1
+    ahead, behind = (total[size:], total[:-size]) if axis == 0 else (total[:, size:], total[:, :-size])
+    return (ahead - behind) / np.float32(size)
 
 
 def _shadow(depth: np.ndarray, sun: tuple[float, float, float], scale: float) -> np.ndarray:
@@ -195,14 +225,15 @@ def _shadow(depth: np.ndarray, sun: tuple[float, float, float], scale: float) ->
     for reach in (0.04, 0.08, 0.14):
         dx, dy = round(reach * scale * sun[0]), -round(reach * scale * sun[1])
         nearer = _moved(depth, dy, dx) - depth - np.float32(reach * scale * max(sun[2], 0.0) + 0.02 * scale)
-        np.maximum(blocked, np.clip(nearer / np.float32(0.03 * scale), 0, 1), out=blocked)
-    return 1 - 0.75 * blocked
+        np.maximum(blocked, np.clip(nearer * np.float32(1 / (0.03 * scale)), 0, 1), out=blocked)
+    return 1 - np.float32(0.75) * blocked
 
 
 def _moved(x: np.ndarray, dy: int, dx: int) -> np.ndarray:
     """``x[i + dy, j + dx]``, FAR outside."""
     out = np.full_like(x, FAR)
     h, w = x.shape
+    dy, dx = max(-h, min(h, dy)), max(-w, min(w, dx))
     rows, cols = slice(max(-dy, 0), min(h, h - dy)), slice(max(-dx, 0), min(w, w - dx))
     out[rows, cols] = x[max(dy, 0) : h + min(dy, 0), max(dx, 0) : w + min(dx, 0)]
     return out

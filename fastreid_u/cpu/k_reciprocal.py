@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""k-reciprocal encoding on a CPU, in fixed point for what compares rows, in float32 as published for what reads them.
+
+In fixed point a row of V is made of integers that sum to exactly 2^w, and query expansion adds k2 rows and does not
+divide, so every row weighs k2 2^w. Overlaps of rows are then sums of integers: the same in any order, symmetric, and
+right where float32 is decided by rounding (two points that share m of their k2 rows and nothing else are exactly
+1 - m / (2 k2 - m) apart). Zhong et al., CVPR 2017, sections 3.2 to 3.4.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ._threads import kernel, over_rows
+from .knn import ascend, sq_dist
+
+
+class Rows(NamedTuple):
+    """N sparse rows, compressed.
+
+    Attributes:
+        indptr: (N + 1,) int64.
+        column: (nnz,) int32.
+        value: (nnz,) int32 in fixed point, else float32.
+    """
+
+    indptr: np.ndarray
+    column: np.ndarray
+    value: np.ndarray
+
+    @classmethod
+    def put_together(cls, parts: list[tuple]) -> Rows:
+        """Blocks of rows as one; empties ``parts``, so that no more than one of the large arrays exists twice."""
+        indptrs, columns, values = map(list, zip(*parts, strict=True))
+        parts.clear()
+        count = np.concatenate([np.diff(indptr) for indptr in indptrs])
+        indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(count)])
+        return cls(indptr, _concatenate(columns), _concatenate(values))
+
+
+def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
+    whole, at = np.empty(sum(map(len, arrays)), arrays[0].dtype), 0
+    arrays.reverse()
+    while arrays:
+        part = arrays.pop()
+        whole[at : at + len(part)] = part
+        at += len(part)
+    return whole
+
+
+def bits(k2: int) -> int:
+    """w for which k2 rows of weight 2^w fit an int32 sum: 28 up to k2 = 7, 24 up to 127."""
+    return min(28, 31 - k2.bit_length())
+
+
+@kernel
+def table_bits(entries):
+    """log2 of the slots of a hash table that ``entries`` keys fill at most by half."""
+    size = 3
+    while (1 << size) < 2 * entries:
+        size += 1
+    return size
+
+
+@kernel
+def find_slot(keys, key):
+    """The slot of ``key``, or the empty one (-1) where it belongs: multiplicative hashing, then the next free slot."""
+    mask = len(keys) - 1
+    slot = (((key * 2654435769) & 0xFFFFFFFF) * len(keys)) >> 32  # the upper bits of the product
+    while keys[slot] != -1 and keys[slot] != key:
+        slot = (slot + 1) & mask
+    return slot
+
+
+@kernel
+def _find_mutual(begin, end, lists, half, mutual):
+    """``mutual[i, a]``: 0 if i is not in the list of its neighbour ``lists[i, a]``, 1 if it is, 2 if in both halves."""
+    for i in range(begin, end):
+        for a in range(lists.shape[1]):
+            j = lists[i, a]
+            mutual[i, a] = 0
+            for b in range(lists.shape[1]):
+                if lists[j, b] == i:
+                    mutual[i, a] = 2 if a < half and b < half else 1
+                    break
+
+
+@kernel
+def _expand_set(i, lists, half, mutual, keys, place, members):
+    """Write the expanded reciprocal set of i to ``members``, ascending; return its size."""
+    keys[:] = -1
+    count = 0
+    for a in range(lists.shape[1]):
+        if mutual[i, a]:
+            slot = find_slot(keys, lists[i, a])
+            if keys[slot] == -1:
+                keys[slot], place[slot], members[count] = lists[i, a], count, lists[i, a]
+                count += 1
+    original = count
+    for p in range(original):
+        q = members[p]
+        size = inside = 0
+        for b in range(half):
+            if mutual[q, b] == 2:
+                slot = find_slot(keys, lists[q, b])
+                size += 1
+                inside += keys[slot] != -1 and place[slot] < original  # those that came later do not count
+        if 3 * inside > 2 * size:  # in integers, so 2/3 itself is out
+            for b in range(half):
+                if mutual[q, b] == 2:
+                    slot = find_slot(keys, lists[q, b])
+                    if keys[slot] == -1:
+                        keys[slot], place[slot], members[count] = lists[q, b], count, lists[q, b]
+                        count += 1
+    ascend(members[:count])
+    return count
+
+
+@kernel(fastmath={"reassoc", "contract"})
+def _dot(x, i, j):
+    total = 0.0
+    for d in range(x.shape[1]):
+        total += np.float64(x[i, d]) * np.float64(x[j, d])
+    return total
+
+
+@kernel
+def _weigh_fixed(distance, count, unit, out):
+    """Softmax of minus the distances as integers that sum to ``unit``: rounded running sums, less the one before."""
+    nearest = distance[:count].min()
+    total = 0.0
+    for p in range(count):
+        distance[p] = np.exp(nearest - distance[p])
+        total += distance[p]
+    running, before = 0.0, 0
+    for p in range(count):
+        running += distance[p]
+        upto = unit if p == count - 1 else np.int64(np.rint(running / total * unit))
+        out[p] = upto - before
+        before = upto
+
+
+@kernel
+def _weigh_float32(distance, count, out):
+    """The softmax as published: float32 throughout, terms added in ascending order of columns."""
+    nearest = np.float32(distance[:count].min())
+    total = np.float32(0)
+    for p in range(count):
+        out[p] = np.exp(nearest - np.float32(distance[p]))
+        total += out[p]
+    for p in range(count):
+        out[p] /= total
+
+
+@kernel
+def _encode(begin, end, x, lists, half, mutual, compat, unit, like):
+    """Rows of V: counts, columns ascending, values of ``like``'s type; in fixed point if ``unit`` is not 0."""
+    widest = lists.shape[1] * (1 + half)
+    keys = np.empty(1 << table_bits(widest), np.int32)
+    place = np.empty(len(keys), np.int32)
+    members = np.empty(widest, np.int64)
+    distance = np.empty(widest)
+    weight = np.empty(widest, like.dtype)
+    indptr = np.zeros(end - begin + 1, np.int64)
+    column = np.empty((end - begin) * widest, np.int32)
+    value = np.empty((end - begin) * widest, like.dtype)
+    at = 0
+    for i in range(begin, end):
+        count = _expand_set(i, lists, half, mutual, keys, place, members)
+        for p in range(count):
+            distance[p] = 2.0 - 2.0 * _dot(x, i, members[p]) if compat else sq_dist(x, x, i, members[p])
+        if count and unit:
+            _weigh_fixed(distance, count, unit, weight)
+        elif count:
+            _weigh_float32(distance, count, weight)
+        for p in range(count):
+            if weight[p] != 0:
+                column[at], value[at] = members[p], weight[p]
+                at += 1
+        indptr[i - begin + 1] = at
+    return indptr, column[:at].copy(), value[:at].copy()
+
+
+@kernel
+def _average(begin, end, lists, k2, indptr, column, value, divisor):
+    """Rows of query expansion: sums, in rank order, over the first ``k2`` neighbours, divided; columns unordered."""
+    widest = total = 0
+    for i in range(begin, end):
+        width = 0
+        for a in range(k2):
+            width += indptr[lists[i, a] + 1] - indptr[lists[i, a]]
+        widest = max(widest, width)
+        total += width
+    keys = np.full(1 << table_bits(widest), -1, np.int32)
+    place = np.empty(len(keys), np.int64)
+    slots = np.empty(widest, np.int64)
+    out_indptr = np.zeros(end - begin + 1, np.int64)
+    out_column = np.empty(total, np.int32)
+    out_value = np.empty(total, value.dtype)
+    at = 0
+    for i in range(begin, end):
+        first = at
+        for a in range(k2):
+            for e in range(indptr[lists[i, a]], indptr[lists[i, a] + 1]):
+                slot = find_slot(keys, column[e])
+                if keys[slot] == -1:
+                    keys[slot], place[slot], slots[at - first] = column[e], at, slot
+                    out_column[at], out_value[at] = column[e], value[e]
+                    at += 1
+                else:
+                    out_value[place[slot]] += value[e]
+        for p in range(at - first):
+            keys[slots[p]] = -1
+        if divisor != 1:
+            for p in range(first, at):
+                out_value[p] /= divisor
+        out_indptr[i - begin + 1] = at
+    return out_indptr, out_column[:at].copy(), out_value[:at].copy()
+
+
+@kernel
+def _rename(begin, end, indptr, column, value, name):
+    """Replace columns by their names and sort each row by them, in place."""
+    widest = 0
+    for i in range(begin, end):
+        widest = max(widest, indptr[i + 1] - indptr[i])
+    key = np.empty(widest, np.int64)
+    old = np.empty(widest, value.dtype)
+    for i in range(begin, end):
+        first, count = indptr[i], indptr[i + 1] - indptr[i]
+        for p in range(count):
+            key[p] = (np.int64(name[column[first + p]]) << 32) | p
+            old[p] = value[first + p]
+        ascend(key[:count])
+        for p in range(count):
+            column[first + p] = key[p] >> 32
+            value[first + p] = old[key[p] & 0xFFFFFFFF]
+
+
+def sort_rows(rows: Rows, name: np.ndarray, threads: int) -> None:
+    """Columns become ``name[column]`` (N,) int32 and ascend within each row; in place."""
+    over_rows(_rename, len(name), threads, *rows, name)
+
+
+def encode(x: np.ndarray, lists: np.ndarray, k2: int, *, compat: bool, fixed: bool, threads: int) -> Rows:
+    """V after query expansion; columns ascend if ``k2`` is 1 and have no order otherwise.
+
+    Args:
+        x: (N, D) float32, contiguous, N > 0.
+        lists: (N, k1) int32, nearest first.
+        k2: rows averaged, at most k1.
+        compat: weigh by 2 - 2 x.y instead of the squared distance.
+        fixed: integers, every row that has members summing to 2^w before query expansion, w = ``bits(k2)``; else the
+            published float32 arithmetic: distances are summed in float64 and rounded once, weights and all further
+            sums, in rank order, are float32.
+        threads: to run on; the result does not depend on them.
+    """
+    n, k1 = lists.shape
+    half = int(np.around(k1 / 2)) + 1  # np.around rounds halves to even, as published: k1 = 25 gives 12 + 1
+    mutual = np.empty((n, k1), np.uint8)
+    over_rows(_find_mutual, n, threads, lists, half, mutual)
+    like, unit = (np.empty(0, np.int32), 1 << bits(k2)) if fixed else (np.empty(0, np.float32), 0)
+    most = max(1, 2**20 // (k1 * (1 + half)))  # a block's buffers: 8 MB
+    parts = over_rows(_encode, n, threads, x, lists, half, mutual, compat, unit, like, most=most)
+    v = Rows.put_together(parts)
+    if k2 == 1:
+        return v
+    parts = over_rows(_average, n, threads, lists, k2, *v, like.dtype.type(1 if fixed else k2))
+    return Rows.put_together(parts)
+
+
+def k_reciprocal_encoding(x: np.ndarray, lists: np.ndarray, k2: int, *, compat: bool = False, threads: int = 1) -> Rows:
+    """:func:`encode` in the published float32 arithmetic, columns ascending.
+
+    Memory beside the result: N k1 bytes, and V before query expansion.
+    """
+    rows = encode(x, lists, k2, compat=compat, fixed=False, threads=threads)
+    sort_rows(rows, np.arange(len(x), dtype=np.int32), threads)
+    return rows

@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exact k nearest rows: tensor cores look for candidates with proven bounds, float64 measures them (Triton).
+
+Stands alone: needs torch and triton, nothing else; copy this file to use it elsewhere.
+Oracle: fastreid_u/reference/knn.py.
+
+With c = x - mean, ranking by distance is ranking by s_ij = c_i.c_j - |c_j|^2 / 2. A tile of products of the centred rows,
+rounded to float16 (as accurate as tf32 at twice its rate) and scaled by a power of two, gives s up to a bound that holds
+for every pair: |error| <= beta r_i r_j + zeta r_j^2, where r is the length of c, beta counts the rounding of both inputs
+and D additions, zeta the rest. Each row keeps what can still be among its first k: the k-th largest lower bound
+seen so far is a threshold, and whoever's upper bound reaches it is appended to the row's buffer. So the buffer is
+complete whatever the data are, unless it overflows, and rows whose buffer overflowed (more copies of a point than it
+holds, or rows so close together that float16 cannot tell them apart) are measured against everything instead.
+
+Gallery rows are visited in a golden-ratio stride, which spreads any order of the data set evenly, and in rounds that grow
+so that a buffer of 16 k entries does not fill: one pass over the gallery, log(M) rounds.
+
+Cost: 2 N M D on float16 tensor cores bounds the time; about 40 rows per row are measured. Memory: the result, 2 M D bytes
+for the float16 gallery, and 400 MB of blocks at k = 30 and D = 2048. Never N x M.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+_ROWS = 8192  # queries at a time
+_ENTRIES = 1 << 22  # of float64 temporaries while rows are centred; distances at a time in the exhaustive pass
+# (BLOCK_M, BLOCK_N, BLOCK_D, warps): the 128-wide tiles of the usual matrix product spill in this epilogue
+_TILE = (128, 64, 64, 8)
+
+
+@triton.jit(do_not_specialize=["rows", "first", "last"])
+def _filter_kernel(
+    query_ptr,  # [rows, D] fp16, centred and scaled; D a multiple of BLOCK_D
+    gallery_ptr,  # [M, D] fp16, in order of visit
+    reach_ptr,  # [rows] fp32, r_i
+    slack_ptr,  # [M] fp32, beta r_j
+    half_ptr,  # [M] fp32, |c_j|^2 / 2
+    threshold_ptr,  # [rows] fp32
+    count_ptr,  # [rows] int32, entries appended so far, those past CAP included
+    upper_ptr,  # [rows, CAP] fp32 out, upper bound of s
+    place_ptr,  # [rows, CAP] int32 out, place in the order of visit
+    rows,
+    first,  # gallery rows first .. last - 1
+    last,
+    D,
+    curve,  # zeta / beta^2
+    CAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    # GROUP tiles of queries share a stretch of the gallery while it is in L2
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles_n = tl.cdiv(last - first, BLOCK_N)
+    group = tl.program_id(0) // (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP, GROUP)
+    within = tl.program_id(0) % (GROUP * tiles_n)
+    start_m = (group * GROUP + within % height) * BLOCK_M
+    start_n = first + (within // height) * BLOCK_N
+
+    # 64-bit offsets only for the corner of the tile: in every lane they would cost registers, and spill
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    m_safe = tl.minimum(m, rows - 1 - start_m)
+    n_safe = tl.minimum(n, last - 1 - start_n)
+    a_ptr = query_ptr + start_m.to(tl.int64) * D + (m_safe[:, None] * D + d[None, :])
+    b_ptr = gallery_ptr + start_n.to(tl.int64) * D + (n_safe[None, :] * D + d[:, None])
+    dot = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for _ in range(0, D, BLOCK_D):
+        dot = tl.dot(tl.load(a_ptr), tl.load(b_ptr), dot)
+        a_ptr += BLOCK_D
+        b_ptr += BLOCK_D
+
+    row = start_m + m
+    reach = tl.load(reach_ptr + row, mask=row < rows, other=0.0)
+    threshold = tl.load(threshold_ptr + row, mask=row < rows, other=float("inf"))
+    slack = tl.load(slack_ptr + start_n + n_safe)
+    lift = curve * slack * slack - tl.load(half_ptr + start_n + n_safe)
+    upper = dot + (reach[:, None] * slack[None, :] + lift[None, :])
+    hit = (upper >= threshold[:, None]) & (start_n + n < last)[None, :] & (row < rows)[:, None]
+    taken = hit.to(tl.int32)
+    found = tl.sum(taken, axis=1)
+    base = tl.atomic_add(count_ptr + row, found, mask=found > 0, sem="relaxed")
+    slot = base[:, None] + tl.cumsum(taken, axis=1) - 1
+    fits = hit & (slot < CAP)
+    out = row.to(tl.int64)[:, None] * CAP + slot
+    tl.store(upper_ptr + out, upper, mask=fits)
+    tl.store(place_ptr + out, (start_n + n)[None, :] + tl.zeros([BLOCK_M, BLOCK_N], tl.int32), mask=fits)
+
+
+@triton.jit
+def _tighten_kernel(
+    upper_ptr,  # [rows, CAP] fp32
+    place_ptr,  # [rows, CAP] int32
+    reach_ptr,  # [rows] fp32
+    slack_ptr,  # [M] fp32
+    threshold_ptr,  # [rows] fp32 out
+    count_ptr,  # [rows] int32, in and out; CAP + 1 marks a row that overflowed, for good
+    out_upper_ptr,  # [rows, CAP] fp32 out
+    out_place_ptr,  # [rows, CAP] int32 out
+    K,
+    curve,
+    rounding,  # share of r_i^2 by which two float32 distances may be equal and not the same
+    CAP: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    count = tl.load(count_ptr + row)
+    if count > CAP:
+        tl.store(count_ptr + row, CAP + 1)
+        tl.store(threshold_ptr + row, float("inf"))
+    else:
+        reach = tl.load(reach_ptr + row)
+        t = tl.arange(0, CAP)
+        upper = tl.load(upper_ptr + row * CAP + t, mask=t < count, other=float("-inf"))
+        place = tl.load(place_ptr + row * CAP + t, mask=t < count, other=0)
+        slack = tl.load(slack_ptr + place, mask=t < count, other=0.0)
+        lower = upper - 2.0 * (reach * slack + curve * slack * slack)
+        rank = tl.zeros([CAP], tl.int32)
+        for start in range(0, count, BLOCK_E):
+            e = start + tl.arange(0, BLOCK_E)
+            e_upper = tl.load(upper_ptr + row * CAP + e, mask=e < count, other=float("-inf"))
+            e_place = tl.load(place_ptr + row * CAP + e, mask=e < count, other=0)
+            e_slack = tl.load(slack_ptr + e_place, mask=e < count, other=0.0)
+            e_lower = e_upper - 2.0 * (reach * e_slack + curve * e_slack * e_slack)
+            ahead = (e_lower[:, None] > lower[None, :]) | (
+                (e_lower[:, None] == lower[None, :]) & (e[:, None] < t[None, :])
+            )
+            rank += tl.sum(ahead.to(tl.int32), axis=0)
+        kth = tl.max(tl.where((t < count) & (rank == K - 1), lower, float("-inf")), 0)
+        threshold = kth - rounding * reach * reach
+        kept = (t < count) & (upper >= threshold)
+        slot = row * CAP + tl.cumsum(kept.to(tl.int32), 0) - 1
+        tl.store(out_upper_ptr + slot, upper, mask=kept)
+        tl.store(out_place_ptr + slot, place, mask=kept)
+        tl.store(count_ptr + row, tl.sum(kept.to(tl.int32), 0))
+        tl.store(threshold_ptr + row, threshold)
+
+
+@triton.jit
+def _measure_kernel(
+    x_ptr,  # [N, D] fp32
+    y_ptr,  # [M, D] fp32
+    query_ptr,  # [rows] int64, rows of x
+    index_ptr,  # [rows, CAP] int32, rows of y; not read with ALL
+    count_ptr,  # [rows] int32; not read with ALL
+    dist_ptr,  # [rows, CAP] fp32 out
+    D,
+    CAP,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALL: tl.constexpr,  # every row of y: CAP is M
+):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.load(query_ptr + row)
+    if ALL:
+        count = CAP
+    else:
+        count = tl.load(count_ptr + row)
+    for start in range(tl.program_id(1) * BLOCK_E, count, tl.num_programs(1) * BLOCK_E):
+        e = start + tl.arange(0, BLOCK_E)
+        if ALL:
+            j = e.to(tl.int64)
+        else:
+            j = tl.load(index_ptr + row * CAP + e, mask=e < count, other=0).to(tl.int64)
+        total = tl.zeros([BLOCK_E, BLOCK_D], tl.float64)
+        for start_d in range(0, D, BLOCK_D):
+            d = start_d + tl.arange(0, BLOCK_D)
+            mine = tl.load(x_ptr + i * D + d, mask=d < D, other=0.0).to(tl.float64)
+            inside = (e < count)[:, None] & (d < D)[None, :]
+            theirs = tl.load(y_ptr + j[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float64)
+            gap = mine[None, :] - theirs
+            total += gap * gap
+        tl.store(dist_ptr + row * CAP + e, tl.sum(total, axis=1).to(tl.float32), mask=e < count)
+
+
+@triton.jit
+def _order_kernel(
+    dist_ptr,  # [rows, CAP] fp32
+    index_ptr,  # [rows, CAP] int32
+    count_ptr,  # [rows] int32
+    query_ptr,  # [rows] int64
+    out_dist_ptr,  # [rows, K] fp32 out
+    out_index_ptr,  # [rows, K] int64 out
+    K,
+    CAP: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ALONE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    own = tl.load(query_ptr + row)
+    count = tl.load(count_ptr + row)
+    t = tl.arange(0, CAP)
+    dist = tl.load(dist_ptr + row * CAP + t, mask=t < count, other=0.0)
+    index = tl.load(index_ptr + row * CAP + t, mask=t < count, other=0).to(tl.int64)
+    # bits of a float that is not negative order as the float does: one integer compares distance, then index
+    key = (dist.to(tl.int32, bitcast=True).to(tl.int64) << 32) | index
+    if ALONE:
+        key = tl.where(index == own, -1, key)
+    rank = tl.zeros([CAP], tl.int32)
+    for start in range(0, count, BLOCK_E):
+        e = start + tl.arange(0, BLOCK_E)
+        e_dist = tl.load(dist_ptr + row * CAP + e, mask=e < count, other=0.0)
+        e_index = tl.load(index_ptr + row * CAP + e, mask=e < count, other=0).to(tl.int64)
+        e_key = (e_dist.to(tl.int32, bitcast=True).to(tl.int64) << 32) | e_index
+        if ALONE:
+            e_key = tl.where(e_index == own, -1, e_key)
+        ahead = (e_key[:, None] < key[None, :]) & (e < count)[:, None]
+        rank += tl.sum(ahead.to(tl.int32), axis=0)
+    chosen = (t < count) & (rank < K)
+    tl.store(out_dist_ptr + row * K + rank, dist, mask=chosen)
+    tl.store(out_index_ptr + row * K + rank, index, mask=chosen)
+
+
+def knn(x: torch.Tensor, k: int, gallery: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``k`` rows of ``gallery`` (or of ``x`` itself) nearest to each row of ``x``.
+
+    Args:
+        x: (N, D) float32, finite.
+        k: at least 1; beyond the rows searched clipped.
+        gallery: (M, D) float32 or None.
+
+    Returns:
+        ``(sq_dist, index)``, (N, k) float32 and (N, k) int64. Without a gallery a row's own index comes first, the
+        rest ascends by (distance, index). Distances are summed in float64 and rounded once.
+    """
+    y = x if gallery is None else gallery
+    if x.dtype != torch.float32 or y.dtype != torch.float32:
+        raise TypeError(f"knn: want x and gallery float32, got {x.dtype} and {y.dtype}")
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f"knn: x and gallery must be (N, D) and (M, D), got {tuple(x.shape)} and {tuple(y.shape)}")
+    x, y = x.contiguous(), y.contiguous()
+    (n, dim), m = x.shape, len(y)
+    k = min(k, m)
+    sq_dist = torch.empty(n, k, dtype=torch.float32, device=x.device)
+    index = torch.empty(n, k, dtype=torch.int64, device=x.device)
+    if n == 0 or k == 0:
+        return sq_dist, index
+
+    find = _Search(y, k)
+    overflowed = torch.empty(n, dtype=torch.bool, device=x.device)
+    for first in range(0, n, _ROWS):
+        query = torch.arange(first, min(n, first + _ROWS), device=x.device)
+        place, count = find.candidates(x[first : first + _ROWS])
+        overflowed[query] = count > find.cap
+        count.masked_fill_(count > find.cap, 0)
+        candidate = find.order[place.long().clamp_(0, m - 1)].int()  # slots past ``count`` hold anything
+        dist = torch.empty_like(candidate, dtype=torch.float32)
+        block = {"BLOCK_E": 8, "BLOCK_D": min(256, triton.next_power_of_2(dim)), "num_warps": 4}
+        _measure_kernel[(len(query), 4)](x, y, query, candidate, count, dist, dim, find.cap, ALL=False, **block)
+        _order_kernel[(len(query),)](
+            dist, candidate, count, query, sq_dist[first:], index[first:], k,
+            CAP=find.cap, BLOCK_E=find.block_e, ALONE=gallery is None,
+        )  # fmt: skip
+    rest = overflowed.nonzero().flatten()
+    for query in rest.split(max(1, _ENTRIES // m)):
+        sq_dist[query], index[query] = _against_all(x, y, query, k, gallery is None)
+    return sq_dist, index
+
+
+class _Search:
+    """The gallery as the filter reads it, and the constants of its bounds."""
+
+    def __init__(self, y, k):
+        (m, dim), device = y.shape, y.device
+        self.k = k
+        self.cap = triton.next_power_of_2(max(64, 16 * k))
+        self.block_e = max(1, min(32, 16384 // self.cap))
+        stride = max(1, round(m * (math.sqrt(5) - 1) / 2))
+        while math.gcd(stride, m) > 1:
+            stride += 1
+        self.order = torch.arange(m, device=device) * stride % m
+
+        self.mean = y.mean(dim=0)
+        largest = max(float((y.amax(dim=0) - self.mean).max()), float((self.mean - y.amin(dim=0)).max()))
+        # Entries up to 2**14 leave float16 exact to 2**-11 over 28 binary orders; powers of two change no other bit.
+        self.scale = 2.0 ** max(-100, min(100, 14 - math.frexp(largest)[1])) if largest > 0 else 1.0
+        self.width = triton.cdiv(dim, _TILE[2]) * _TILE[2]
+        self.tiny = 2.0**-14 * math.sqrt(dim)  # lifts r so that beta covers entries below float16's normal range too
+
+        # Both inputs rounded to 2**-11, their product, D additions that may truncate, and what float32 does after them.
+        beta = 2.0**-10 + 2.0**-22 + (dim + 64) * 2.0**-22
+        zeta = 2.0**-20
+        self.curve = zeta / beta**2
+        self.rounding = 2.0**-19
+        self.gallery = torch.zeros(m, self.width, dtype=torch.float16, device=device)
+        self.slack = torch.empty(m, device=device)
+        self.half = torch.empty(m, device=device)
+        step = max(1, _ENTRIES // max(1, dim))
+        for first in range(0, m, step):
+            part = slice(first, first + step)
+            self.gallery[part, :dim], length = self._centred(y[self.order[part]])
+            self.half[part] = (length.square() / 2).float()
+            self.slack[part] = (beta * (length + self.tiny)).float()
+
+    def _centred(self, x):
+        c = (x - self.mean) * self.scale
+        return c.clamp(-65504, 65504), torch.linalg.vector_norm(c, dim=1, dtype=torch.float64)
+
+    def _rounds(self, m):
+        """Ends of the stretches of the gallery: each ``grow`` times what has been seen, so that no buffer fills.
+
+        With a fair order a row appends k * grow entries a round, with the deviation of a negative binomial; six of
+        these are left free.
+        """
+        k, grow = self.k, 1.0
+        while k * (1 + grow) + 6 * math.sqrt(k * grow * (grow + 1)) <= self.cap:
+            grow += 0.25
+        end = min(m, self.cap)  # without a threshold everything is appended
+        yield end
+        while end < m:
+            end = min(m, end + max(1, int(end * (grow - 0.25))))
+            yield end
+
+    def candidates(self, x):
+        """Places in the order of visit of whatever can be among the first k, (rows, cap), and their counts (rows,)."""
+        rows, device = len(x), x.device
+        query = torch.zeros(rows, self.width, dtype=torch.float16, device=device)
+        reach = torch.empty(rows, device=device)
+        step = max(1, _ENTRIES // max(1, x.shape[1]))
+        for first in range(0, rows, step):
+            part = slice(first, first + step)
+            query[part, : x.shape[1]], length = self._centred(x[part])
+            reach[part] = (length + self.tiny).float()
+        threshold = torch.full((rows,), float("-inf"), device=device)
+        count = torch.zeros(rows, dtype=torch.int32, device=device)
+        upper, spare_upper = (torch.empty(rows, self.cap, device=device) for _ in range(2))
+        place, spare_place = (torch.zeros(rows, self.cap, dtype=torch.int32, device=device) for _ in range(2))
+        block_m, block_n, block_d, warps = _TILE
+        start = 0
+        for end in self._rounds(len(self.gallery)):
+            tiles = triton.cdiv(rows, block_m) * triton.cdiv(end - start, block_n)
+            _filter_kernel[(tiles,)](
+                query, self.gallery, reach, self.slack, self.half, threshold, count, upper, place,
+                rows, start, end, self.width, self.curve,
+                CAP=self.cap, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, GROUP=8, num_warps=warps,
+            )  # fmt: skip
+            _tighten_kernel[(rows,)](
+                upper, place, reach, self.slack, threshold, count, spare_upper, spare_place,
+                self.k, self.curve, self.rounding, CAP=self.cap, BLOCK_E=self.block_e,
+            )  # fmt: skip
+            upper, spare_upper, place, spare_place = spare_upper, upper, spare_place, place
+            start = end
+        return place, count
+
+
+def _against_all(x, y, query, k, alone):
+    """The exhaustive pass: every distance of these rows, and the k smallest by (distance, index)."""
+    (m, dim), rows = y.shape, len(query)
+    dist = torch.empty(rows, m, dtype=torch.float32, device=x.device)
+    block = {"BLOCK_E": 8, "BLOCK_D": min(256, triton.next_power_of_2(dim)), "num_warps": 4}
+    chunks = min(triton.cdiv(m, 8), 1024)
+    _measure_kernel[(rows, chunks)](x, y, query, None, None, dist, dim, m, ALL=True, **block)
+    key = (dist.view(torch.int32).long() << 32) | torch.arange(m, device=x.device)
+    if alone:
+        key[torch.arange(rows, device=x.device), query] = -1
+    nearest = key.topk(k, dim=1, largest=False, sorted=True).values
+    index = torch.where(nearest < 0, query[:, None], nearest & 0xFFFFFFFF)
+    return dist.gather(1, index), index

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The house has floors, and imports only point down. The checker reads syntax trees, and is itself checked."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# From the ground up. A module belongs to the first floor that lists it or a package above it.
+FLOORS = [
+    ("ground", ["kernels", "reference", "cpu", "_C"]),
+    ("environment", ["_env", "_ext", "_checks", "config"]),
+    ("ops", ["ops"]),
+    ("parts", ["recipe", "memory", "losses", "models", "data"]),
+    ("methods", ["methods"]),
+    ("engine", ["engine"]),
+    ("roof", ["", "cli", "__main__"]),
+]
+HEIGHT = {module: height for height, (_, modules) in enumerate(FLOORS) for module in modules}
+
+# What a ground module may import besides the standard library; a kernel not even that, so that it can be copied out.
+GROUND = {
+    "kernels": {"torch", "triton"},
+    "reference": {"torch", "numpy", "scipy", "sklearn"},
+    "cpu": {"numpy", "numba"},
+}
+# Backends: known to ops/ alone, but for the probes.
+BACKENDS = {"fastreid_u.kernels", "fastreid_u.cpu", "fastreid_u._ext", "fastreid_u._C", "cupy", "faiss"}
+BACKEND_USERS = {"fastreid_u._env": {"fastreid_u._ext"}, "fastreid_u._ext": {"fastreid_u._C"}}
+
+
+def sources(root: Path) -> Iterator[tuple[str, Path]]:
+    """Dotted name and path of every module of the package; kernels/ is installed inside it."""
+    for folder, prefix in ((root / "fastreid_u", "fastreid_u"), (root / "kernels", "fastreid_u.kernels")):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            yield ".".join([prefix, *(part for part in parts if part != "__init__")]), path
+
+
+def imports(name: str, path: Path, modules: set[str]) -> Iterator[tuple[int, str]]:
+    """Line and absolute module of every import, wherever in the file it stands."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:  # `from a import b` means the module a.b if there is one, else a name in a
+                inner = f"{base}.{alias.name}"
+                yield node.lineno, inner if inner in modules or inner == "fastreid_u._C" else base
+        elif (
+            isinstance(node, ast.Call)
+            and (getattr(node.func, "attr", None) or getattr(node.func, "id", None)) == "import_module"
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            yield node.lineno, str(node.args[0].value)
+
+
+def within(module: str, packages: set[str]) -> bool:
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+def part_of(module: str) -> str:
+    """The first name below the package: "ops" for fastreid_u.ops.knn."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def import_violations(root: Path) -> list[str]:
+    found = []
+    modules = dict(sources(root))
+    known = set(modules) | {f"fastreid_u.{part}" for part in HEIGHT if part}
+    for name, path in modules.items():
+        here = part_of(name)
+        if here not in HEIGHT:
+            found.append(f"{name}: is on no floor")
+            continue
+        for line, target in imports(name, path, known):
+            where = f"{name}:{line}: imports {target}"
+            allowed = here == "ops" or within(target, BACKEND_USERS.get(name, set()))
+            if here in GROUND:
+                found += ground_violations(where, here, target)
+            elif within(target, BACKENDS) and not allowed:
+                found.append(f"{where}, which only ops/ may")
+            elif within(target, {"fastreid_u"}) and part_of(target) not in HEIGHT:
+                found.append(f"{where}, which is on no floor")
+            elif within(target, {"fastreid_u"}) and HEIGHT[part_of(target)] > HEIGHT[here]:
+                found.append(f"{where}, which is above it")
+    return found
+
+
+def ground_violations(where: str, here: str, target: str) -> list[str]:
+    if within(target, {"fastreid_u"}):
+        sibling = here in ("reference", "cpu") and within(target, {f"fastreid_u.{here}"})
+        return [] if sibling else [f"{where}, but the ground stands alone"]
+    top = target.partition(".")[0]
+    standard = top == "__future__" or (here != "kernels" and top in sys.stdlib_module_names)
+    return [] if standard or top in GROUND[here] else [f"{where}, which {here}/ may not"]
+
+
+def blind_violations(root: Path) -> list[str]:
+    """A reference names its siblings relatively only: an absolute name would tie the file to the package."""
+    return [
+        f"fastreid_u/reference/{path.name}:{node.lineno}: imports fastreid_u by name"
+        for path in sorted((root / "fastreid_u" / "reference").glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.ImportFrom) and not node.level and within(node.module, {"fastreid_u"}))
+        or (isinstance(node, ast.Import) and any(within(alias.name, {"fastreid_u"}) for alias in node.names))
+    ]
+
+
+def style_violations(root: Path) -> list[str]:
+    """No swallowed errors, no assert on users' input, no drawer for everything."""
+    found = []
+    for name, path in sources(root):
+        if path.stem in ("utils", "util", "helpers", "misc", "common"):
+            found.append(f"{name}: a file is named after its one idea")
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if isinstance(node, ast.Assert):
+                found.append(f"{name}:{node.lineno}: assert")
+            if isinstance(node, ast.ExceptHandler) and (
+                node.type is None or getattr(node.type, "id", "") in ("Exception", "BaseException")
+            ):
+                found.append(f"{name}:{node.lineno}: catches everything")
+    return found
+
+
+def licence_violations(root: Path) -> list[str]:
+    found = []
+    for folder in ("fastreid_u", "kernels", "csrc", "tests", "benchmarks"):
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix not in (".py", ".h", ".cpp", ".cu", ".cuh"):
+                continue
+            first = path.read_text().partition("\n")[0]
+            if first not in ("# SPDX-License-Identifier: Apache-2.0", "// SPDX-License-Identifier: Apache-2.0"):
+                found.append(f"{path.relative_to(root)}: first line is not the SPDX line")
+    return found
+
+
+CHECKS = [import_violations, blind_violations, style_violations, licence_violations]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_house_is_in_order(check) -> None:
+    assert len(list(sources(ROOT))) > 10, "the sources were not found"
+    assert check(ROOT) == []
+
+
+SPDX = "# SPDX-License-Identifier: Apache-2.0\n"
+
+
+@pytest.mark.parametrize(
+    ("check", "file", "text", "message"),
+    [
+        (import_violations, "fastreid_u/ops/x.py", "import fastreid_u.engine.fit", "above it"),
+        (import_violations, "fastreid_u/ops/x.py", "from fastreid_u import engine", "above it"),
+        (import_violations, "fastreid_u/ops/x.py", "from fastreid_u import knn", "above it"),
+        (import_violations, "fastreid_u/ops/x.py", "from ..engine import fit", "above it"),
+        (import_violations, "fastreid_u/ops/x.py", "def f():\n    import fastreid_u.losses", "above it"),
+        (import_violations, "fastreid_u/memory.py", "from fastreid_u.methods import cap", "above it"),
+        (import_violations, "fastreid_u/memory.py", "import_module('fastreid_u.cli')", "above it"),
+        (import_violations, "fastreid_u/engine/x.py", "from fastreid_u.kernels import knn", "only ops/ may"),
+        (import_violations, "fastreid_u/engine/x.py", "import faiss", "only ops/ may"),
+        (import_violations, "fastreid_u/engine/x.py", "from fastreid_u import _C", "only ops/ may"),
+        (import_violations, "fastreid_u/_checks.py", "from fastreid_u import _ext", "only ops/ may"),
+        (import_violations, "kernels/x.py", "import numpy", "kernels/ may not"),
+        (import_violations, "kernels/x.py", "import math", "kernels/ may not"),
+        (import_violations, "kernels/x.py", "from fastreid_u.kernels import y", "the ground stands alone"),
+        (import_violations, "fastreid_u/reference/x.py", "import pandas", "reference/ may not"),
+        (import_violations, "fastreid_u/reference/x.py", "from fastreid_u._checks import y", "the ground stands alone"),
+        (import_violations, "fastreid_u/cpu/x.py", "import torch", "cpu/ may not"),
+        (import_violations, "fastreid_u/elsewhere.py", "import os", "on no floor"),
+        (blind_violations, "fastreid_u/reference/x.py", "from fastreid_u.reference import knn", "by name"),
+        (style_violations, "fastreid_u/ops/x.py", "try:\n    f()\nexcept Exception:\n    pass", "catches everything"),
+        (style_violations, "fastreid_u/ops/x.py", "try:\n    f()\nexcept:\n    pass", "catches everything"),
+        (style_violations, "fastreid_u/ops/x.py", "assert x", "assert"),
+        (style_violations, "fastreid_u/utils.py", "", "one idea"),
+        (licence_violations, "benchmarks/x.py", "import os", "SPDX"),
+        (licence_violations, "csrc/x.cu", "int x;", "SPDX"),
+    ],
+)
+def test_planted_violation_is_found(tmp_path: Path, check, file: str, text: str, message: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(text if check is licence_violations else SPDX + text)
+    found = check(tmp_path)
+    assert len(found) == 1
+    assert message in found[0]
+
+
+def test_what_is_allowed_is_not_reported(tmp_path: Path) -> None:
+    files = {
+        "fastreid_u/__init__.py": "import importlib\nfrom fastreid_u.engine import train",
+        "fastreid_u/ops/x.py": "import faiss\nfrom fastreid_u import _env, _ext\nfrom fastreid_u.kernels import x",
+        "fastreid_u/reference/x.py": "import math\nimport torch\nfrom .y import z",
+        "fastreid_u/methods/x.py": "from fastreid_u.methods import y\nfrom fastreid_u.recipe import Recipe",
+        "kernels/x.py": "from __future__ import annotations\nimport torch\nimport triton.language as tl",
+    }
+    for file, text in files.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(SPDX + text)
+    assert [found for check in CHECKS for found in check(tmp_path)] == []

@@ -1,0 +1,443 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels of a training step: on a GPU if there is one, else interpreted.
+
+Truth is the reference in float64; a kernel may be off by twice what the reference in the same dtype is off by.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastreid_u.kernels import cluster_nce as nce
+from fastreid_u.kernels import momentum_update as update
+from fastreid_u.reference.cluster_nce import cluster_nce as reference_nce
+from fastreid_u.reference.momentum_update import momentum_update_ as reference_update
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GOLDEN = ["cm_all_b50_d48_k23", "cm_random_b50_d48_k23", "cm_one_b64_d96_k40"]
+RULES = {"cm": "sequential", "hard": "hard"}
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """``torch.empty`` full of NaN: what a kernel forgets to write shows."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        return made.fill_(torch.nan) if made.is_floating_point() and made.device.type != "meta" else made
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def batch(b, c, d, dtype=torch.float32, number=0):
+    generator = torch.Generator().manual_seed(number)
+    x = torch.randn(b, d, generator=generator).to(dtype)
+    memory = F.normalize(torch.randn(c, d, generator=generator)).to(dtype)
+    return x.to(DEVICE), torch.randint(-1, c, (b,), generator=generator).to(DEVICE), memory.to(DEVICE)
+
+
+def assert_as_good(found, same_dtype, truth, name):
+    """``found`` may err twice as much as ``same_dtype``, and by a few roundings of the largest entry."""
+    truth = truth.double()
+    roundings = 1 if found.dtype == torch.bfloat16 else 4  # Triton's interpreter cuts bfloat16 off instead of rounding
+    slack = roundings * torch.finfo(found.dtype).eps * (truth.abs().max().item() if truth.numel() else 0)
+    error, allowed = (found.double() - truth).abs(), 2 * (same_dtype.double() - truth).abs().max() + slack
+    worst = error.argmax()
+    assert error.max() <= allowed, f"{name}: error {error.max():.3g} > {allowed:.3g} at {worst} of {tuple(truth.shape)}"
+
+
+def loss_and_gradients(op, x, targets, memory, **settings):
+    x, memory = x.detach().clone().requires_grad_(), memory.detach().clone().requires_grad_()
+    loss = op(x, targets, memory, **settings)
+    upstream = torch.linspace(0.5, 1.5, max(loss.numel(), 1), dtype=loss.dtype, device=loss.device)
+    (loss * upstream.reshape(loss.shape)).sum().backward()
+    return loss.detach(), x.grad, memory.grad
+
+
+def check_nce(x, targets, memory, *, lean=None, **settings):
+    found = loss_and_gradients(nce.cluster_nce, x, targets, memory, lean=lean, **settings)
+    same = loss_and_gradients(reference_nce, x, targets, memory, **settings)
+    truth = loss_and_gradients(reference_nce, x.double(), targets, memory.double(), **settings)
+    for name, *numbers in zip(("loss", "gradient to x", "gradient to memory"), found, same, truth, strict=True):
+        assert numbers[0].dtype == numbers[1].dtype
+        assert_as_good(*numbers, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("b", "c", "d"), [(1, 1, 1), (3, 65, 5), (65, 7, 33), (70, 129, 70)])
+def test_nce_matches_the_reference(b, c, d, dtype):
+    check_nce(*batch(b, c, d, dtype))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("lean", [False, True])
+def test_nce_settings(normalize, reduction, lean):
+    x, targets, memory = batch(20, 70, 37)
+    x = x if normalize else F.normalize(x)
+    settings = {"weight": torch.linspace(0, 2, 20, device=DEVICE), "temperature": 0.1}
+    check_nce(x, targets, memory, normalize=normalize, reduction=reduction, lean=lean, **settings)
+
+
+def test_nce_mixed_dtypes_and_tf32():
+    x, targets, memory = batch(9, 13, 20)
+    check_nce(x.half(), targets, memory)
+    check_nce(x, targets, memory.bfloat16())
+    coarse = nce.cluster_nce(x, targets, memory, precision="tf32")
+    torch.testing.assert_close(coarse, nce.cluster_nce(x, targets, memory), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_nce_golden(golden, name):
+    file = golden(name)
+    x = file.tensor("inputs").to(DEVICE).requires_grad_()
+    targets, memory = file.tensor("targets").to(DEVICE), file.tensor("features_before").to(DEVICE)
+    for temperature in (0.05, 0.1):
+        loss = nce.cluster_nce(x, targets, memory, temperature=temperature)
+        (gradient,) = torch.autograd.grad(loss, x)
+        tag = f"cm_t{temperature}_m0.2"
+        torch.testing.assert_close(loss.detach().cpu(), file.tensor(f"loss_{tag}"), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradient.cpu(), file.tensor(f"grad_{tag}"), rtol=1e-4, atol=2e-6)
+
+
+def test_nce_classes_split_over_programs(monkeypatch):
+    """Few samples and columns, many classes: the backward splits them, and so does the forward once made to."""
+    x, targets, memory = batch(6, 700, 9)
+    check_nce(x, targets, memory)
+    monkeypatch.setattr(nce, "MAX_SPLITS", 4)
+    check_nce(x, targets, memory)
+
+
+def test_nce_lean_in_blocks(monkeypatch):
+    x, targets, memory = batch(6, 300, 9)
+    stored = loss_and_gradients(nce.cluster_nce, x, targets, memory, lean=False)
+    monkeypatch.setattr(nce, "LEAN_BYTES", 4 * 6 * 128)
+    lean = loss_and_gradients(nce.cluster_nce, x, targets, memory, lean=True)
+    assert torch.equal(lean[0], stored[0])
+    torch.testing.assert_close(lean[1:], stored[1:], rtol=1e-5, atol=1e-6)
+
+
+def test_nce_bits_of_a_sample_do_not_depend_on_its_company():
+    x, targets, memory = batch(70, 40, 33)
+    each = nce.cluster_nce(x, targets, memory, reduction="none")
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    assert torch.equal(nce.cluster_nce(x[order], targets[order], memory, reduction="none"), each[order])
+    assert torch.equal(nce.cluster_nce(x[5:9], targets[5:9], memory, reduction="none"), each[5:9])
+
+
+def test_nce_ignored_samples_may_hold_anything():
+    x, targets, memory = batch(9, 13, 6)
+    targets[:] = torch.tensor([-1, 2, -1, 4, 5, 6, 7, 8, 12])
+    x[0], x[2] = torch.nan, torch.inf
+    loss, grad_x, grad_memory = loss_and_gradients(nce.cluster_nce, x, targets, memory)
+    kept = targets != -1
+    expected = loss_and_gradients(nce.cluster_nce, x[kept], targets[kept], memory)
+    torch.testing.assert_close((loss, grad_x[kept], grad_memory), expected)
+    assert (grad_x[~kept] == 0).all()
+
+
+def test_nce_nan_shows():
+    x, targets, memory = batch(9, 13, 6)
+    targets[3] = 1
+    x[3, 2] = torch.nan
+    assert nce.cluster_nce(x, targets, memory).isnan()
+    each = nce.cluster_nce(x, targets, memory, reduction="none")
+    assert each.isnan().tolist() == [b == 3 for b in range(9)]
+
+
+def test_nce_nobody_left_and_nobody_there():
+    x, targets, memory = batch(4, 3, 5)
+    loss, grad_x, _ = loss_and_gradients(nce.cluster_nce, x, torch.full_like(targets, -1), memory)
+    assert loss == 0
+    assert (grad_x == 0).all()
+    loss, grad_x, grad_memory = loss_and_gradients(nce.cluster_nce, x[:0], targets[:0], memory)
+    assert loss == 0
+    assert grad_x.shape == (0, 5)
+    assert (grad_memory == 0).all()
+
+
+def test_nce_zero_row_and_low_temperature():
+    x, targets, memory = batch(5, 4, 6)
+    targets = targets.clamp(min=0)
+    loss, grad_x, _ = loss_and_gradients(nce.cluster_nce, x, targets, memory, temperature=1e-4)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(grad_x).all()
+    x[2] = 0
+    check_nce(x, targets, memory)
+
+
+def test_nce_strides():
+    x, targets, memory = batch(7, 11, 10)
+    wide_x, wide_memory = torch.zeros(7, 30, device=DEVICE), torch.zeros(11, 20, device=DEVICE)
+    wide_x[:, 10:20], wide_memory[:, ::2] = x, memory
+    column = torch.stack([targets, targets], 1)[:, 0]
+    expected = nce.cluster_nce(x, targets, memory)
+    assert torch.equal(nce.cluster_nce(wide_x[:, 10:20], column, wide_memory[:, ::2]), expected)
+    assert torch.equal(nce.cluster_nce(x.T.contiguous().T, targets.int(), memory), expected)
+
+
+@pytest.mark.parametrize("bad", [-2, 13, 2**40])
+def test_nce_target_out_of_range_is_nan_and_flagged(bad):
+    x, targets, memory = batch(9, 13, 6)
+    status = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    fine = nce.cluster_nce(x, targets, memory, reduction="none", status=status)
+    assert status.item() == 0
+    targets[4] = bad
+    each = nce.cluster_nce(x, targets, memory, reduction="none", status=status)
+    assert status.item() == nce.BAD_TARGET
+    assert each.isnan().tolist() == [b == 4 for b in range(9)]
+    others = torch.arange(9, device=DEVICE) != 4
+    assert torch.equal(each[others], fine[others])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"memory": torch.ones(0, 4)}, ValueError, "memory must have at least one row"),
+        ({"memory": torch.ones(3, 5)}, ValueError, "x, targets, memory must be"),
+        ({"targets": torch.zeros(3, dtype=torch.int64)}, ValueError, "x, targets, memory must be"),
+        ({"x": torch.ones(2, 4, dtype=torch.float64)}, TypeError, "x must be float32, float16 or bfloat16"),
+        ({"reduction": "avg"}, ValueError, "reduction must be one of"),
+        ({"precision": "fp8"}, ValueError, "precision must be one of"),
+    ],
+)
+def test_nce_rejects(change, error, message):
+    arguments = {"x": torch.ones(2, 4), "targets": torch.tensor([0, 1]), "memory": torch.ones(3, 4), **change}
+    with pytest.raises(error, match=f"cluster_nce: {message}"):
+        nce.cluster_nce(**arguments)
+
+
+def updated(memory, x, targets, **settings):
+    memory = memory.clone()
+    update.momentum_update_(memory, x, targets, **settings)
+    return memory
+
+
+def by_mean(memory, x, targets, momentum):
+    """The rule that the reference leaves out: once, by the mean of the unit samples."""
+    memory, x = memory.clone(), F.normalize(x.to(memory.dtype), dim=1)
+    for row in targets.unique().tolist():
+        if row >= 0:
+            memory[row] = F.normalize(momentum * memory[row] + (1 - momentum) * x[targets == row].mean(0), dim=0)
+    return memory
+
+
+@pytest.mark.parametrize("rule", ["sequential", "hard", "mean"])
+@pytest.mark.parametrize(("b", "c", "d"), [(1, 1, 1), (5, 3, 7), (37, 4, 19), (12, 2, 600)])
+def test_update_matches_the_reference(b, c, d, rule):
+    x, targets, memory = batch(b, c, d)
+
+    def expected(memory, x):
+        if rule == "mean":
+            return by_mean(memory, x, targets, 0.3)
+        return reference_update(memory.clone(), x, targets, momentum=0.3, rule=rule)
+
+    found = updated(memory, x, targets, momentum=0.3, rule=rule)
+    assert_as_good(found, expected(memory, x), expected(memory.double(), x.double()), rule)
+
+
+@pytest.mark.parametrize("published", ["cm", "hard"])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_update_golden(golden, name, published):
+    file = golden(name)
+    x, targets, memory = (file.tensor(key).to(DEVICE) for key in ("inputs", "targets", "features_before"))
+    found = updated(memory, x, targets, momentum=0.2, rule=RULES[published]).cpu()
+    torch.testing.assert_close(found, file.tensor(f"features_after_{published}_t0.05_m0.2"), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("published", ["cm", "hard"])
+def test_ten_steps_golden(golden, published):
+    file = golden("cm_trajectory_b32_d64_k24")
+    memory = file.tensor("features_before").to(DEVICE)
+    after = dict(zip((1, 2, 3, 5, 10), file.tensor(f"features_each_step_{published}_m0.1"), strict=True))
+    for step in range(10):
+        x = file.tensor("inputs")[step].to(DEVICE).requires_grad_()
+        targets = file.tensor("targets")[step].to(DEVICE)
+        loss = nce.cluster_nce(x, targets, memory)
+        (gradient,) = torch.autograd.grad(loss, x)
+        update.momentum_update_(memory, x.detach(), targets, momentum=0.1, rule=RULES[published])
+        assert loss.item() == pytest.approx(file[f"loss_{published}_m0.1"][step].item(), rel=1e-5, abs=1e-6)
+        if step + 1 in after:
+            torch.testing.assert_close(memory.cpu(), after[step + 1], atol=5e-6 if step == 9 else 1e-6, rtol=0)
+    torch.testing.assert_close(gradient.cpu(), file.tensor(f"grad_last_{published}_m0.1"), rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("rule", "momentum", "expected"),
+    [
+        ("sequential", 0.1, (0.653552, 0.057648, 0.754683)),
+        ("sequential", 0.2, (0.710361, 0.107837, 0.695528)),
+        ("hard", 0.1, (0.664364, 0.0, 0.747409)),
+        ("mean", 0.1, (0.851258, 0.314849, 0.419798)),
+    ],
+)
+def test_update_by_hand(rule, momentum, expected):
+    x = torch.tensor([[0.8, 0.6, 0.0], [0.6, 0.0, 0.8]], device=DEVICE)
+    memory, targets = torch.tensor([[1.0, 0.0, 0.0]], device=DEVICE), torch.tensor([0, 0], device=DEVICE)
+    found = updated(memory, x, targets, momentum=momentum, rule=rule)
+    torch.testing.assert_close(found.cpu()[0], torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("rule", ["sequential", "hard", "mean"])
+def test_update_bits_do_not_depend_on_the_company(rule):
+    """Other samples, other rows, gaps in the batch: row 1 sees its own samples in their order, and nothing else."""
+    x, _, memory = batch(6, 5, 40)
+    alone = updated(memory, x, torch.ones(6, dtype=torch.int64, device=DEVICE), rule=rule)[1]
+    mixed = torch.randn(24, 40, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    targets = torch.tensor([0, 2, 3, -1] * 6, device=DEVICE)
+    mixed[1::4], targets[1::4] = x, 1
+    rows = torch.cat([memory, memory])
+    found = updated(rows, mixed, targets, rule=rule)
+    assert torch.equal(found[1], alone)
+    assert torch.equal(found[4:], rows[4:])
+
+
+def test_update_long_batches(monkeypatch):
+    """The walk over the targets goes a block at a time; a sample may be many blocks away from the next of its row."""
+    x, _, memory = batch(520, 2, 3)
+    targets = torch.full((520,), -1, device=DEVICE)
+    targets[[3, 255, 256, 519]] = 1
+    targets[[0, 511]] = 0
+    found = updated(memory, x, targets)
+    kept = targets >= 0
+    assert torch.equal(found, updated(memory, x[kept], targets[kept]))
+
+
+def test_update_hard_takes_the_first_of_a_tie():
+    memory, targets = torch.tensor([[1.0, 0.0, 0.0]], device=DEVICE), torch.tensor([0, 0, 0], device=DEVICE)
+    found = updated(memory, torch.eye(3, device=DEVICE), targets, momentum=0.0, rule="hard")
+    assert found.tolist() == [[0.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_update_of_a_half_memory_rounds_once(dtype):
+    x, targets, memory = batch(9, 2, 24)
+    targets, memory = targets.clamp(min=0), memory.to(dtype)
+    truth = reference_update(memory.double(), x.double(), targets)
+    error = (updated(memory, x, targets).double() - truth).abs().max()
+    assert error <= torch.finfo(dtype).eps * truth.abs().max()
+
+
+def test_update_strides_and_dtypes():
+    x, targets, memory = batch(7, 4, 10)
+    expected = updated(memory, x, targets)
+    wide = torch.full((4, 20), 7.0, device=DEVICE)
+    wide[:, ::2] = memory
+    update.momentum_update_(wide[:, ::2], x.T.contiguous().T, torch.stack([targets, targets], 1)[:, 0].int())
+    assert torch.equal(wide[:, ::2], expected)
+    assert (wide[:, 1::2] == 7).all()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="reserves 4 GiB and touches none of it, which only a CPU can")
+def test_update_addresses_past_two_to_the_31(monkeypatch):
+    monkeypatch.undo()  # the poison would touch all of it
+    rows = torch.empty(2**20 + 1, 2048, dtype=torch.float16)
+    rows[-1] = 0
+    x = torch.ones(1, 2048)
+    update.momentum_update_(rows, x, torch.tensor([2**20]))
+    torch.testing.assert_close(rows[-1].float(), F.normalize(x)[0], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("bad", [-2, 4, 2**40])
+def test_update_target_out_of_range_leaves_everything_alone(bad):
+    x, targets, memory = batch(7, 4, 10)
+    status = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    targets[-1] = bad
+    assert torch.equal(updated(memory, x, targets, status=status), memory)
+    assert status.item() == update.BAD_TARGET
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("rule", ["sequential", "hard", "mean"])
+def test_update_not_finite_leaves_its_row_alone(value, rule):
+    x, _, memory = batch(6, 4, 10)
+    targets = torch.tensor([0, 1, 1, 1, -1, 2], device=DEVICE)
+    expected = updated(memory, x, targets, rule=rule)
+    expected[1] = memory[1]
+    status = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    x[2, 3] = x[4, 0] = value
+    assert torch.equal(updated(memory, x, targets, rule=rule, status=status), expected)
+    assert status.item() == update.BAD_FEATURE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64], ids=str)
+def test_update_found_inf(dtype):
+    x, targets, memory = batch(3, 2, 5)
+    one = torch.ones(1, dtype=dtype, device=DEVICE)
+    assert torch.equal(updated(memory, x, targets, found_inf=one), memory)
+    moved = updated(memory, x, targets, found_inf=torch.zeros_like(one))
+    assert torch.equal(moved, updated(memory, x, targets))
+    assert not torch.equal(moved, memory)
+
+
+def test_update_zero_length_and_nobody_there():
+    memory = torch.tensor([[1.0, 0.0], [0.0, 0.0]], device=DEVICE)
+    x = torch.tensor([[-1.0, 0.0], [0.0, 0.0]], device=DEVICE)
+    assert updated(memory, x, torch.tensor([0, 1], device=DEVICE), momentum=0.5).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    nobody = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    assert torch.equal(updated(memory, x[:0], nobody), memory)
+    assert torch.equal(updated(memory[:0], x, torch.full((2,), -1, device=DEVICE)), memory[:0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"memory": torch.ones(3, 5)}, ValueError, "memory, x, targets must be"),
+        ({"memory": torch.ones(3, 4, dtype=torch.float64)}, TypeError, "memory must be float32, float16 or bfloat16"),
+        ({"rule": "last"}, ValueError, "rule must be one of 'sequential', 'hard', 'mean', got 'last'"),
+    ],
+)
+def test_update_rejects(change, error, message):
+    arguments = {"memory": torch.ones(3, 4), "x": torch.ones(2, 4), "targets": torch.tensor([0, 1]), **change}
+    with pytest.raises(error, match=f"momentum_update_: {message}"):
+        update.momentum_update_(**arguments)
+    assert (arguments["memory"] == 1).all()
+
+
+class Counter:
+    """Stands in for a kernel and counts its launches."""
+
+    def __init__(self):
+        self.launches = 0
+
+    def __getitem__(self, grid):
+        self.launches += 1
+        return lambda *args, **kwargs: None
+
+
+@pytest.fixture
+def step_on_meta(monkeypatch):
+    """``run(b, c, d)``: launches and bytes of scratch of one step. Meta tensors refuse every read by the host."""
+
+    def run(b, c, d):
+        counter, scratch = Counter(), []
+        for module in (nce, update):
+            for name in vars(module):
+                if name.endswith("_kernel"):
+                    monkeypatch.setattr(module, name, counter)
+        empty = torch.empty
+
+        def counted(*args, **kwargs):
+            made = empty(*args, **kwargs)
+            scratch.append(made.nbytes)
+            return made
+
+        monkeypatch.setattr(torch, "empty", counted)
+        x = torch.zeros(b, d, device="meta", requires_grad=True)
+        targets, memory = torch.zeros(b, dtype=torch.int64, device="meta"), torch.zeros(c, d, device="meta")
+        nce.cluster_nce(x, targets, memory).backward()
+        update.momentum_update_(memory, x.detach(), targets, found_inf=torch.zeros(1, device="meta"))
+        return counter.launches, sum(scratch) - x.nbytes  # less the gradient
+
+    return run
+
+
+def test_a_step_is_four_launches_and_reads_nothing_back(step_on_meta):
+    launches, _ = step_on_meta(256, 700, 2048)
+    assert launches == 4
+
+
+def test_lean_memory_is_bounded(step_on_meta):
+    _, scratch = step_on_meta(256, 1_000_000, 384)
+    assert 2**20 < scratch <= 64 * 2**20
