@@ -4,10 +4,10 @@
 Stands alone: needs torch and triton, nothing else; copy this file to use it elsewhere.
 Oracle: fastreid_u/reference/knn.py.
 
-With c = x - mean, ranking by distance is ranking by s_ij = c_i.c_j - |c_j|^2 / 2. A tile of products of the centred rows,
-rounded to float16 (as accurate as tf32 at twice its rate) and scaled by a power of two, gives s up to a bound that holds
-for every pair: |error| <= beta r_i r_j + zeta r_j^2, where r is the length of c, beta counts the rounding of both inputs
-and D additions, zeta the rest. Each row keeps what can still be among its first k: the k-th largest lower bound
+With c = x - mean, ranking by distance is ranking by s_ij = c_i.c_j - |c_j|^2 / 2. A tile of products of the centred
+rows, scaled by a power of two and rounded to float16 (as accurate as tf32 at twice its rate), gives s up to a bound that
+holds for every pair: |error| <= beta r_i r_j + zeta r_j^2, where r is the length of c, beta counts the rounding of both
+inputs and D additions, zeta the rest. Each row keeps what can still be among its first k: the k-th largest lower bound
 seen so far is a threshold, and whoever's upper bound reaches it is appended to the row's buffer. So the buffer is
 complete whatever the data are, unless it overflows, and rows whose buffer overflowed (more copies of a point than it
 holds, or rows so close together that float16 cannot tell them apart) are measured against everything instead.
@@ -16,7 +16,7 @@ Gallery rows are visited in a golden-ratio stride, which spreads any order of th
 so that a buffer of 16 k entries does not fill: one pass over the gallery, log(M) rounds.
 
 Cost: 2 N M D on float16 tensor cores bounds the time; about 40 rows per row are measured. Memory: the result, 2 M D bytes
-for the float16 gallery, and 400 MB of blocks at k = 30 and D = 2048. Never N x M.
+for the float16 gallery, and 250 MB of blocks at k = 30 and D = 2048. Never N x M.
 """
 
 import math
@@ -232,8 +232,10 @@ def knn(x: torch.Tensor, k: int, gallery: torch.Tensor | None = None) -> tuple[t
     y = x if gallery is None else gallery
     if x.dtype != torch.float32 or y.dtype != torch.float32:
         raise TypeError(f"knn: want x and gallery float32, got {x.dtype} and {y.dtype}")
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"knn: x and gallery must be (N, D) and (M, D), got {tuple(x.shape)} and {tuple(y.shape)}")
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or x.shape[1] == 0:
+        raise ValueError(
+            f"knn: x and gallery must be (N, D) and (M, D) with D > 0, got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
     x, y = x.contiguous(), y.contiguous()
     (n, dim), m = x.shape, len(y)
     k = min(k, m)
@@ -242,13 +244,14 @@ def knn(x: torch.Tensor, k: int, gallery: torch.Tensor | None = None) -> tuple[t
     if n == 0 or k == 0:
         return sq_dist, index
 
-    find = _Search(y, k)
-    overflowed = torch.empty(n, dtype=torch.bool, device=x.device)
+    find = _Search(x, y, k)
+    open_rows = torch.empty(n, dtype=torch.bool, device=x.device)
     for first in range(0, n, _ROWS):
         query = torch.arange(first, min(n, first + _ROWS), device=x.device)
         place, count = find.candidates(x[first : first + _ROWS])
-        overflowed[query] = count > find.cap
-        count.masked_fill_(count > find.cap, 0)
+        # fewer than k: products past the range of float32
+        open_rows[query] = failed = (count > find.cap) | (count < k)
+        count.masked_fill_(failed, 0)
         candidate = find.order[place.long().clamp_(0, m - 1)].int()  # slots past ``count`` hold anything
         dist = torch.empty_like(candidate, dtype=torch.float32)
         block = {"BLOCK_E": 8, "BLOCK_D": min(256, triton.next_power_of_2(dim)), "num_warps": 4}
@@ -257,7 +260,7 @@ def knn(x: torch.Tensor, k: int, gallery: torch.Tensor | None = None) -> tuple[t
             dist, candidate, count, query, sq_dist[first:], index[first:], k,
             CAP=find.cap, BLOCK_E=find.block_e, ALONE=gallery is None,
         )  # fmt: skip
-    rest = overflowed.nonzero().flatten()
+    rest = open_rows.nonzero().flatten()
     for query in rest.split(max(1, _ENTRIES // m)):
         sq_dist[query], index[query] = _against_all(x, y, query, k, gallery is None)
     return sq_dist, index
@@ -266,7 +269,7 @@ def knn(x: torch.Tensor, k: int, gallery: torch.Tensor | None = None) -> tuple[t
 class _Search:
     """The gallery as the filter reads it, and the constants of its bounds."""
 
-    def __init__(self, y, k):
+    def __init__(self, x, y, k):
         (m, dim), device = y.shape, y.device
         self.k = k
         self.cap = triton.next_power_of_2(max(64, 16 * k))
@@ -276,8 +279,9 @@ class _Search:
             stride += 1
         self.order = torch.arange(m, device=device) * stride % m
 
-        self.mean = y.mean(dim=0)
-        largest = max(float((y.amax(dim=0) - self.mean).max()), float((self.mean - y.amin(dim=0)).max()))
+        self.mean = y.mean(dim=0, dtype=torch.float64).float()
+        ends = (end for part in (x, y) for end in torch.aminmax(part, dim=0))
+        largest = max(float((end.double() - self.mean).abs().max()) for end in ends)
         # Entries up to 2**14 leave float16 exact to 2**-11 over 28 binary orders; powers of two change no other bit.
         self.scale = 2.0 ** max(-100, min(100, 14 - math.frexp(largest)[1])) if largest > 0 else 1.0
         self.width = triton.cdiv(dim, _TILE[2]) * _TILE[2]
@@ -300,7 +304,7 @@ class _Search:
 
     def _centred(self, x):
         c = (x - self.mean) * self.scale
-        return c.clamp(-65504, 65504), torch.linalg.vector_norm(c, dim=1, dtype=torch.float64)
+        return c, torch.linalg.vector_norm(c, dim=1, dtype=torch.float64)
 
     def _rounds(self, m):
         """Ends of the stretches of the gallery: each ``grow`` times what has been seen, so that no buffer fills.

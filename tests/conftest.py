@@ -75,3 +75,14 @@ def clustered():
         return torch.nn.functional.normalize(centres[identity] + noise).to(dtype)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory):
+    """A folder in Market-1501 layout: 6 rendered people to train on and 4 to test, 3 cameras, 64 x 32 pixels."""
+    from fastreid_u.data.synthetic import SyntheticConfig, generate
+
+    dials = SyntheticConfig(
+        train_ids=6, test_ids=4, cameras=3, images_per_camera=4, camera_presence=1.0, distractors=1, height=64, width=32
+    )
+    return generate(dials, tmp_path_factory.mktemp("world"), workers=1)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images that cannot be read, in a whole run: named once, left out; past 5 % the run stops."""
+
+import shutil
+
+import pytest
+import torch
+
+import fastreid_u
+from fastreid_u.data import load_dataset
+from fastreid_u.engine.extract import TooManyBadImages
+
+SETTINGS = dict(
+    height=64, width=32, arch="resnet10", weights=None, bn_group=None, workers=0, iters=2, epochs=2, batch_size=16,
+    num_instances=4, k1=8, k2=3, center_per_camera=True, eval_step=1, device="cpu",
+)  # fmt: skip
+
+
+@pytest.fixture
+def world(tiny_world, tmp_path):
+    """A copy of the tiny world to damage."""
+    return shutil.copytree(tiny_world, tmp_path / "world")
+
+
+def damage(path, how):
+    data = path.read_bytes()
+    path.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "text": b"not a picture"}[how])
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "text"])
+def test_one_bad_image_in_each_split_is_named_once_and_left_out(world, tmp_path, how):
+    dataset = load_dataset("market1501", world)
+    victims = [dataset.train[5].path, dataset.query[0].path, dataset.gallery[1].path]
+    # one of 12 queries is more than 5 % of the queries, but not of the ranked images, which are counted together
+    for path in victims:
+        damage(world / path, how)
+    run = fastreid_u.train(dataset, logs_dir=tmp_path / "run", **SETTINGS)
+    log = (run.folder / "log.txt").read_text()
+    for path in victims:
+        assert log.count(path) == 1, "named, and only once in two epochs"
+    assert run.last["queries"] <= len(dataset.query) - 1
+    extracted = fastreid_u.extract(run.folder, world / "bounding_box_train", device="cpu", workers=0)
+    assert list(extracted.bad) == [victims[0]]
+    assert torch.isnan(extracted.features[extracted.paths.index(victims[0])]).all()
+
+
+def test_more_than_five_percent_stop_the_run_and_are_listed(world, tmp_path):
+    dataset = load_dataset("market1501", world)
+    for sample in dataset.train[:5]:
+        damage(world / sample.path, "truncated")
+    with pytest.raises(TooManyBadImages, match=rf"\d+ of {len(dataset.train)} images cannot be read, more than 5%") as stop:
+        fastreid_u.train(dataset, logs_dir=tmp_path / "run", quiet=True, **SETTINGS)
+    assert dataset.train[0].path in str(stop.value)
+
+
+def test_an_image_that_vanishes_between_epochs_is_left_out(world, tmp_path, monkeypatch):
+    from fastreid_u.engine import loop
+
+    dataset = load_dataset("market1501", world)
+    real = loop.fit_epoch
+
+    def then_delete(*arguments, **rest):
+        loss = real(*arguments, **rest)
+        (world / dataset.train[3].path).unlink(missing_ok=True)
+        return loss
+
+    monkeypatch.setattr(loop, "fit_epoch", then_delete)
+    run = fastreid_u.train(dataset, logs_dir=tmp_path / "run", **SETTINGS)
+    assert (run.folder / "log.txt").read_text().count(dataset.train[3].path) == 1
+    assert run.last["epoch"] == 1
