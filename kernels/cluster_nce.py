@@ -295,8 +295,9 @@ def _cluster_nce_grad_memory_kernel(
 
 
 # samples, classes, columns of a tile, warps; literals, because autotuning would make bits depend on timing
-FORWARD_TILE = {4: (64, 64, 32, 8), 2: (64, 64, 64, 8)}  # by bytes of a number
-BACKWARD_TILE = (64, 32, 64, 8)
+# and by bytes of a number, the largest that keep within the registers of sm_80, sm_90 and sm_100
+FORWARD_TILE = {4: (64, 64, 32, 8), 2: (64, 64, 64, 8)}
+BACKWARD_TILE = {4: (64, 32, 64, 8), 2: (64, 16, 64, 8)}
 PRECISIONS = {"fp32": "tf32x3", "tf32": "tf32"}  # tf32x3: three products of rounded halves, as accurate as float32
 
 
@@ -326,7 +327,7 @@ def cluster_nce_fwd(
     if b == 0:
         return loss, stats, logits
     x, memory, targets = _rows(x), _rows(memory), targets.contiguous()
-    block_b, block_c, block_d, warps = FORWARD_TILE[max(x.element_size(), memory.element_size())]
+    block_b, block_c, block_d, warps = FORWARD_TILE[_number_bytes(x, memory)]
     tiles = triton.cdiv(triton.cdiv(c, block_c), MAX_SPLITS)
     splits = triton.cdiv(c, tiles * block_c)
     partial = torch.empty(3, b, splits, dtype=torch.float32, device=x.device)
@@ -374,13 +375,13 @@ def cluster_nce_bwd(
     x, memory, targets = _rows(x), _rows(memory), targets.contiguous()
     scale, precision = 1 / temperature, PRECISIONS[precision]
     stride_g = grad.stride(0) if grad.ndim else 0
-    block_b, block_c, block_d, warps = BACKWARD_TILE
+    block_b, block_c, block_d, warps = BACKWARD_TILE[_number_bytes(x, memory)]
     grid = triton.cdiv(b, block_b), triton.cdiv(d, block_d)
 
     lean = logits.shape[1] < c
     width = c
     if lean:
-        tile_b, tile_c, tile_d, tile_warps = FORWARD_TILE[max(x.element_size(), memory.element_size())]
+        tile_b, tile_c, tile_d, tile_warps = FORWARD_TILE[_number_bytes(x, memory)]
         width = min(c, max(LEAN_BYTES // (4 * b) // tile_c, 1) * tile_c)
         logits = torch.empty(b, width, dtype=torch.float32, device=x.device)
     splits = min(triton.cdiv(96, grid[0] * grid[1]), triton.cdiv(width, 8 * block_c))
@@ -488,6 +489,10 @@ def is_lean(b: int, c: int) -> bool:
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """The kernels step along a row by one."""
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _number_bytes(x: torch.Tensor, memory: torch.Tensor) -> int:
+    return max(x.element_size(), memory.element_size())
 
 
 def _upcast(x: torch.Tensor, memory: torch.Tensor) -> bool:

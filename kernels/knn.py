@@ -1,96 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact k nearest rows: tensor cores look for candidates with proven bounds, float64 measures them (Triton).
+"""Exact k nearest rows: tensor cores look for candidates with proven bounds, float64 measures them (Triton, cuBLAS).
 
 Stands alone: needs torch and triton, nothing else; copy this file to use it elsewhere.
 Oracle: fastreid_u/reference/knn.py.
 
-With c = x - mean, ranking by distance is ranking by s_ij = c_i.c_j - |c_j|^2 / 2. A tile of products of the centred
-rows, scaled by a power of two and rounded to float16 (as accurate as tf32 at twice its rate), gives s up to a bound that
+With c = x - mean, ranking by distance is ranking by s_ij = c_i.c_j - |c_j|^2 / 2. The product of the centred rows,
+scaled by a power of two and rounded to float16 (as accurate as tf32 at twice its rate), gives s up to a bound that
 holds for every pair: |error| <= beta r_i r_j + zeta r_j^2, where r is the length of c, beta counts the rounding of both
 inputs and D additions, zeta the rest. Each row keeps what can still be among its first k: the k-th largest lower bound
 seen so far is a threshold, and whoever's upper bound reaches it is appended to the row's buffer. So the buffer is
 complete whatever the data are, unless it overflows, and rows whose buffer overflowed (more copies of a point than it
 holds, or rows so close together that float16 cannot tell them apart) are measured against everything instead.
 
-Gallery rows are visited in a golden-ratio stride, which spreads any order of the data set evenly, and in rounds that grow
-so that a buffer of 16 k entries does not fill: one pass over the gallery, log(M) rounds.
+Gallery rows are visited in a golden-ratio stride, which spreads any order of the data set evenly, and in rounds that
+grow so that a buffer of 16 k entries does not fill: one pass over the gallery, log(M) rounds.
 
-Cost: 2 N M D on float16 tensor cores bounds the time; about 40 rows per row are measured. Memory: the result, 2 M D bytes
-for the float16 gallery, and 250 MB of blocks at k = 30 and D = 2048. Never N x M.
+Cost: 2 N M D on float16 tensor cores bounds the time; scores pass once through a buffer of 32 MB, sized to stay in the
+L2 of a large GPU; about 40 rows per row are measured. Memory: the result, 2 M D bytes for the float16 gallery, and
+300 MB of blocks at k = 30 and D = 2048. Never N x M. The product is the library's: fused with the filter, only 128 x 64
+tiles keep within the registers, and they read every operand two to three times as often as its tiles do.
 """
-
-import math
 
 import torch
 import triton
 import triton.language as tl
 
-_ROWS = 8192  # queries at a time
+_ROWS = 8192  # queries that share one pass over the gallery
+_TILE = (1024, 8192)  # of scores: 32 MB of float32
 _ENTRIES = 1 << 22  # of float64 temporaries while rows are centred; distances at a time in the exhaustive pass
-# (BLOCK_M, BLOCK_N, BLOCK_D, warps): the 128-wide tiles of the usual matrix product spill in this epilogue
-_TILE = (128, 64, 64, 8)
 
 
-@triton.jit(do_not_specialize=["rows", "first", "last"])
+@triton.jit(do_not_specialize=["rows", "columns", "first_place"])
 def _filter_kernel(
-    query_ptr,  # [rows, D] fp16, centred and scaled; D a multiple of BLOCK_D
-    gallery_ptr,  # [M, D] fp16, in order of visit
+    score_ptr,  # [rows, columns] fp32, products of the centred rows
     reach_ptr,  # [rows] fp32, r_i
-    slack_ptr,  # [M] fp32, beta r_j
-    half_ptr,  # [M] fp32, |c_j|^2 / 2
+    slack_ptr,  # [columns] fp32, beta r_j
+    lift_ptr,  # [columns] fp32, zeta r_j^2 - |c_j|^2 / 2
     threshold_ptr,  # [rows] fp32
     count_ptr,  # [rows] int32, entries appended so far, those past CAP included
     upper_ptr,  # [rows, CAP] fp32 out, upper bound of s
     place_ptr,  # [rows, CAP] int32 out, place in the order of visit
     rows,
-    first,  # gallery rows first .. last - 1
-    last,
-    D,
-    curve,  # zeta / beta^2
+    columns,
+    first_place,  # of this tile
     CAP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    # GROUP tiles of queries share a stretch of the gallery while it is in L2
-    tiles_m = tl.cdiv(rows, BLOCK_M)
-    tiles_n = tl.cdiv(last - first, BLOCK_N)
-    group = tl.program_id(0) // (GROUP * tiles_n)
-    height = tl.minimum(tiles_m - group * GROUP, GROUP)
-    within = tl.program_id(0) % (GROUP * tiles_n)
-    start_m = (group * GROUP + within % height) * BLOCK_M
-    start_n = first + (within // height) * BLOCK_N
-
-    # 64-bit offsets only for the corner of the tile: in every lane they would cost registers, and spill
-    m = tl.arange(0, BLOCK_M)
-    n = tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
-    m_safe = tl.minimum(m, rows - 1 - start_m)
-    n_safe = tl.minimum(n, last - 1 - start_n)
-    a_ptr = query_ptr + start_m.to(tl.int64) * D + (m_safe[:, None] * D + d[None, :])
-    b_ptr = gallery_ptr + start_n.to(tl.int64) * D + (n_safe[None, :] * D + d[:, None])
-    dot = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for _ in range(0, D, BLOCK_D):
-        dot = tl.dot(tl.load(a_ptr), tl.load(b_ptr), dot)
-        a_ptr += BLOCK_D
-        b_ptr += BLOCK_D
-
-    row = start_m + m
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    score = tl.load(score_ptr + row[:, None] * columns + column[None, :], mask=inside, other=0.0)
     reach = tl.load(reach_ptr + row, mask=row < rows, other=0.0)
     threshold = tl.load(threshold_ptr + row, mask=row < rows, other=float("inf"))
-    slack = tl.load(slack_ptr + start_n + n_safe)
-    lift = curve * slack * slack - tl.load(half_ptr + start_n + n_safe)
-    upper = dot + (reach[:, None] * slack[None, :] + lift[None, :])
-    hit = (upper >= threshold[:, None]) & (start_n + n < last)[None, :] & (row < rows)[:, None]
-    taken = hit.to(tl.int32)
-    found = tl.sum(taken, axis=1)
+    slack = tl.load(slack_ptr + column, mask=column < columns, other=0.0)
+    lift = tl.load(lift_ptr + column, mask=column < columns, other=0.0)
+    upper = score + (reach[:, None] * slack[None, :] + lift[None, :])
+    hit = inside & (upper >= threshold[:, None])
+    found = tl.sum(hit.to(tl.int32), axis=1)
+    # Who comes first in the buffer is a race; what is in it is not, nor anything that is computed from it.
     base = tl.atomic_add(count_ptr + row, found, mask=found > 0, sem="relaxed")
-    slot = base[:, None] + tl.cumsum(taken, axis=1) - 1
-    fits = hit & (slot < CAP)
+    slot = base[:, None] + tl.cumsum(hit.to(tl.int32), axis=1) - 1
     out = row.to(tl.int64)[:, None] * CAP + slot
-    tl.store(upper_ptr + out, upper, mask=fits)
-    tl.store(place_ptr + out, (start_n + n)[None, :] + tl.zeros([BLOCK_M, BLOCK_N], tl.int32), mask=fits)
+    place = first_place + column[None, :] + tl.zeros([BLOCK_R, BLOCK_C], tl.int32)
+    tl.store(upper_ptr + out, upper, mask=hit & (slot < CAP))
+    tl.store(place_ptr + out, place, mask=hit & (slot < CAP))
 
 
 @triton.jit
@@ -274,18 +248,16 @@ class _Search:
         self.k = k
         self.cap = triton.next_power_of_2(max(64, 16 * k))
         self.block_e = max(1, min(32, 16384 // self.cap))
-        stride = max(1, round(m * (math.sqrt(5) - 1) / 2))
-        while math.gcd(stride, m) > 1:
-            stride += 1
-        self.order = torch.arange(m, device=device) * stride % m
+        self.order = torch.arange(m, device=device) * _golden_stride(m) % m
 
         self.mean = y.mean(dim=0, dtype=torch.float64).float()
         ends = (end for part in (x, y) for end in torch.aminmax(part, dim=0))
         largest = max(float((end.double() - self.mean).abs().max()) for end in ends)
+        exponent = int(torch.tensor(largest, dtype=torch.float64).frexp().exponent)
         # Entries up to 2**14 leave float16 exact to 2**-11 over 28 binary orders; powers of two change no other bit.
-        self.scale = 2.0 ** max(-100, min(100, 14 - math.frexp(largest)[1])) if largest > 0 else 1.0
-        self.width = triton.cdiv(dim, _TILE[2]) * _TILE[2]
-        self.tiny = 2.0**-14 * math.sqrt(dim)  # lifts r so that beta covers entries below float16's normal range too
+        self.scale = 2.0 ** max(-100, min(100, 14 - exponent))
+        self.width = triton.cdiv(dim, 8) * 8  # rows of 16 bytes, as tensor cores want them
+        self.tiny = 2.0**-14 * dim**0.5  # lifts r so that beta covers entries below float16's normal range too
 
         # Both inputs rounded to 2**-11, their product, D additions that may truncate, and what float32 does after them.
         beta = 2.0**-10 + 2.0**-22 + (dim + 64) * 2.0**-22
@@ -294,13 +266,14 @@ class _Search:
         self.rounding = 2.0**-19
         self.gallery = torch.zeros(m, self.width, dtype=torch.float16, device=device)
         self.slack = torch.empty(m, device=device)
-        self.half = torch.empty(m, device=device)
-        step = max(1, _ENTRIES // max(1, dim))
+        self.lift = torch.empty(m, device=device)
+        self.score = torch.empty(min(len(x), _TILE[0]) * min(m, _TILE[1]), device=device)
+        step = max(1, _ENTRIES // dim)
         for first in range(0, m, step):
             part = slice(first, first + step)
             self.gallery[part, :dim], length = self._centred(y[self.order[part]])
-            self.half[part] = (length.square() / 2).float()
             self.slack[part] = (beta * (length + self.tiny)).float()
+            self.lift[part] = (zeta * (length + self.tiny) ** 2 - length**2 / 2).float()
 
     def _centred(self, x):
         c = (x - self.mean) * self.scale
@@ -313,7 +286,7 @@ class _Search:
         these are left free.
         """
         k, grow = self.k, 1.0
-        while k * (1 + grow) + 6 * math.sqrt(k * grow * (grow + 1)) <= self.cap:
+        while k * (1 + grow) + 6 * (k * grow * (grow + 1)) ** 0.5 <= self.cap:
             grow += 0.25
         end = min(m, self.cap)  # without a threshold everything is appended
         yield end
@@ -326,7 +299,7 @@ class _Search:
         rows, device = len(x), x.device
         query = torch.zeros(rows, self.width, dtype=torch.float16, device=device)
         reach = torch.empty(rows, device=device)
-        step = max(1, _ENTRIES // max(1, x.shape[1]))
+        step = max(1, _ENTRIES // x.shape[1])
         for first in range(0, rows, step):
             part = slice(first, first + step)
             query[part, : x.shape[1]], length = self._centred(x[part])
@@ -335,15 +308,20 @@ class _Search:
         count = torch.zeros(rows, dtype=torch.int32, device=device)
         upper, spare_upper = (torch.empty(rows, self.cap, device=device) for _ in range(2))
         place, spare_place = (torch.zeros(rows, self.cap, dtype=torch.int32, device=device) for _ in range(2))
-        block_m, block_n, block_d, warps = _TILE
         start = 0
         for end in self._rounds(len(self.gallery)):
-            tiles = triton.cdiv(rows, block_m) * triton.cdiv(end - start, block_n)
-            _filter_kernel[(tiles,)](
-                query, self.gallery, reach, self.slack, self.half, threshold, count, upper, place,
-                rows, start, end, self.width, self.curve,
-                CAP=self.cap, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, GROUP=8, num_warps=warps,
-            )  # fmt: skip
+            for left in range(start, end, _TILE[1]):
+                right = min(end, left + _TILE[1])
+                for top in range(0, rows, _TILE[0]):
+                    part = slice(top, min(rows, top + _TILE[0]))
+                    height, breadth = part.stop - top, right - left
+                    score = self.score[: height * breadth].view(height, breadth)
+                    _product(query[part], self.gallery[left:right], score)
+                    _filter_kernel[(triton.cdiv(height, 8), triton.cdiv(breadth, 512))](
+                        score, reach[part], self.slack[left:right], self.lift[left:right], threshold[part], count[part],
+                        upper[part], place[part], height, breadth, left,
+                        CAP=self.cap, BLOCK_R=8, BLOCK_C=512, num_warps=4,
+                    )  # fmt: skip
             _tighten_kernel[(rows,)](
                 upper, place, reach, self.slack, threshold, count, spare_upper, spare_place,
                 self.k, self.curve, self.rounding, CAP=self.cap, BLOCK_E=self.block_e,
@@ -351,6 +329,26 @@ class _Search:
             upper, spare_upper, place, spare_place = spare_upper, upper, spare_place, place
             start = end
         return place, count
+
+
+def _golden_stride(m):
+    """A step near 0.618 m without common divisor with m: multiples of it visit 0 .. m - 1, each once, well spread."""
+    stride = max(1, round(0.6180339887498949 * m))
+    while True:
+        a, b = stride, m
+        while b:
+            a, b = b, a % b
+        if a == 1:
+            return stride
+        stride += 1
+
+
+def _product(a, b, out):
+    """``out`` = a b^T of float16 rows, added in float32."""
+    if a.is_cuda:
+        torch.mm(a, b.T, out_dtype=torch.float32, out=out)
+    else:  # interpreted: a CPU has no such product, but those of float16 numbers are exact in float32
+        torch.mm(a.float(), b.float().T, out=out)
 
 
 def _against_all(x, y, query, k, alone):

@@ -50,14 +50,14 @@ def make_camera(rng: np.random.Generator, shift: float) -> Camera:
             ground_colour=tuple(float(c) for c in 0.35 * sky),
         ),
         cast=tuple(float(c) for c in cast / cast.mean()),
-        gain=float(np.exp(shift * rng.normal(0, 0.30))),
+        gain=float(1.3 * np.exp(shift * rng.normal(0, 0.30))),
         gamma=float(np.exp(shift * rng.normal(0, 0.20))),
         contrast=float(np.exp(shift * rng.normal(0, 0.20))),
         saturation=float(np.exp(shift * rng.normal(-0.1, 0.4))),
-        resolution=float(rng.uniform(0.55, 1.0)),
+        resolution=float(rng.uniform(0.65, 1.0)),
         blur=float(rng.uniform(0.1, 0.6)),
-        noise=float(rng.uniform(0.004, 0.016)),
-        quality=int(rng.integers(55, 88)),
+        noise=float(rng.uniform(0.003, 0.011)),
+        quality=int(rng.integers(62, 90)),
     )
 
 

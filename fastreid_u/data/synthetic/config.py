@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 
 # Part of the cache key: raise it whenever a change of the renderer changes a single pixel.
-RENDERER = 1
+RENDERER = 2
 
 _COUNTS = {"train_ids": 0, "test_ids": 0, "cameras": 2, "images_per_camera": 2, "distractors": 0, "seed": 0}
 _SHARES = ("camera_presence", "intruders", "texture", "occlusion", "background_mix")
@@ -53,9 +53,9 @@ class SyntheticConfig:
     intruders: float = 0.0
     palette: int = 16
     texture: float = 0.6
-    shift: float = 0.25
-    occlusion: float = 0.25
-    jitter: float = 1.0
+    shift: float = 0.2
+    occlusion: float = 0.15
+    jitter: float = 0.5
     background_mix: float = 0.0
     yaw_std: float = 0.5
     height: int = 128

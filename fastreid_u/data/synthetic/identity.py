@@ -173,8 +173,8 @@ def _garment(rng: np.random.Generator, column: int, palette: int, texture: float
     else:
         second = tuple(0.55 * c + 0.25 for c in base)
     return Fabric(
-        colour=_vary(rng, base, 0.025),
-        second=_vary(rng, second, 0.025),
+        colour=_vary(rng, base, 0.035),
+        second=_vary(rng, second, 0.035),
         pattern=patterns[int(rng.integers(len(patterns)))] if rng.random() < texture else "plain",
         scale=float(rng.uniform(0.05, 0.14)),
         fold=fold,

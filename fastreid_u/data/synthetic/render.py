@@ -74,7 +74,7 @@ class World:
         figure = _Figure(config, person, pose, view, box)
         picture = self._background(scene, figure, row, column)
         body = figure.draw(camera, rng)
-        if luck[3] < 0.25:
+        if luck[3] < 0.15:
             self._passer_by(picture, _stranger(seeds[0]), camera, view, figure, rng, behind=True)
         if shot.intruder != "empty":
             _cast_shadow(picture, body, figure, camera, view)
@@ -122,7 +122,7 @@ class _Figure:
         self.body = make_body(person, pose)
         self._drawing = project(self.body, view, person.stature)
         left, top, right, bottom = self._drawing.extent()
-        fill = 0.90 * np.exp(-box[2]) * size
+        fill = 0.93 * np.exp(-box[2]) * size
         self.scale = fill * config.height / (bottom - top)  # pixels per metre
         x = 0.5 * config.width + box[0] * config.height - 0.5 * (left + right) * self.scale
         y = (0.5 + box[1]) * config.height - 0.5 * (top + bottom) * self.scale

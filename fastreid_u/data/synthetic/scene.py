@@ -44,7 +44,8 @@ def make_scene(rng: np.random.Generator, camera: Camera) -> Scene:
     patches = np.asarray(Image.fromarray(patches).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
     values = np.asarray(draw.image, np.float32) / 255
     values *= np.sqrt(np.clip(light, 0.2, 2.0)).astype(np.float32) * (1 + 0.06 * patches[..., None])
-    final = Image.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.8))
+    values = values.mean((0, 1)) + np.float32(0.75) * (values - values.mean((0, 1)))  # haze: what is far is dull
+    final = Image.fromarray((np.clip(values, 0, 1) * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(2.0))
     # people pass where they are 110 to 330 pixels tall, on this side of the kerb
     low, high = (horizon + tall / 1.75 * camera.height for tall in (110, 330))
     low = max(low, kerb + 6)
