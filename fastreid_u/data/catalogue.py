@@ -141,7 +141,13 @@ def known_name(name: str | os.PathLike) -> str | None:
     return "synthetic" if plain == "synthetic" else None
 
 
-def load_dataset(name: str | os.PathLike, root: str | os.PathLike | None = None, **options: Any) -> ReIDDataset:
+def load_dataset(
+    name: str | os.PathLike,
+    root: str | os.PathLike | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> ReIDDataset:
     """Read a data set from local files; nothing is downloaded and no image is opened.
 
     Args:
@@ -149,6 +155,7 @@ def load_dataset(name: str | os.PathLike, root: str | os.PathLike | None = None,
             CSV file; "synthetic" renders one.
         root: where to look: the data set's own folder or any folder above it that is named as usual. Default: the
             environment variable ``FASTREID_U_DATA``, then ``./data``.
+        progress: called as ``progress(done, total)`` while "synthetic" is rendered, not when it is found rendered.
         options: of the reader (``test_size``, ``seed`` for VehicleID; ``variant`` for CUHK03; ``layout``,
             ``pattern`` for folders) or, for "synthetic", the fields of ``SyntheticConfig``.
 
@@ -165,7 +172,7 @@ def load_dataset(name: str | os.PathLike, root: str | os.PathLike | None = None,
         raise ValueError("load_dataset: name must not be empty, got ''")
     known = known_name(text)
     if known == "synthetic":
-        return _render(root, options)
+        return _render(root, progress, options)
     if known is not None:
         entry = KNOWN_SETS[known]
         _check_options(known, entry.read, options)
@@ -191,11 +198,13 @@ def data_root(root: str | os.PathLike | None) -> Path:
     return Path(root if root is not None else os.environ.get(ROOT_VARIABLE) or "data").expanduser()
 
 
-def _render(root: str | os.PathLike | None, options: dict[str, Any]) -> ReIDDataset:
+def _render(
+    root: str | os.PathLike | None, progress: Callable[[int, int], None] | None, options: dict[str, Any]
+) -> ReIDDataset:
     from fastreid_u.data.synthetic import SyntheticConfig, generate
 
     _check_options("synthetic", SyntheticConfig, options)
-    folder = generate(SyntheticConfig(**options), root)
+    folder = generate(SyntheticConfig(**options), root, progress=progress)
     return read_market_like("synthetic", Path(folder))
 
 

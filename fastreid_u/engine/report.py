@@ -23,7 +23,10 @@ def recipe_card(
     differing = [f for f in differing if f.name not in row or getattr(config, f.name) != row[f.name]]
 
     lines = [f"{method.title} on {dataset}, seed {config.seed}, {device}"]
-    lines.append("  network     " + ", ".join(f"{key} {value}" for key, value in model.items()))
+    lines.append(
+        f"  network     {model['arch']}, {model['parameters'] / 1e6:.1f} M parameters, {model['num_features']} features, "
+        f"pooling {model['pooling']}, weights {model['weights']}"
+    )
     lines.append(
         f"  labels      k1 {config.k1}, k2 {config.k2}, eps {config.eps}, min_samples {config.min_samples}, "
         f"per-camera centring {'ON (ours, not in the published recipe)' if config.center_per_camera else 'off'}"

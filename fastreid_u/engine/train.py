@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import torch
 
 from fastreid_u.config import Config, dump_toml, load_toml
 from fastreid_u.engine import checkpoint
-from fastreid_u.engine.display import Display
+from fastreid_u.engine.display import Display, Phase
 from fastreid_u.engine.evaluate import test_split
 from fastreid_u.engine.extract import BadImageLog
 from fastreid_u.engine.fit import make_optimizer
@@ -97,7 +98,7 @@ def train(
         NoClustersError: an epoch's labels hold no cluster. TooManyBadImages: more than 5 % of a split is unreadable.
         FloatingPointError: the network diverged. SaveError: the disk is full, say. Finished epochs are kept by all four.
     """
-    from fastreid_u.data import ReIDDataset, known_name, load_dataset
+    from fastreid_u.data import ReIDDataset, known_name
 
     recipe_class = get_method(method)
     folder = Path(logs_dir) if logs_dir is not None else None
@@ -113,7 +114,7 @@ def train(
         config = recipe_class.Config.for_dataset(key, **overrides)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    reid = dataset if isinstance(dataset, ReIDDataset) else load_dataset(dataset, root, **dict(data or {}))
+    reid = dataset if isinstance(dataset, ReIDDataset) else _load(dataset, root, data, Display(quiet=quiet))
     if not reid.train:
         raise ValueError(f"train: dataset must hold training images, got none in {reid.root}")
     if folder is None:
@@ -153,6 +154,24 @@ def train(
         display.line(f"last epoch {run.last['epoch']}; best mAP {best['mAP']:.1%} at epoch {best['epoch']}, on the test split")
     display.line(f"run folder: {folder}  (model_last.safetensors, curves.png, metrics.jsonl, log.txt)")
     return run
+
+
+def _load(
+    dataset: str | os.PathLike, root: str | os.PathLike | None, data: Mapping[str, Any] | None, display: Display
+) -> "ReIDDataset":
+    from fastreid_u.data import load_dataset
+
+    with ExitStack() as stack:
+        phase: Phase | None = None
+
+        def progress(done: int, total: int) -> None:
+            nonlocal phase
+            if phase is None:
+                display.line(f"rendering {total:,} images, once for these dials")
+                phase = stack.enter_context(display.phase("render", total))
+            phase(done - phase.done)
+
+        return load_dataset(dataset, root, progress=progress, **dict(data or {}))
 
 
 def _open_session(
