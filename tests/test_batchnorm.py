@@ -200,6 +200,8 @@ def test_set_bn_group_refuses_what_it_cannot_replace(network):
     with pytest.raises(ValueError, match=r"set_bn_group: model must .* got a BatchNormRelu"):
         set_bn_group(network, 4)
     assert type(network[1]) is nn.BatchNorm2d
+    set_bn_group(network, None)  # nothing to do, so nothing to refuse
+    assert type(network[-1]) is BatchNormRelu
 
 
 @pytest.mark.parametrize("group", [None, 2])
@@ -222,16 +224,29 @@ def test_calibration_is_the_average_over_batches(network, group):
     assert all(module.training for module in network.modules())
 
 
+def test_calibration_passes_over_batches_of_one_image(network):
+    twin = copy.deepcopy(network)
+    batch = normal(6, 3, 8, 8, dtype=torch.float32)
+    assert calibrate_batchnorm(network, [batch[:1], batch, batch[5:]]) == 1
+    calibrate_batchnorm(twin, [batch])
+    assert network[1].running_mean.equal(twin[1].running_mean)
+
+
 def test_calibration_restores_eval_mode_and_its_settings_after_an_error(network):
+    set_bn_group(network, 2)
     network.eval()
-    with pytest.raises(ValueError, match="at least 2 images each, got 1"):
-        calibrate_batchnorm(network, [torch.zeros(2, 3, 8, 8), torch.zeros(1, 3, 8, 8)])
-    assert network[1].momentum == 0.1
+    with pytest.raises(RuntimeError, match="196 elements"):  # images too large for the last layer
+        calibrate_batchnorm(network, [torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 9, 9)])
+    assert (network[1].momentum, network[1].group_size) == (0.1, 2)
     assert not any(module.training for module in network.modules())
 
 
-def test_calibration_without_batches_is_an_error(network):
-    before = network[1].running_var.clone()
-    with pytest.raises(ValueError, match="calibrate_batchnorm: batches must hold at least one batch, got none"):
-        calibrate_batchnorm(network, [])
+@pytest.mark.parametrize("batches", [[], [torch.zeros(1, 3, 8, 8)]])
+def test_calibration_without_a_batch_of_two_is_an_error(network, batches):
+    before = network[1].running_var.fill_(3.0).clone()
+    with pytest.raises(
+        ValueError, match="calibrate_batchnorm: batches must hold a batch of at least 2 images, got none"
+    ):
+        calibrate_batchnorm(network, batches)
     assert network[1].running_var.equal(before)
+    assert all(module.training for module in network.modules())

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from fastreid_u.data import BadImage, PixelCache, Sample, make_loader, test_transform, train_transform
+from fastreid_u.data.images import read_pixels
 
 SIZE = (16, 8)  # height, width
 
@@ -113,13 +114,13 @@ def test_bad_images_are_left_out_and_named(samples, workers):
     os.remove(gone)
     loader = make_loader(samples, test_transform(*SIZE), batch_size=5, workers=workers)
     batches = list(loader)
-    assert [len(batch.images) for batch in batches] == [3, 2, 5, 5, 3]
+    assert [len(batch.images) for batch in batches] == [3, 3, 5, 5, 3]
     assert 1 not in torch.cat([batch.indices for batch in batches])
     bad = {error.path: error.reason for batch in batches for error in batch.bad}
     assert list(bad) == [empty, cut, text, gone]
     assert all(isinstance(error, BadImage) for batch in batches for error in batch.bad)
     assert bad[empty] == "empty file"
-    assert "truncated" in bad[cut]
+    assert "truncated" in bad[cut].lower()
     assert "not an image" in bad[text]
     assert bad[gone] == "file not found"
 
@@ -167,19 +168,17 @@ class TestCache:
         for _ in range(2):
             assert [bad.path for bad in next(iter(loader)).bad] == [samples[0].path]
 
-    def test_the_views_cannot_write_into_it(self, samples):
-        def vandal(image, rng):
-            return test_transform(*SIZE)(image, rng).zero_()
-
-        view = test_transform(*SIZE)
-        loader = make_loader(samples, type(view)(*SIZE, (vandal,)), batch_size=23, cache=True)
-        list(loader)
-        before = loader.cache.pixels.clone()
-        list(make_loader(samples, train_transform(*SIZE), batch_size=4, cache=loader.cache))
-        assert torch.equal(loader.cache.pixels, before)
+    def test_views_do_not_write_into_it(self, samples):
+        """Every step gets the cache's own memory."""
+        view = train_transform(*SIZE, color_jitter=0.5, grey=0.5, blur=0.5, erase=1.0)
+        loader = make_loader(samples, view, batch_size=4, cache=True)
+        for epoch in range(4):
+            list(loader.epoch(seed=epoch))
+        for pixels, sample in zip(loader.cache.pixels, samples, strict=True):
+            assert torch.equal(pixels, read_pixels(sample.path, *SIZE))
 
     def test_shared_memory_that_is_too_small(self, samples, monkeypatch):
-        monkeypatch.setattr("shutil.disk_usage", lambda path: os.terminal_size((0, 0)) and _Usage(1000))
+        monkeypatch.setattr("shutil.disk_usage", lambda path: _Usage(free=1000))
         if not os.path.isdir("/dev/shm"):
             pytest.skip("no /dev/shm on this system")
         with pytest.raises(MemoryError, match="free in /dev/shm; use workers=0"):

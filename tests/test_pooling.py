@@ -97,7 +97,7 @@ def test_average_and_maximum(feature_map):
 
 @pytest.mark.parametrize("wrong", [{"p": 0}, {"p": -1.0}, {"eps": 0.0}])
 def test_gem_rejects(wrong):
-    with pytest.raises(ValueError, match="GeM: .* must be positive"):
+    with pytest.raises(ValueError, match=r"GeM: .* must be positive"):
         GeM(**wrong)
 
 

@@ -136,6 +136,29 @@ def test_color_jitter_matches_its_definition():
     assert max(means) / min(means) > 1.5
 
 
+@pytest.mark.parametrize("strength", [0.2, 0.5])
+def test_color_jitter_is_that_of_torchvision(strength):
+    """Its functions on floating-point images, which they do not round; on uint8 they truncate after each of 3 steps."""
+    functional = pytest.importorskip("torchvision.transforms.v2.functional", reason="torchvision is not installed")
+    adjust = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)
+    image = noise(40, 24)
+    for seed in range(60):
+        expected, generator = image.float() / 255, rng(seed)
+        for which in generator.permutation(3):
+            expected = adjust[which](expected, generator.uniform(1 - strength, 1 + strength))
+        got = ColorJitter(strength)(image, rng(seed))
+        assert (got - 255 * expected).abs().max() <= 1
+
+
+def test_steps_leave_their_input_alone():
+    """It may be the loader's cache."""
+    image = noise()
+    before = image.clone()
+    for step in (ColorJitter(0.5), Grey(1.0), Flip(1.0), PadCrop(3), Blur(1.0), Normalize()):
+        step(image, rng())
+        assert torch.equal(image, before), step
+
+
 def test_grey_is_luminance_on_all_channels():
     image = noise()
     out = Grey(1.0)(image, rng())

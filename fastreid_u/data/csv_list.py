@@ -18,10 +18,26 @@ def read_csv(path: Path) -> ReIDDataset:
     numbers or text, an empty cell is "unknown"; other columns are ignored.
 
     Raises:
-        ValueError: no ``path`` column, an unknown split, an empty path, no training image.
+        ValueError: not UTF-8 text, no ``path`` column, an unknown split, an empty path, no training image.
         DatasetNotFound: the first image of a split is not there.
     """
     path = Path(os.path.abspath(path))
+    try:
+        rows = _read_rows(path)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"load_dataset: {path} must be a CSV file in UTF-8, got {error}") from error
+    if not rows["train"]:
+        raise ValueError(f"load_dataset: {path} must list at least one training image, got none")
+    for listed in rows.values():
+        if listed and not os.path.exists(listed[0][0]):
+            raise DatasetNotFound(
+                f"load_dataset: images listed in {path} must exist, relative to its folder, got {listed[0][0]}"
+            )
+    return from_rows(path.stem, path.parent, *(rows[split] for split in _SPLITS))
+
+
+def _read_rows(path: Path) -> dict[str, list[Row]]:
+    """The rows of each split, in the order of the file."""
     rows: dict[str, list[Row]] = {split: [] for split in _SPLITS}
     with open(path, encoding="utf-8-sig", newline="") as file:  # -sig: spreadsheets write a byte-order mark
         reader = csv.DictReader(file, skipinitialspace=True)
@@ -39,11 +55,4 @@ def read_csv(path: Path) -> ReIDDataset:
                 raise ValueError(f"load_dataset: path must not be empty, got an empty cell in {where}")
             image = os.path.normpath(os.path.join(path.parent, os.path.expanduser(cells["path"])))
             rows[split].append((image, cells["pid"] or None, cells["camid"] or None))
-    if not rows["train"]:
-        raise ValueError(f"load_dataset: {path} must list at least one training image, got none")
-    for listed in rows.values():
-        if listed and not os.path.exists(listed[0][0]):
-            raise DatasetNotFound(
-                f"load_dataset: images listed in {path} must exist, relative to its folder, got {listed[0][0]}"
-            )
-    return from_rows(path.stem, path.parent, *(rows[split] for split in _SPLITS))
+    return rows

@@ -51,8 +51,8 @@ class ColorJitter:
     """Brightness, contrast and saturation, each times U(1 - strength, 1 + strength), in random order; no hue.
 
     Each moves the pixels along the line from something duller through the image: from black, from the image's mean
-    grey, from every pixel's own grey. Values are clipped to [0, 255] after each and rounded once at the end;
-    torchvision, which truncates after each, gives the same to within 3 grey levels, three times as slowly.
+    grey, from every pixel's own grey. Values are clipped to [0, 255] after each and rounded once, at the end.
+    torchvision's functions give the same up to their rounding (they truncate after each step) and take twice as long.
     """
 
     strength: float

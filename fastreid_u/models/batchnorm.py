@@ -110,12 +110,12 @@ def set_bn_group(model: nn.Module, group: int | None, running: str = "first") ->
 
     Args:
         model: any module that is not itself a BatchNorm.
-        group: images per group, or None for ordinary BatchNorm.
+        group: images per group, or None for ordinary BatchNorm; other kinds of BatchNorm are then left alone.
         running: "first" or "mean", see :class:`GroupBatchNorm1d`.
 
     Raises:
         ValueError: group or running break their rule, or ``model`` holds another kind of BatchNorm (fused with an
-            activation, synchronised, 3-D); ``model`` is unchanged.
+            activation, synchronised, 3-D), which cannot be grouped; ``model`` is unchanged.
     """
     if group is not None:
         require_positive_int("set_bn_group", "group", group)
@@ -126,13 +126,12 @@ def set_bn_group(model: nn.Module, group: int | None, running: str = "first") ->
         for name, child in parent.named_children()
         if isinstance(child, _BatchNorm)
     ]
-    for _, _, norm in norms:
-        if type(norm) not in _TWINS:
-            raise ValueError(
-                f"set_bn_group: model must hold no BatchNorm but BatchNorm1d and 2d, got a {type(norm).__name__}"
-            )
+    other = next((type(norm).__name__ for _, _, norm in norms if type(norm) not in _TWINS), None)
+    if other is not None and group is not None:
+        raise ValueError(f"set_bn_group: model must hold no BatchNorm but BatchNorm1d and 2d, got a {other}")
     for parent, name, norm in norms:
-        setattr(parent, name, _twin(norm, group, running))
+        if type(norm) in _TWINS:
+            setattr(parent, name, _twin(norm, group, running))
 
 
 _TWINS = {

@@ -22,6 +22,8 @@ from fastreid_u.models.resnet import RESNETS
 from fastreid_u.models.timm_backbone import TimmBackbone
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
+# What torch.load lets through on a damaged or foreign file, besides its own errors (fuzzed in tests/test_models.py).
+_DAMAGE = (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
 _PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DDP; torch.compile
 
 
@@ -91,8 +93,10 @@ def _torch_load(path: Path) -> object:
             f"read_weights: path must hold tensors, numbers and text only, got {path}, whose other objects would have "
             "to be executed. If you trust it, save its state_dict alone where it was made, and load that"
         ) from error
-    except (RuntimeError, EOFError) as error:
-        raise RuntimeError(f"read_weights: path must be a readable weight file, got {path}: {error}") from error
+    except _DAMAGE as error:
+        raise RuntimeError(
+            f"read_weights: path must be a readable weight file, got {path} ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _strip(name: str) -> str:
