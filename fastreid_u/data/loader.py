@@ -199,7 +199,8 @@ def make_loader(
         transform: a view, or a tuple of views of equal size that are drawn independently from one decoded image.
         batch_size: indices per batch; a batch has fewer images where some cannot be read.
         order: indices, default 0..n-1; an iterable that can be run only once serves one epoch.
-        workers: processes that decode; 0 decodes in this one. Results are bit-identical for every number.
+        workers: processes that decode, at most one per CPU that this process may use; 0 decodes in this one. Results
+            are bit-identical for every number.
         seed: one or several non-negative integers, for example (seed, epoch, rank).
         cache: keep decoded pixels, True or a ``PixelCache`` shared with another loader over the same samples.
         drop_last: leave out a last batch that is not full.
@@ -215,6 +216,8 @@ def make_loader(
         raise ValueError(f"make_loader: batch_size must be positive, got {batch_size}")
     if workers < 0:
         raise ValueError(f"make_loader: workers must not be negative, got {workers}")
+    if hasattr(os, "sched_getaffinity"):
+        workers = min(workers, len(os.sched_getaffinity(0)))
     size = (views[0].height, views[0].width)
     if cache is True:
         cache = PixelCache(len(samples), *size, shared=workers > 0)
