@@ -25,8 +25,8 @@ LEAN_BYTES = 16 * 2**20  # one block of the logits that a lean backward makes ag
 MAX_SPLITS = 128  # programs that share the classes of one block of samples
 BAD_TARGET = 1  # bit of `status`, as in momentum_update.py
 EPS = tl.constexpr(1e-12)  # smallest length that divides, as in torch.nn.functional.normalize
-# rows of `stats`, (5, B) float32: what the forward leaves for the backward
-LSE, SLOPE, INV_NORM, COEFFICIENT, TARGET_LOGIT = (tl.constexpr(i) for i in range(5))
+# rows of `stats`, (4, B) float32: what the forward leaves for the backward
+LSE, SLOPE, INV_NORM, COEFFICIENT = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit(do_not_specialize=["B", "first", "last", "tiles"])
@@ -35,8 +35,8 @@ def _cluster_nce_logits_kernel(
     memory_ptr,  # [C, D] any float
     targets_ptr,  # [B] int
     logits_ptr,  # [B, last - first] fp32, written if STORE
-    partial_ptr,  # [3, B, splits] fp32 maximum, sum of exp, sum of exp times logit; written if SUM
-    stats_ptr,  # [5, B] fp32, INV_NORM and TARGET_LOGIT written if SUM
+    partial_ptr,  # fp32, written if SUM: [3, B, splits] maximum, sum of exp, sum of exp times logit; [B] target's logit
+    stats_ptr,  # [4, B] fp32, INV_NORM written if SUM
     stride_x, stride_m, stride_l,
     B, first, last, D,  # this launch covers the classes first .. last - 1
     scale,  # 1 / temperature
@@ -100,15 +100,16 @@ def _cluster_nce_logits_kernel(
         tl.store(out, highest, mask=live_b)
         tl.store(out + B * splits, total, mask=live_b)
         tl.store(out + 2 * B * splits, weighted, mask=live_b)
-        tl.store(stats_ptr + TARGET_LOGIT * B + b, target_logit, mask=(target >= begin) & (target < end) & live_b)
+        here = (target >= begin) & (target < end) & live_b
+        tl.store(partial_ptr + 3 * B * splits + b, target_logit, mask=here)
         if split == 0:
             tl.store(stats_ptr + INV_NORM * B + b, inv_norm, mask=live_b)
 
 
 @triton.jit(do_not_specialize=["B", "C", "splits", "ignore_index"])
 def _cluster_nce_loss_kernel(
-    partial_ptr,  # [3, B, splits] fp32
-    stats_ptr,  # [5, B] fp32, LSE, SLOPE and COEFFICIENT written
+    partial_ptr,  # fp32: [3, B, splits], [B]
+    stats_ptr,  # [4, B] fp32, LSE, SLOPE and COEFFICIENT written
     targets_ptr,  # [B] int
     weight_ptr,  # [B] any float, read if WEIGHTED
     loss_ptr,  # [] or [B] fp32
@@ -147,7 +148,7 @@ def _cluster_nce_loss_kernel(
         kept = live_b & (target != ignore_index)
         legal = (target >= 0) & (target < C)
         wrong = tl.maximum(wrong, (kept & (legal == 0)).to(tl.int32))
-        target_logit = tl.load(stats_ptr + TARGET_LOGIT * B + b, mask=kept & legal, other=float("nan"))
+        target_logit = tl.load(partial_ptr + 3 * B * splits + b, mask=kept & legal, other=float("nan"))
         slope = tl.sum(weighted * rescale, axis=1) / total - target_logit
         weight = tl.full([BLOCK_B], 1.0, tl.float32)
         if WEIGHTED:
@@ -156,7 +157,7 @@ def _cluster_nce_loss_kernel(
         loss = tl.where(kept, (lse - target_logit) * weight, 0.0)
         loss_sum += loss
         tl.store(stats_ptr + LSE * B + b, lse, mask=live_b)
-        tl.store(stats_ptr + SLOPE * B + b, slope, mask=live_b)
+        tl.store(stats_ptr + SLOPE * B + b, tl.where(kept, slope, 0.0), mask=live_b)
         tl.store(stats_ptr + COEFFICIENT * B + b, tl.where(kept, coefficient, 0.0), mask=live_b)
         if REDUCTION == "none":
             tl.store(loss_ptr + b, loss, mask=live_b)
@@ -195,7 +196,7 @@ def _cluster_nce_grad_x_kernel(
     logits_ptr,  # [B, last - first] fp32
     memory_ptr,  # [C, D] any float
     x_ptr,  # [B, D] any float
-    stats_ptr,  # [5, B] fp32
+    stats_ptr,  # [4, B] fp32
     targets_ptr,  # [B] int
     grad_ptr,  # [] or [B] float, stride_g apart
     partial_ptr,  # [splits, B, D] fp32, written unless FINISH
@@ -263,7 +264,7 @@ def _cluster_nce_finish_kernel(
 def _cluster_nce_grad_memory_kernel(
     logits_ptr,  # [B, last - first] fp32
     x_ptr,  # [B, D] any float
-    stats_ptr,  # [5, B] fp32
+    stats_ptr,  # [4, B] fp32
     targets_ptr,  # [B] int
     grad_ptr,  # [] or [B] float, stride_g apart
     grad_memory_ptr,  # [C, D], rows first .. last - 1 written
@@ -315,35 +316,36 @@ def cluster_nce_fwd(
     lean: bool | None = None,
     status: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss, and what ``cluster_nce_bwd`` needs: ``stats`` (5, B) and the logits (B, C), (B, 0) when lean.
+    """The loss, and what ``cluster_nce_bwd`` needs: ``stats`` (4, B) and the logits (B, C), (B, 0) when lean.
 
     Two launches. ``lean`` stores no logits; None decides by ``is_lean``. Arguments as in ``cluster_nce``.
     """
     (b, d), c = x.shape, len(memory)
     lean = is_lean(b, c) if lean is None else lean
-    loss = torch.zeros(b if reduction == "none" else (), dtype=torch.float32, device=x.device)
-    stats = torch.empty(5, b, dtype=torch.float32, device=x.device)
+    loss = torch.empty(b if reduction == "none" else (), dtype=torch.float32, device=x.device)
+    stats = torch.empty(4, b, dtype=torch.float32, device=x.device)
     logits = torch.empty(b, 0 if lean else c, dtype=torch.float32, device=x.device)
     if b == 0:
-        return loss, stats, logits
+        return loss.zero_(), stats, logits
     x, memory, targets = _rows(x), _rows(memory), targets.contiguous()
     block_b, block_c, block_d, warps = FORWARD_TILE[_number_bytes(x, memory)]
     tiles = triton.cdiv(triton.cdiv(c, block_c), MAX_SPLITS)
     splits = triton.cdiv(c, tiles * block_c)
-    partial = torch.empty(3, b, splits, dtype=torch.float32, device=x.device)
-    _cluster_nce_logits_kernel[(triton.cdiv(b, block_b), splits)](
-        x, memory, targets, logits, partial, stats, x.stride(0), memory.stride(0), logits.stride(0),
-        b, 0, c, d, 1 / temperature, tiles,
-        NORMALIZE=normalize, STORE=not lean, SUM=True, UPCAST=_upcast(x, memory), PRECISION=PRECISIONS[precision],
-        BLOCK_B=block_b, BLOCK_C=block_c, BLOCK_D=block_d, num_warps=warps,
-    )  # fmt: skip
-    block_s = triton.next_power_of_2(splits)
-    _cluster_nce_loss_kernel[(1,)](
-        partial, stats, targets, targets if weight is None else weight.contiguous(), loss,
-        targets if status is None else status, b, c, splits, ignore_index,
-        WEIGHTED=weight is not None, REDUCTION=reduction, HAS_STATUS=status is not None,
-        BLOCK_B=min(triton.next_power_of_2(b), 4096 // block_s), BLOCK_S=block_s, num_warps=8,
-    )  # fmt: skip
+    partial = torch.empty(3 * splits + 1, b, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _cluster_nce_logits_kernel[(triton.cdiv(b, block_b), splits)](
+            x, memory, targets, logits, partial, stats, x.stride(0), memory.stride(0), logits.stride(0),
+            b, 0, c, d, 1 / temperature, tiles,
+            NORMALIZE=normalize, STORE=not lean, SUM=True, UPCAST=_upcast(x, memory), PRECISION=PRECISIONS[precision],
+            BLOCK_B=block_b, BLOCK_C=block_c, BLOCK_D=block_d, num_warps=warps,
+        )  # fmt: skip
+        block_s = triton.next_power_of_2(splits)
+        _cluster_nce_loss_kernel[(1,)](
+            partial, stats, targets, targets if weight is None else weight.contiguous(), loss,
+            targets if status is None else status, b, c, splits, ignore_index,
+            WEIGHTED=weight is not None, REDUCTION=reduction, HAS_STATUS=status is not None,
+            BLOCK_B=min(triton.next_power_of_2(b), 4096 // block_s), BLOCK_S=block_s, num_warps=8,
+        )  # fmt: skip
     return loss, stats, logits
 
 
@@ -364,17 +366,15 @@ def cluster_nce_bwd(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients to ``x`` and ``memory`` in their own dtypes, None where not needed; ``grad`` is that of the loss.
 
-    One launch for ``x`` where the batch alone fills a GPU, two where the classes are split as well, one more for
-    ``memory``; lean, as many for each block of classes.
+    One launch for ``x``, two where the classes are split too, one more for ``memory``; lean, so for each block of them.
     """
     (b, d), c = x.shape, len(memory)
     grad_x = torch.empty(b, d, dtype=x.dtype, device=x.device) if need_x else None
-    grad_memory = torch.zeros(c, d, dtype=memory.dtype, device=x.device) if need_memory else None
+    grad_memory = torch.empty(c, d, dtype=memory.dtype, device=x.device) if need_memory else None
     if b == 0:
-        return grad_x, grad_memory
+        return grad_x, grad_memory.zero_() if need_memory else None
     x, memory, targets = _rows(x), _rows(memory), targets.contiguous()
-    scale, precision = 1 / temperature, PRECISIONS[precision]
-    stride_g = grad.stride(0) if grad.ndim else 0
+    scale, precision, stride_g = 1 / temperature, PRECISIONS[precision], grad.stride(0) if grad.ndim else 0
     block_b, block_c, block_d, warps = BACKWARD_TILE[_number_bytes(x, memory)]
     grid = triton.cdiv(b, block_b), triton.cdiv(d, block_d)
 
@@ -388,34 +388,35 @@ def cluster_nce_bwd(
     tiles = triton.cdiv(triton.cdiv(width, block_c), splits)
     finish = splits == 1 and not lean
     partial = x if finish or not need_x else torch.empty(splits, b, d, dtype=torch.float32, device=x.device)
-    for first in range(0, c, width):
-        last = min(first + width, c)
-        if lean:
-            _cluster_nce_logits_kernel[(triton.cdiv(b, tile_b), triton.cdiv(last - first, tile_c))](
-                x, memory, targets, logits, logits, stats, x.stride(0), memory.stride(0), logits.stride(0),
-                b, first, last, d, scale, 1,
-                NORMALIZE=normalize, STORE=True, SUM=False, UPCAST=_upcast(x, memory), PRECISION=precision,
-                BLOCK_B=tile_b, BLOCK_C=tile_c, BLOCK_D=tile_d, num_warps=tile_warps,
+    with torch.cuda.device_of(x):
+        for first in range(0, c, width):
+            last = min(first + width, c)
+            if lean:
+                _cluster_nce_logits_kernel[(triton.cdiv(b, tile_b), triton.cdiv(last - first, tile_c))](
+                    x, memory, targets, logits, logits, stats, x.stride(0), memory.stride(0), logits.stride(0),
+                    b, first, last, d, scale, 1,
+                    NORMALIZE=normalize, STORE=True, SUM=False, UPCAST=_upcast(x, memory), PRECISION=precision,
+                    BLOCK_B=tile_b, BLOCK_C=tile_c, BLOCK_D=tile_d, num_warps=tile_warps,
+                )  # fmt: skip
+            if need_x:
+                _cluster_nce_grad_x_kernel[(*grid, splits)](
+                    logits, memory, x, stats, targets, grad, partial, grad_x,
+                    logits.stride(0), memory.stride(0), x.stride(0), stride_g,
+                    b, first, last, d, scale, tiles, ignore_index,
+                    NORMALIZE=normalize, FINISH=finish, ADD=first > 0, PRECISION=precision,
+                    BLOCK_B=block_b, BLOCK_C=block_c, BLOCK_D=block_d, num_warps=warps,
+                )  # fmt: skip
+            if need_memory:
+                _cluster_nce_grad_memory_kernel[(triton.cdiv(last - first, block_b), grid[1])](
+                    logits, x, stats, targets, grad, grad_memory,
+                    logits.stride(0), x.stride(0), stride_g, b, first, last, d, scale, ignore_index,
+                    PRECISION=precision, BLOCK_B=block_c, BLOCK_C=block_b, BLOCK_D=block_d, num_warps=warps,
+                )  # fmt: skip
+        if need_x and not finish:
+            _cluster_nce_finish_kernel[(triton.cdiv(b, 8), grid[1])](
+                partial, x, stats, targets, grad, grad_x, x.stride(0), stride_g, b, d, scale, ignore_index, splits,
+                NORMALIZE=normalize, BLOCK_B=8, BLOCK_D=block_d, num_warps=4,
             )  # fmt: skip
-        if need_x:
-            _cluster_nce_grad_x_kernel[(*grid, splits)](
-                logits, memory, x, stats, targets, grad, partial, grad_x,
-                logits.stride(0), memory.stride(0), x.stride(0), stride_g,
-                b, first, last, d, scale, tiles, ignore_index,
-                NORMALIZE=normalize, FINISH=finish, ADD=first > 0, PRECISION=precision,
-                BLOCK_B=block_b, BLOCK_C=block_c, BLOCK_D=block_d, num_warps=warps,
-            )  # fmt: skip
-        if need_memory:
-            _cluster_nce_grad_memory_kernel[(triton.cdiv(last - first, block_b), grid[1])](
-                logits, x, stats, targets, grad, grad_memory,
-                logits.stride(0), x.stride(0), stride_g, b, first, last, d, scale, ignore_index,
-                PRECISION=precision, BLOCK_B=block_c, BLOCK_C=block_b, BLOCK_D=block_d, num_warps=warps,
-            )  # fmt: skip
-    if need_x and not finish:
-        _cluster_nce_finish_kernel[(triton.cdiv(b, 8), grid[1])](
-            partial, x, stats, targets, grad, grad_x, x.stride(0), stride_g, b, d, scale, ignore_index, splits,
-            NORMALIZE=normalize, BLOCK_B=8, BLOCK_D=block_d, num_warps=4,
-        )  # fmt: skip
     return grad_x, grad_memory
 
 
@@ -430,9 +431,8 @@ class _ClusterNCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         need_x, _, need_memory, *_ = ctx.needs_input_grad
-        grad_x, grad_memory = cluster_nce_bwd(
-            grad, *ctx.saved_tensors, **ctx.both, need_x=need_x, need_memory=need_memory
-        )
+        needs = {"need_x": need_x, "need_memory": need_memory}
+        grad_x, grad_memory = cluster_nce_bwd(grad, *ctx.saved_tensors, **ctx.both, **needs)
         return grad_x, None, grad_memory, None, None
 
 

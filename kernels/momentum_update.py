@@ -157,13 +157,14 @@ def momentum_update_(
     if b == 0 or d == 0:
         return
     block_d = triton.next_power_of_2(d)
-    _momentum_update_kernel[(b,)](
-        memory, x, targets, targets if found_inf is None else found_inf, targets if status is None else status,
-        *memory.stride(), *x.stride(), targets.stride(0),
-        b, c, d, momentum, 1 - momentum,
-        RULE=RULES[rule], HAS_FOUND_INF=found_inf is not None, HAS_STATUS=status is not None,
-        BLOCK_B=256, BLOCK_D=block_d, num_warps=_num_warps(block_d),
-    )  # fmt: skip
+    with torch.cuda.device_of(memory):  # Triton launches on the current device
+        _momentum_update_kernel[(b,)](
+            memory, x, targets, targets if found_inf is None else found_inf, targets if status is None else status,
+            *memory.stride(), *x.stride(), targets.stride(0),
+            b, c, d, momentum, 1 - momentum,
+            RULE=RULES[rule], HAS_FOUND_INF=found_inf is not None, HAS_STATUS=status is not None,
+            BLOCK_B=256, BLOCK_D=block_d, num_warps=_num_warps(block_d),
+        )  # fmt: skip
 
 
 def _num_warps(block_d: int) -> int:

@@ -18,7 +18,10 @@ from numba import njit
 
 
 def kernel(function: Callable | None = None, **options: Any) -> Callable:
-    """``numba.njit`` that lets the interpreter lock go and keeps machine code on disk if there is a place for it."""
+    """``numba.njit`` that lets the interpreter lock go and keeps machine code on disk if there is a place for it.
+
+    numba renews that code when the kernel's own file changes, not when a kernel it calls in another file does.
+    """
     if function is None:
         return lambda f: kernel(f, **options)
     try:

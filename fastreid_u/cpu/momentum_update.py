@@ -8,24 +8,12 @@ all of them in cache. Same input, same machine: same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
-from numba import njit
 
-RULES = {"sequential": 0, "hard": 1, "mean": 2}
+from ._threads import kernel
 
-
-def _compiled(function: Callable) -> Callable:
-    """Machine code kept on disk where there is a place for it.
-
-    Sums may be reordered into vector lanes; nothing else is relaxed, so NaN and infinity are still seen.
-    """
-    options = {"fastmath": {"reassoc", "contract"}, "nogil": True}
-    try:
-        return njit(function, cache=True, **options)
-    except RuntimeError:  # neither the package nor a home directory can be written: compile once per process
-        return njit(function, **options)
+# Sums may be reordered into vector lanes; nothing else is relaxed, so NaN and infinity are still seen.
+_compiled = kernel(fastmath={"reassoc", "contract"})
 
 
 @_compiled
@@ -37,8 +25,12 @@ def _dot(a, b):
 
 
 @_compiled
-def _inverse_length(a):
-    return a.dtype.type(1) / max(np.sqrt(_dot(a, a)), a.dtype.type(1e-12))
+def lengths(x):
+    """(B,) Euclidean lengths of the rows of ``x``; not finite where a row is not, or where its squares overflow."""
+    found = np.empty(len(x), x.dtype)
+    for b in range(len(x)):
+        found[b] = np.sqrt(_dot(x[b], x[b]))
+    return found
 
 
 @_compiled
@@ -54,15 +46,18 @@ def _blend(row, keep, x, take):
 
 
 @_compiled
-def _update(memory, x, targets, keep, take, rule):
-    kind = memory.dtype.type
-    keep, take = kind(keep), kind(take)
-    if rule == 0:  # rows do not touch each other, so batch order over all rows is batch order in each
-        for b in range(len(targets)):
-            if targets[b] >= 0:
-                _blend(memory[targets[b]], keep, x[b], take * _inverse_length(x[b]))
-        return
+def _sequential(memory, x, lengths, targets, keep, take):
+    """Rows do not touch each other, so batch order over all of them is batch order in each."""
+    smallest = memory.dtype.type(1e-12)
+    for b in range(len(targets)):
+        if targets[b] >= 0:
+            _blend(memory[targets[b]], keep, x[b], take / max(lengths[b], smallest))
 
+
+@_compiled
+def _once(memory, x, lengths, targets, keep, take, hard):
+    """One move a row, by its least similar sample or by their mean."""
+    kind = memory.dtype.type
     chosen = np.zeros(x.shape[1], memory.dtype)
     done = np.zeros(len(targets), np.bool_)
     for first in range(len(targets)):
@@ -77,8 +72,8 @@ def _update(memory, x, targets, keep, take, rule):
                 continue
             done[b] = True
             count += 1
-            scale = _inverse_length(x[b])
-            if rule == 1:
+            scale = kind(1) / max(lengths[b], kind(1e-12))
+            if hard:
                 similarity = _dot(x[b], memory[row]) * scale
                 if similarity < lowest:  # strict: the first sample wins a tie
                     lowest = similarity
@@ -87,11 +82,17 @@ def _update(memory, x, targets, keep, take, rule):
             else:
                 for d in range(len(chosen)):
                     chosen[d] += x[b, d] * scale
-        _blend(memory[row], keep, chosen, take if rule == 1 else take / kind(count))
+        _blend(memory[row], keep, chosen, take if hard else take / kind(count))
 
 
 def momentum_update_(
-    memory: np.ndarray, x: np.ndarray, targets: np.ndarray, *, momentum: float = 0.1, rule: str = "sequential"
+    memory: np.ndarray,
+    x: np.ndarray,
+    targets: np.ndarray,
+    *,
+    momentum: float = 0.1,
+    rule: str = "sequential",
+    sample_lengths: np.ndarray | None = None,
 ) -> np.ndarray:
     """``row = l2(momentum * row + (1 - momentum) * l2(x_b))`` in place, for the samples that ``rule`` picks.
 
@@ -99,10 +100,18 @@ def momentum_update_(
         memory: (C, D) float32 or float64, C-contiguous, changed.
         x: (B, D) of the same dtype, C-contiguous.
         targets: (B,) int64 in -1 .. C - 1, contiguous. Nothing is checked here.
+        momentum: weight of the old row.
         rule: "sequential", "hard" or "mean".
+        sample_lengths: ``lengths(x)``, if the caller has looked at them.
 
     Returns ``memory``. The first call of a process loads the compiled loop from numba's cache; the first ever on a
     machine compiles it, which takes seconds.
     """
-    _update(memory, x, targets, momentum, 1 - momentum, RULES[rule])
+    kind = memory.dtype.type
+    keep, take = kind(momentum), kind(1 - momentum)
+    sample_lengths = lengths(x) if sample_lengths is None else sample_lengths
+    if rule == "sequential":
+        _sequential(memory, x, sample_lengths, targets, keep, take)
+    else:
+        _once(memory, x, sample_lengths, targets, keep, take, rule == "hard")
     return memory

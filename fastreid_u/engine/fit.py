@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastreid_u.config import Config
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.extract import BadImageLog
+from fastreid_u.ops._device_flag import raise_flagged
 from fastreid_u.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -89,8 +90,14 @@ def _pass_length(labels: Tensor, config: Config) -> int:
 
 
 def _require_finite(total: Tensor, epoch: int, step: int) -> None:
-    if not math.isfinite(total.item()):
-        raise FloatingPointError(
-            f"loss is {total.item()} at epoch {epoch}, step {step}; finished epochs are saved. "
-            "Lower lr, raise temp, or use float32 (amp=off), and go on with resume=True"
-        )
+    if math.isfinite(total.item()):
+        return
+    try:
+        raise_flagged()
+        why = ""
+    except ValueError as error:  # what a GPU kernel noticed in its inputs
+        why = f" ({error})"
+    raise FloatingPointError(
+        f"loss is {total.item()} at epoch {epoch}, step {step}{why}; finished epochs are saved. "
+        "Lower lr, raise temp, or use float32 (amp=off), and go on with resume=True"
+    )

@@ -32,7 +32,7 @@ def choose(op: str, device: torch.device, backend: str, table: Mapping[str, Call
 
     Returns:
         The callable. "auto" takes the first available of ``PREFERENCE[device.type]`` and never catches an error of
-        it; on a GPU that has only the reference left, it warns once per op.
+        it; where only the reference is left, though a GPU or a listed backend should do better, it warns once per op.
 
     Raises:
         ValueError: unknown backend.
@@ -42,8 +42,10 @@ def choose(op: str, device: torch.device, backend: str, table: Mapping[str, Call
     here = PREFERENCE.get(device.type, ("reference",))
     if backend == "auto":
         name = next(name for name in here if callable(table.get(name)))
-        if name == "reference" and device.type != "cpu" and not torch.compiler.is_compiling():
-            _warn_slow(op, device.type)
+        if name == "reference" and not torch.compiler.is_compiling():
+            missing = [table[faster] for faster in here if isinstance(table.get(faster), str)]
+            if missing or device.type != "cpu":
+                _warn_slow(op, "; ".join(missing) or f"no {device.type} kernel yet")
     else:
         name = backend
         if isinstance(table[name], str):
@@ -56,5 +58,5 @@ def choose(op: str, device: torch.device, backend: str, table: Mapping[str, Call
 
 
 @functools.cache
-def _warn_slow(op: str, device_type: str) -> None:
-    warnings.warn(f"{op}: no {device_type} kernel yet, running the slow reference", RuntimeWarning, stacklevel=4)
+def _warn_slow(op: str, why: str) -> None:
+    warnings.warn(f"{op}: {why}, running the slow reference", RuntimeWarning, stacklevel=4)
