@@ -205,7 +205,8 @@ def jaccard(
     # With so large a radius prefixes are nearly whole rows: make them whole, and their overlap is T itself.
     tail = int(_TAIL * need) if need > weight // 8 else 0
 
-    pairs = list(_near_half(crow, col, mass, need, tail)) if len(col) else []
+    with torch.cuda.device_of(col):  # Triton launches on the current device
+        pairs = list(_near_half(crow, col, mass, need, tail)) if len(col) else []
     row, column, overlap = (
         torch.cat([pair[part] for pair in pairs]) if pairs else col.new_zeros(0) for part in range(3)
     )
@@ -233,6 +234,8 @@ def _near_half(crow, col, mass, need, tail):
     table = torch.empty(0, dtype=torch.int64, device=device)
     row = row.int()
     for first, last, first_slot, slots in _row_blocks(slot_begin):
+        if slots == 0:  # rows without members, or too light to be near anything
+            continue
         if slots > len(table):
             table = torch.empty(slots, dtype=torch.int64, device=device)
         table[:slots].zero_()

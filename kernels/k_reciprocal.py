@@ -177,9 +177,9 @@ def _weigh_kernel(
         dist = tl.load(dist_ptr + begin + t, mask=live, other=float("inf"))
         weight = tl.exp(tl.min(dist, 0) - dist)
         share = tl.cumsum(weight, 0) / tl.sum(weight, 0) * SCALE
-        # Adding 2**52 leaves a float64 no bits after the point: round half to even, on every device.
+        # Adding 2**52 leaves a float64 no bits after the point: round half to even, on every device. The last running
+        # sum is off by a few 2**-53 at most and rounds to SCALE.
         upto = ((share + 4503599627370496.0) - 4503599627370496.0).to(tl.int32)
-        upto = tl.where(t == length - 1, SCALE, upto)
         before = tl.gather(upto, tl.maximum(t - 1, 0), 0)
         tl.store(mass_ptr + begin + t, upto - tl.where(t > 0, before, 0), mask=live)
 
@@ -214,13 +214,14 @@ def k_reciprocal(
         raise ValueError(f"k_reciprocal: index must be (N, >= k1={k1}), got {tuple(index.shape)} for N={n}")
     if n == 0:
         empty = torch.zeros(0, dtype=torch.int32, device=x.device)
-        return torch.zeros(1, dtype=torch.int64, device=x.device), empty, empty, 0
+        return torch.zeros(1, dtype=torch.int64, device=x.device), empty, empty, 1 << bits(1)
     x = x.contiguous()
     lists = index[:, :k1].to(torch.int32).contiguous()
 
-    crow, col, mass = _encode(x, lists, 1 << bits(k2), compat)
-    if k2 > 1:
-        crow, col, mass = _expand_query(crow, col, mass, lists[:, :k2])
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        crow, col, mass = _encode(x, lists, 1 << bits(k2), compat)
+        if k2 > 1:
+            crow, col, mass = _expand_query(crow, col, mass, lists[:, :k2])
     return crow, col, mass, k2 << bits(k2)
 
 

@@ -211,13 +211,19 @@ def knn(x: torch.Tensor, k: int, gallery: torch.Tensor | None = None) -> tuple[t
             f"knn: x and gallery must be (N, D) and (M, D) with D > 0, got {tuple(x.shape)} and {tuple(y.shape)}"
         )
     x, y = x.contiguous(), y.contiguous()
-    (n, dim), m = x.shape, len(y)
-    k = min(k, m)
+    n, k = len(x), min(k, len(y))
     sq_dist = torch.empty(n, k, dtype=torch.float32, device=x.device)
     index = torch.empty(n, k, dtype=torch.int64, device=x.device)
     if n == 0 or k == 0:
         return sq_dist, index
 
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _fill(x, y, k, gallery is None, sq_dist, index)
+    return sq_dist, index
+
+
+def _fill(x, y, k, alone, sq_dist, index):
+    (n, dim), m = x.shape, len(y)
     find = _Search(x, y, k)
     open_rows = torch.empty(n, dtype=torch.bool, device=x.device)
     for first in range(0, n, _ROWS):
@@ -232,12 +238,11 @@ def knn(x: torch.Tensor, k: int, gallery: torch.Tensor | None = None) -> tuple[t
         _measure_kernel[(len(query), 4)](x, y, query, candidate, count, dist, dim, find.cap, ALL=False, **block)
         _order_kernel[(len(query),)](
             dist, candidate, count, query, sq_dist[first:], index[first:], k,
-            CAP=find.cap, BLOCK_E=find.block_e, ALONE=gallery is None,
+            CAP=find.cap, BLOCK_E=find.block_e, ALONE=alone,
         )  # fmt: skip
     rest = open_rows.nonzero().flatten()
-    for query in rest.split(max(1, _ENTRIES // m)):
-        sq_dist[query], index[query] = _against_all(x, y, query, k, gallery is None)
-    return sq_dist, index
+    for query in rest.split(max(1, _ENTRIES // m)) if len(rest) else ():
+        sq_dist[query], index[query] = _against_all(x, y, query, k, alone)
 
 
 class _Search:

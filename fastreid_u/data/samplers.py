@@ -176,7 +176,11 @@ def iterations(sampler: IdentitySampler, iters: int, batch_size: int, *, strict:
         if strict:
             raise ValueError(f"{text}, got {len(stream)} images from {len(sampler.members)} identities")
         # No counts that change with every epoch: Python shows an equal warning once.
-        warnings.warn(f"{text}, and does not: identities repeat within a batch", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"too few clusters to fill a batch of {batch_size}: identities repeat within a batch",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return _restarting(sampler, stream, iters, batch_size)
 
 

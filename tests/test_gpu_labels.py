@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops of the pseudo-label step on a GPU give what they give on a CPU."""
+
+import pytest
+import torch
+
+from fastreid_u.ops.jaccard import jaccard_distance, jaccard_graph
+from fastreid_u.ops.k_reciprocal import k_reciprocal_encoding
+from fastreid_u.ops.knn import knn
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+# one row, powers of two and their neighbours, sizes past a buffer, a tile of products and a block of queries
+SIZES = [1, 2, 63, 64, 65, 511, 513, 1000, 2049, 8191, 8193, 12_936]
+
+
+def assert_same_neighbours(x, k, gallery=None):
+    found = knn(x.cuda(), k, gallery=None if gallery is None else gallery.cuda(), backend="triton")
+    expected = knn(x, k, gallery=gallery)
+    assert found[0].is_cuda
+    differ = (found[1].cpu() != expected[1]).nonzero()
+    assert len(differ) == 0, f"{len(differ)} entries differ, first at {differ[0].tolist()}"
+    # both round one float64 sum; sums in another order may fall on the other side of a float32 once in a while
+    torch.testing.assert_close(found[0].cpu(), expected[0], atol=0, rtol=1.2e-7)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize(("d", "k"), [(64, 30), (200, 5)])
+def test_knn(clustered, n, d, k):
+    assert_same_neighbours(clustered(n, d, number=n), min(k, n))
+
+
+@pytest.mark.parametrize(("n", "m", "d", "k"), [(100, 9000, 128, 10), (9000, 100, 33, 100), (3000, 20_000, 2048, 20)])
+def test_knn_in_a_gallery(clustered, n, m, d, k):
+    assert_same_neighbours(clustered(n, d), k, clustered(m, d, number=1))
+
+
+@pytest.mark.parametrize("case", ["sorted", "copies", "all copies", "common mean", "rows of all sizes"])
+def test_knn_of_hard_data(clustered, case):
+    x = clustered(3000, 48)
+    if case == "sorted":
+        x = x[(x @ x[0]).argsort()]
+    elif case == "copies":
+        x[500:900] = x[3]
+    elif case == "all copies":
+        x = x[:1].repeat(2000, 1)
+    elif case == "common mean":
+        x = x * 1e-3 + 1
+    else:
+        x = x * 10 ** torch.linspace(-3, 3, 3000)[:, None]
+    assert_same_neighbours(x, 30)
+
+
+@pytest.mark.parametrize("compat", [False, True])
+@pytest.mark.parametrize(("k1", "k2"), [(30, 6), (20, 1), (25, 8), (100, 6)])
+@pytest.mark.parametrize("n", [1, 2, 65, 1000, 5000])
+def test_encoding(clustered, n, k1, k2, compat):
+    k1, k2 = min(k1, n), min(k2, n)
+    x = clustered(n, 64, number=n) * torch.linspace(0.8, 1.2, n)[:, None]
+    near = knn(x, k1)
+    found = k_reciprocal_encoding(
+        x.cuda(), k1, k2, knn=(near[0].cuda(), near[1].cuda()), compat=compat, backend="triton"
+    ).cpu()
+    expected = k_reciprocal_encoding(x, k1, k2, knn=near, compat=compat)
+    assert torch.equal(found.crow_indices(), expected.crow_indices())
+    assert torch.equal(found.col_indices(), expected.col_indices())
+    torch.testing.assert_close(found.values(), expected.values(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("radius", [0.3, 0.6, 1.0])
+@pytest.mark.parametrize("n", SIZES)
+def test_graph(clustered, n, radius):
+    """Bit for bit the CPU's: both add the same integers, unless a float64 softmax was rounded another way."""
+    k1, k2 = min(30, n), min(6, n)
+    x = clustered(n, 64, number=n)
+    near = knn(x, k1)
+    found = jaccard_graph(
+        x.cuda(), k1=k1, k2=k2, radius=radius, knn=(near[0].cuda(), near[1].cuda()), backend="triton"
+    ).cpu()
+    expected = jaccard_graph(x, k1=k1, k2=k2, radius=radius, knn=near, backend="numba")
+    assert torch.equal(found.crow_indices(), expected.crow_indices())
+    assert torch.equal(found.col_indices(), expected.col_indices())
+    torch.testing.assert_close(found.values(), expected.values(), atol=1e-7, rtol=0)
+
+
+def test_graph_is_bitwise_symmetric_and_repeatable(clustered):
+    x = clustered(4000, 32, spread=1.2).cuda()
+    graphs = [jaccard_graph(x, radius=0.9, backend="triton") for _ in range(3)]
+    assert all(torch.equal(graph.values(), graphs[0].values()) for graph in graphs)
+    row = torch.arange(4000, device="cuda").repeat_interleave(graphs[0].crow_indices().diff())
+    order = (graphs[0].col_indices() * 4000 + row).argsort()
+    assert torch.equal(graphs[0].values()[order], graphs[0].values())
+
+
+@pytest.mark.parametrize("case", ["all copies", "hub"])
+def test_graph_of_collapsed_data(clustered, case):
+    x = clustered(1500, 32)
+    x = x[:1].repeat(1500, 1) if case == "all copies" else torch.nn.functional.normalize(x + 3)
+    found = jaccard_graph(x.cuda(), radius=0.6, backend="triton").cpu()
+    expected = jaccard_graph(x, radius=0.6, backend="numba")
+    assert torch.equal(found.col_indices(), expected.col_indices())
+    torch.testing.assert_close(found.values(), expected.values(), atol=1e-7, rtol=0)
+
+
+def test_golden(golden):
+    file = golden("jaccard_n600_d256")
+    found = jaccard_distance(file.tensor("features").cuda(), 30, 6, backend="triton").cpu()
+    torch.testing.assert_close(found, torch.from_numpy(file.matrix("dist_k30_6")), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("n", [20_000, 40_000])
+def test_no_square_of_the_rows(clustered, n):
+    """Peak memory stays far below N x N, and below a stated number of bytes a row."""
+    x = clustered(n, 64).cuda()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    jaccard_graph(x, radius=0.6, backend="triton")
+    assert torch.cuda.max_memory_allocated() - before < 500e6 + 20_000 * n
