@@ -59,6 +59,7 @@ class Index(NamedTuple):
         mass: int32, the weight of the column in that row.
         enough: overlap of prefixes that a near pair has at least.
         need: overlap that makes a pair near.
+        weight: of a row; a row that averages empty ones weighs less.
     """
 
     indptr: np.ndarray
@@ -70,6 +71,7 @@ class Index(NamedTuple):
     mass: np.ndarray
     enough: int
     need: int
+    weight: int
 
 
 @kernel
@@ -122,7 +124,7 @@ def build_index(rows: Rows, weight: int, need: int, threads: int) -> Index:
     start = np.concatenate([np.zeros(1, np.int64), np.cumsum(count)])
     row, mass = np.empty(start[-1], np.int32), np.empty(start[-1], np.int32)
     _invert(0, n, *rows, stop, start[:-1].copy(), row, mass)
-    return Index(*rows, stop, start, row, mass, need - tail, need)
+    return Index(*rows, stop, start, row, mass, need - tail, need, weight)
 
 
 @kernel
@@ -138,6 +140,22 @@ def overlap(index, i, j):
         p += a <= b
         q += b <= a
     return total
+
+
+@kernel
+def is_near(index, i, j):
+    """Whether T of rows i and j reaches ``need``: as :func:`overlap`, but it stops when that is settled."""
+    p, q = index.indptr[i], index.indptr[j]
+    p_end, q_end = index.indptr[i + 1], index.indptr[j + 1]
+    total, spare = 0, index.weight - index.need  # what row i may hold alone
+    while p < p_end and q < q_end and total < index.need and spare >= 0:
+        a, b = index.column[p], index.column[q]
+        own = index.value[p]
+        total += min(own, index.value[q]) * (a == b)
+        spare -= own * (a < b)
+        p += a <= b
+        q += b <= a
+    return total >= index.need
 
 
 @kernel

@@ -87,20 +87,52 @@ def _find_mutual(begin, end, lists, half, mutual):
                     break
 
 
+@kernel(fastmath={"reassoc", "contract"})
+def _dot(x, i, j):
+    total = 0.0
+    for d in range(x.shape[1]):
+        total += np.float64(x[i, d]) * np.float64(x[j, d])
+    return total
+
+
+@kernel
+def _distance(x, i, j, compat):
+    return 2.0 - 2.0 * _dot(x, i, j) if compat else sq_dist(x, x, i, j)
+
+
+@kernel
+def _measure_mutual(begin, end, x, lists, mutual, compat, distance):
+    """``distance[i, a]`` of mutual neighbours, each pair once: its smaller row writes both places."""
+    for i in range(begin, end):
+        for a in range(lists.shape[1]):
+            j = lists[i, a]
+            if mutual[i, a] == 0 or j < i:
+                continue
+            found = _distance(x, i, j, compat)
+            for b in range(lists.shape[1]):
+                if lists[j, b] == i:
+                    distance[j, b] = found
+            distance[i, a] = found
+
+
 @kernel
 def _expand_set(i, lists, half, mutual, keys, place, members):
-    """Write the expanded reciprocal set of i to ``members``, ascending; return its size."""
+    """Write the expanded reciprocal set of i to ``members``, ascending; return its size.
+
+    A member is ``j << 32 | a`` if ``j = lists[i, a]`` is a mutual neighbour, ``j << 32 | k1`` if expansion brought it.
+    """
+    added = lists.shape[1]
     keys[:] = -1
     count = 0
     for a in range(lists.shape[1]):
         if mutual[i, a]:
             slot = find_slot(keys, lists[i, a])
             if keys[slot] == -1:
-                keys[slot], place[slot], members[count] = lists[i, a], count, lists[i, a]
+                keys[slot], place[slot], members[count] = lists[i, a], count, np.int64(lists[i, a]) << 32 | a
                 count += 1
     original = count
     for p in range(original):
-        q = members[p]
+        q = members[p] >> 32
         size = inside = 0
         for b in range(half):
             if mutual[q, b] == 2:
@@ -112,18 +144,14 @@ def _expand_set(i, lists, half, mutual, keys, place, members):
                 if mutual[q, b] == 2:
                     slot = find_slot(keys, lists[q, b])
                     if keys[slot] == -1:
-                        keys[slot], place[slot], members[count] = lists[q, b], count, lists[q, b]
+                        keys[slot], place[slot], members[count] = (
+                            lists[q, b],
+                            count,
+                            np.int64(lists[q, b]) << 32 | added,
+                        )
                         count += 1
     ascend(members[:count])
     return count
-
-
-@kernel(fastmath={"reassoc", "contract"})
-def _dot(x, i, j):
-    total = 0.0
-    for d in range(x.shape[1]):
-        total += np.float64(x[i, d]) * np.float64(x[j, d])
-    return total
 
 
 @kernel
@@ -155,7 +183,7 @@ def _weigh_float32(distance, count, out):
 
 
 @kernel
-def _encode(begin, end, x, lists, half, mutual, compat, unit, like):
+def _encode(begin, end, x, lists, half, mutual, measured, compat, unit, like):
     """Rows of V: counts, columns ascending, values of ``like``'s type; in fixed point if ``unit`` is not 0."""
     widest = lists.shape[1] * (1 + half)
     keys = np.empty(1 << table_bits(widest), np.int32)
@@ -170,14 +198,15 @@ def _encode(begin, end, x, lists, half, mutual, compat, unit, like):
     for i in range(begin, end):
         count = _expand_set(i, lists, half, mutual, keys, place, members)
         for p in range(count):
-            distance[p] = 2.0 - 2.0 * _dot(x, i, members[p]) if compat else sq_dist(x, x, i, members[p])
+            j, a = members[p] >> 32, members[p] & 0xFFFFFFFF
+            distance[p] = measured[i, a] if a < lists.shape[1] else _distance(x, i, j, compat)
         if count and unit:
             _weigh_fixed(distance, count, unit, weight)
         elif count:
             _weigh_float32(distance, count, weight)
         for p in range(count):
             if weight[p] != 0:
-                column[at], value[at] = members[p], weight[p]
+                column[at], value[at] = members[p] >> 32, weight[p]
                 at += 1
         indptr[i - begin + 1] = at
     return indptr, column[:at].copy(), value[:at].copy()
@@ -263,7 +292,10 @@ def encode(x: np.ndarray, lists: np.ndarray, k2: int, *, compat: bool, fixed: bo
     over_rows(_find_mutual, n, threads, lists, half, mutual)
     like, unit = (np.empty(0, np.int32), 1 << bits(k2)) if fixed else (np.empty(0, np.float32), 0)
     most = max(1, 2**20 // (k1 * (1 + half)))  # a block's buffers: 8 MB
-    parts = over_rows(_encode, n, threads, x, lists, half, mutual, compat, unit, like, most=most)
+    measured = np.empty((n, k1))
+    over_rows(_measure_mutual, n, threads, x, lists, mutual, compat, measured)
+    parts = over_rows(_encode, n, threads, x, lists, half, mutual, measured, compat, unit, like, most=most)
+    del mutual, measured
     v = Rows.put_together(parts)
     if k2 == 1:
         return v
@@ -274,7 +306,7 @@ def encode(x: np.ndarray, lists: np.ndarray, k2: int, *, compat: bool, fixed: bo
 def k_reciprocal_encoding(x: np.ndarray, lists: np.ndarray, k2: int, *, compat: bool = False, threads: int = 1) -> Rows:
     """:func:`encode` in the published float32 arithmetic, columns ascending.
 
-    Memory beside the result: N k1 bytes, and V before query expansion.
+    Memory beside the result: 9 N k1 bytes, and V before query expansion.
     """
     rows = encode(x, lists, k2, compat=compat, fixed=False, threads=threads)
     sort_rows(rows, np.arange(len(x), dtype=np.int32), threads)

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ._threads import kernel, over_rows
-from .jaccard import Index, build_index, least_overlap, meet, overlap, table_for
+from .jaccard import Index, build_index, is_near, least_overlap, meet, table_for
 from .k_reciprocal import bits, encode
 
 # Nearest neighbours measured in step 1, beside the row itself. Twelve find nearly every core of the usual settings; a
@@ -39,7 +39,7 @@ def _measure_nearest(begin, end, index, lists, nearest, hits, count):
         found, count[i] = 0, 1
         for a in range(nearest):
             j = lists[i, a]
-            if j != i and overlap(index, i, j) >= index.need:
+            if j != i and is_near(index, i, j):
                 found |= 1 << a
                 count[i] += 1
         hits[i] = found
@@ -69,7 +69,7 @@ def _settle(begin, end, index, doubtful, min_samples, core):
             slot = slots[s]
             j = keys[slot]
             keys[slot] = -1
-            if found >= min_samples or sums[slot] < index.enough or overlap(index, i, j) < index.need:
+            if found >= min_samples or sums[slot] < index.enough or not is_near(index, i, j):
                 continue
             found += 1
             if at == len(near):
@@ -147,16 +147,14 @@ def _bridge(begin, end, index, group, sets):
     for i in range(begin, end):
         if group[i] == _NOT_CORE:
             continue
-        size = 0
+        size = 1 << table_for(index, i, keys)
+        if size > len(keys):
+            keys, sums, slots = np.full(size, -1, np.int32), np.empty(size, np.int32), np.empty(size, np.int64)
         met = 0
         for p in range(index.indptr[i], index.stop[i]):
             c, own = index.column[p], index.value[p]
             if sets[c] != _MIXED:
                 continue
-            if size == 0:
-                size = 1 << table_for(index, i, keys)
-                if size > len(keys):
-                    keys, sums, slots = np.full(size, -1, np.int32), np.empty(size, np.int32), np.empty(size, np.int64)
             for e in range(index.start[c], index.start[c + 1]):
                 j = index.row[e]
                 if j >= i:
@@ -174,7 +172,7 @@ def _bridge(begin, end, index, group, sets):
             known = False
             for p in range(first, at, 2):
                 known |= group[pairs[p + 1]] == group[j]
-            if known or overlap(index, i, j) < index.need:
+            if known or not is_near(index, i, j):
                 continue
             if at == len(pairs):
                 longer = np.empty(2 * at, np.int32)

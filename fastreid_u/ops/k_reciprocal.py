@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from fastreid_u import _env
 from fastreid_u._checks import (
     as_tensor,
     require_2d,
@@ -43,7 +46,8 @@ def k_reciprocal_encoding(
         knn: a ready ``(sq_dist, index)`` of :func:`fastreid_u.knn` on ``x``, at least k1 columns; saves the search.
         compat: weigh by 2 - 2 x.y, as most published code does, instead of the true squared distance. The two are
             the same for unit rows.
-        backend: "auto" or "reference"; anything but "auto" runs there or raises.
+        backend: "auto", "numba" (a CPU, as many threads as ``torch.get_num_threads()``), "triton" (a GPU) or
+            "reference"; anything but "auto" runs there or raises.
 
     Returns:
         ``torch.sparse_csr`` (N, N) float32 on ``x``'s device, columns ascending, rows summing to 1 (a row that a given
@@ -59,8 +63,46 @@ def k_reciprocal_encoding(
     x = require_features(op, "x", x)
     k1, k2 = neighbour_counts(op, k1, k2, len(x))
     knn = neighbours(op, x, k1, knn)
-    run = choose(op, x.device, backend, {"reference": reference.k_reciprocal_encoding})
-    return run(x, k1, k2, knn=knn, compat=compat)
+    numba, triton = _env.numba(), _env.triton()
+    table = {
+        "numba": _numba if numba.present else numba.detail,
+        "triton": _triton if triton.present else triton.detail,
+        "reference": reference.k_reciprocal_encoding,
+    }
+    return choose(op, x.device, backend, table)(x, k1, k2, knn=knn, compat=compat)
+
+
+def _numba(x: Tensor, k1: int, k2: int, *, knn: tuple[Tensor, Tensor], compat: bool) -> Tensor:
+    from fastreid_u.cpu import k_reciprocal as cpu
+
+    if len(x) == 0:
+        return sparse_rows(np.zeros(1, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
+    rows = cpu.k_reciprocal_encoding(
+        x.contiguous().numpy(), index_array(knn, k1), k2, compat=compat, threads=torch.get_num_threads()
+    )
+    return sparse_rows(*rows)
+
+
+def _triton(x: Tensor, k1: int, k2: int, *, knn: tuple[Tensor, Tensor], compat: bool) -> Tensor:
+    """The fixed-point rows that the Jaccard kernels compare, divided by what they add up to."""
+    from fastreid_u.kernels.k_reciprocal import k_reciprocal
+
+    crow, column, mass, total = k_reciprocal(x, knn[1], k1, k2, compat=compat)
+    return sparse_rows(crow, column, (mass.double() / total).float())
+
+
+def index_array(knn: tuple[Tensor, Tensor], k1: int) -> np.ndarray:
+    """The first ``k1`` columns of the neighbour lists as the CPU kernels read them."""
+    return np.ascontiguousarray(knn[1][:, :k1].numpy(), np.int32)
+
+
+def sparse_rows(indptr: np.ndarray | Tensor, column: np.ndarray | Tensor, value: np.ndarray | Tensor) -> Tensor:
+    """``torch.sparse_csr`` (N, N) with int64 indices; explicit zeros stay, and torch's beta warning stays inside."""
+    n = len(indptr) - 1
+    parts = (torch.as_tensor(indptr), torch.as_tensor(column).long(), torch.as_tensor(value))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        return torch.sparse_csr_tensor(*parts, (n, n), check_invariants=False)
 
 
 def neighbour_counts(op: str, k1: object, k2: object, rows: int) -> tuple[int, int]:

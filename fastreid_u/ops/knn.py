@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from fastreid_u import _env
 from fastreid_u._checks import (
     clip_count,
     require_choice,
@@ -26,8 +29,10 @@ def knn(
         x: (N, D) floating point, any device; taken in float32. Need not be of unit length.
         k: neighbours per row, the row itself included; more than there are rows is clipped with a warning.
         gallery: (M, D) rows to search; ``x`` itself if None.
-        precision: "fp32", "tf32" or "bf16", how a GPU looks for candidates. The result is measured exactly either way.
-        backend: "auto" or "reference"; anything but "auto" runs there or raises.
+        precision: "fp32", "tf32" or "bf16", how coarsely a GPU may look for candidates. The result is measured exactly
+            either way; "triton" looks in float16 with proven bounds, whatever is asked for.
+        backend: "auto", "numba" (a CPU, as many threads as ``torch.get_num_threads()``), "triton" (a GPU) or
+            "reference"; anything but "auto" runs there or raises.
 
     Returns:
         ``(sq_dist, index)`` on ``x``'s device, (N, k) float32 and (N, k) int64. Without a gallery a row's own index
@@ -39,7 +44,8 @@ def knn(
         ValueError: wrong shape, k < 1, NaN or infinity (the message counts the rows and names the first).
 
     Rows of zeros are points like any other. Memory: 12 N k bytes for the result, and a block of rows against all
-    others while it runs (32 MB a temporary in the reference); never N x N. Not differentiable.
+    others while it runs (64 MB and a copy of ``x`` on a CPU, 300 MB and a float16 copy of the gallery on a GPU, 32 MB a
+    temporary in the reference); never N x N. Not differentiable.
     """
     x = require_features("knn", "x", x)
     if gallery is not None:
@@ -48,5 +54,33 @@ def knn(
     k = require_positive_int("knn", "k", k)
     k = clip_count("knn", "k", k, len(x if gallery is None else gallery))
     require_choice("knn", "precision", precision, ("fp32", "tf32", "bf16"))
-    run = choose("knn", x.device, backend, {"reference": reference.knn})
-    return run(x, k, gallery=gallery, precision=precision)
+    numba, triton = _env.numba(), _env.triton()
+    table = {
+        "numba": _numba if numba.present else numba.detail,
+        "triton": _triton if triton.present else triton.detail,
+        "reference": reference.knn,
+    }
+    return choose("knn", x.device, backend, table)(x, k, gallery=gallery, precision=precision)
+
+
+def _numba(x: Tensor, k: int, *, gallery: Tensor | None, precision: str) -> tuple[Tensor, Tensor]:
+    """Products of matrices by torch, the rest compiled; ``precision`` is for GPUs."""
+    from fastreid_u.cpu import knn as cpu
+
+    # a process-wide setting may let float32 products round their factors, which no bound of ours covers
+    rounds = torch.get_float32_matmul_precision() != "highest"
+    found = cpu.knn(
+        x.contiguous().numpy(),
+        k,
+        gallery=None if gallery is None else gallery.contiguous().numpy(),
+        threads=torch.get_num_threads(),
+        product=lambda a, b, out: torch.mm(*map(torch.from_numpy, (a, b)), out=torch.from_numpy(out)),
+        dtype=np.float64 if rounds else np.float32,
+    )
+    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+
+def _triton(x: Tensor, k: int, *, gallery: Tensor | None, precision: str) -> tuple[Tensor, Tensor]:
+    from fastreid_u.kernels.knn import knn as kernel
+
+    return kernel(x, k, gallery)
