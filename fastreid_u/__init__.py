@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: F401 (the imports below are for type checkers and editors)
 """Unsupervised person re-identification: exact, sparse, fast; every published method as a short recipe.
 
     import fastreid_u
@@ -11,10 +12,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastreid_u import methods
     from fastreid_u.engine.train import Run, train
     from fastreid_u.engine.trained import evaluate, extract, load_model
     from fastreid_u.memory import ClusterMemory
-    from fastreid_u import methods
     from fastreid_u.ops.centroids import cluster_centroids
     from fastreid_u.ops.cluster_nce import cluster_nce
     from fastreid_u.ops.dbscan import DBSCAN, dbscan
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from fastreid_u.ops.pseudo_labels import pseudo_labels
     from fastreid_u.ops.rank_metrics import rank_metrics
     from fastreid_u.ops.rerank import rerank
+    from fastreid_u.ops.suggest_eps import suggest_eps
     from fastreid_u.recipe import Recipe
 
 _HOME = {
@@ -47,6 +49,7 @@ _HOME = {
     "momentum_update_": "ops.momentum_update",
     "rank_metrics": "ops.rank_metrics",
     "rerank": "ops.rerank",
+    "suggest_eps": "ops.suggest_eps",
 }
 
 __all__ = sorted([*_HOME, "methods", "__version__"])

@@ -58,7 +58,9 @@ def _train(argv: list[str]) -> None:
     parser.add_argument("-d", "--dataset", dest="dataset_flag", metavar="DATASET", help="same as the first argument")
     parser.add_argument("--method", default="cluster_contrast", help=", ".join(method_names()))
     parser.add_argument("--data-dir", dest="root", help="where data sets lie (default $FASTREID_U_DATA or ./data)")
-    parser.add_argument("--data", action="append", default=[], metavar="KEY=VALUE", help="option of the data set's reader")
+    parser.add_argument(
+        "--data", action="append", default=[], metavar="KEY=VALUE", help="option of the data set's reader"
+    )
     parser.add_argument("--logs-dir", help="run folder (default runs/DATASET-METHOD)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --logs-dir")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --logs-dir")

@@ -13,7 +13,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(1)  # the tests' arrays are small, and threads that wait for a busy core cost far more than they give
+torch.set_num_threads(
+    1
+)  # the tests' arrays are small, and threads that wait for a busy core cost far more than they give
 
 
 class Golden(dict):

@@ -48,7 +48,9 @@ def test_more_than_five_percent_stop_the_run_and_are_listed(world, tmp_path):
     dataset = load_dataset("market1501", world)
     for sample in dataset.train[:5]:
         damage(world / sample.path, "truncated")
-    with pytest.raises(TooManyBadImages, match=rf"\d+ of {len(dataset.train)} images cannot be read, more than 5%") as stop:
+    with pytest.raises(
+        TooManyBadImages, match=rf"\d+ of {len(dataset.train)} images cannot be read, more than 5%"
+    ) as stop:
         fastreid_u.train(dataset, logs_dir=tmp_path / "run", quiet=True, **SETTINGS)
     assert dataset.train[0].path in str(stop.value)
 

@@ -81,7 +81,9 @@ def test_help_shows_defaults_and_their_sources(capsys):
     for word in ("--resume", "--data-dir", "--eps", "--num-instances", "-b", "published training commands"):
         assert word in out
     iters = " ".join(out[out.index("--iters") :].replace("│", " ").split())
-    assert "(default: 200)" in iters[: iters.index("--step-size")], "the default of this data set, not the 400 of others"
+    assert "(default: 200)" in iters[: iters.index("--step-size")], (
+        "the default of this data set, not the 400 of others"
+    )
 
 
 def test_methods_and_capabilities(capsys):

@@ -64,7 +64,7 @@ def test_whole_numbers_serve_as_floats():
 def test_an_unknown_option_suggests_the_known():
     with pytest.raises(TypeError, match="unknown option 'num_instance'; did you mean num_instances"):
         ClusterContrastConfig.for_dataset("market1501", num_instance=4)
-    with pytest.raises(TypeError, match="unknown option 'zzz'; known: .*batch_size"):
+    with pytest.raises(TypeError, match=r"unknown option 'zzz'; known: .*batch_size"):
         Config.for_dataset("market1501", zzz=4)
 
 

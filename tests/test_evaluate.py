@@ -11,7 +11,8 @@ import torch
 import fastreid_u
 from fastreid_u.data import ReIDDataset, Sample, load_dataset
 from fastreid_u.engine.display import Display
-from fastreid_u.engine.evaluate import Split, evaluate_split, test_split as split_of
+from fastreid_u.engine.evaluate import Split, evaluate_split
+from fastreid_u.engine.evaluate import test_split as split_of
 from fastreid_u.engine.extract import BadImageLog
 from fastreid_u.engine.loop import NoClustersError
 
@@ -48,9 +49,7 @@ def test_without_a_query_split_known_identities_are_ranked_against_each_other(da
 
 def test_without_query_split_and_identities_nothing_is_evaluated(dataset, tmp_path):
     nameless = tuple(sample._replace(pid=-1) for sample in dataset.train)
-    run, log = trained(
-        dataclasses.replace(dataset, train=nameless, query=(), gallery=(), has_pids=False), tmp_path
-    )
+    run, log = trained(dataclasses.replace(dataset, train=nameless, query=(), gallery=(), has_pids=False), tmp_path)
     assert "mAP" not in run.last
     assert run.last["ari"] is None
     assert run.best is None

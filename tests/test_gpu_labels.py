@@ -7,6 +7,7 @@ import torch
 from fastreid_u.ops.jaccard import jaccard_distance, jaccard_graph
 from fastreid_u.ops.k_reciprocal import k_reciprocal_encoding
 from fastreid_u.ops.knn import knn
+from fastreid_u.ops.pseudo_labels import pseudo_labels
 
 pytestmark = [
     pytest.mark.gpu,
@@ -119,3 +120,11 @@ def test_no_square_of_the_rows(clustered, n):
     before = torch.cuda.memory_allocated()
     jaccard_graph(x, radius=0.6, backend="triton")
     assert torch.cuda.max_memory_allocated() - before < 500e6 + 20_000 * n
+
+
+@pytest.mark.parametrize("n", [1, 2, 65, 1000, 5000])
+def test_pseudo_labels(clustered, n):
+    x = clustered(n, 128, number=n)
+    expected = pseudo_labels(x, eps=[0.4, 0.6])
+    assert torch.equal(pseudo_labels(x.cuda(), eps=[0.4, 0.6], backend="triton").cpu(), expected)
+    assert torch.equal(pseudo_labels(x.cuda(), eps=0.6).cpu(), expected[1])

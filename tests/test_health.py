@@ -44,8 +44,8 @@ def test_health_without_truth_past_or_clusters():
 
 
 def test_table_rows_stand_under_their_head():
-    full = {"epoch": 3, "clusters": 61, "unclustered": 0.034, "largest": 30, "agreement": 0.91, "ari": 0.88, "nmi": 0.97,
-            "loss": 1.234, "mAP": 0.7542, "top1": 0.901,
+    full = {"epoch": 3, "clusters": 61, "unclustered": 0.034, "largest": 30, "agreement": 0.91, "ari": 0.88,
+            "nmi": 0.97, "loss": 1.234, "mAP": 0.7542, "top1": 0.901,
             "seconds": {"extract": 1.0, "label": 0.5, "fit": 3.25, "evaluate": 1.5}}  # fmt: skip
     head, row, bare = table_head(), table_row(full), table_row({"epoch": -1})
     for name, value in (("clusters", "61"), ("unclust.", "3.4%"), ("mAP", "75.4%"), ("top-1", "90.1%")):

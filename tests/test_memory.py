@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ClusterMemory against the published class: loss, gradient, rows after one step and after ten, in both of its forms."""
+"""ClusterMemory against the published class: loss, gradient, rows after one step and ten, in both of its forms."""
 
 import pytest
 import torch

@@ -66,7 +66,9 @@ def crops(tiny_world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "crops").symlink_to(tiny_world / "bounding_box_train")
-    rows = [f"{path},{path.name[:4]},{path.name[6]}" for path in sorted((tiny_world / "bounding_box_train").glob("*.jpg"))]
+    rows = [
+        f"{path},{path.name[:4]},{path.name[6]}" for path in sorted((tiny_world / "bounding_box_train").glob("*.jpg"))
+    ]
     (tmp_path / "crops.csv").write_text("path,pid,camid\n" + "\n".join(rows) + "\n")
     home = tmp_path / "home"
     (home / "data").mkdir(parents=True)

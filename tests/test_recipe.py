@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import fastreid_u
 from fastreid_u.methods import get_method
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.recipe import center_per_camera
@@ -86,5 +85,7 @@ def test_methods_is_a_list_and_a_package():
 
 
 def test_an_unknown_method_lists_the_known():
-    with pytest.raises(ValueError, match="method must be one of cluster_contrast, got 'cluster_contrst'.*did you mean"):
+    with pytest.raises(
+        ValueError, match=r"method must be one of cluster_contrast, got 'cluster_contrst'.*did you mean"
+    ):
         get_method("cluster_contrst")

@@ -156,7 +156,7 @@ def test_overwrite_starts_anew(tiny_world, tmp_path):
 def test_resume_refuses_another_experiment(finished, tiny_world, tmp_path):
     with pytest.raises(ValueError, match=r"a resumed run must keep its settings .* got eps=0.3 instead of 0.6"):
         run(tiny_world, finished.folder, resume=True, eps=0.3)
-    with pytest.raises(FileNotFoundError, match="no state.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"no state\.safetensors"):
         run(tiny_world, tmp_path, resume=True)
     with pytest.raises(ValueError, match="logs_dir must name the run to resume"):
         fastreid_u.train("synthetic", resume=True)

@@ -39,7 +39,9 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise SaveError(f"cannot write {path}: {error.strerror or error}; earlier files of the run are intact") from error
+        raise SaveError(
+            f"cannot write {path}: {error.strerror or error}; earlier files of the run are intact"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -139,7 +141,9 @@ def open_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise ValueError("train: resume and overwrite must not both be true, got True and True")
     if resume and not (folder / "state.safetensors").exists():
-        raise FileNotFoundError(f"train: resume must name a folder with a finished epoch, got {folder} (no state.safetensors)")
+        raise FileNotFoundError(
+            f"train: resume must name a folder with a finished epoch, got {folder} (no state.safetensors)"
+        )
     if holds_run(folder) and not (resume or overwrite):
         raise FileExistsError(
             f"train: {folder} already holds a run; pass resume=True (--resume) to go on with it, "

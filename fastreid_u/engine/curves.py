@@ -30,7 +30,9 @@ def draw_curves(records: list[dict[str, Any]], path: Path, title: str, true_clus
         if x:
             axes.plot(x, y, color=color, label=label, marker="o", markersize=3.5, linewidth=1.8)
 
-    ranking.set_title("ranking on the test split, %" if any(r.get("mAP") is not None for r in records) else "ranking: not evaluated")
+    ranking.set_title(
+        "ranking on the test split, %" if any(r.get("mAP") is not None for r in records) else "ranking: not evaluated"
+    )
     plot(ranking, "top1", "top-1", ORANGE, 100)
     plot(ranking, "mAP", "mAP", BLUE, 100)
     ranking.set_ylim(0, 100)

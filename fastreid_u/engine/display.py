@@ -44,7 +44,7 @@ class Display:
 
     @contextmanager
     def hearing_warnings(self) -> Iterator[None]:
-        """Python warnings of the code below become lines here, each text once; with ``quiet`` they go their usual way."""
+        """Python warnings of the block become lines here, each text once; with ``quiet`` they go their usual way."""
         if self.quiet:
             yield
             return

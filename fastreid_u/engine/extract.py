@@ -40,7 +40,8 @@ class BadImageLog:
         if len(self.reasons) > BAD_SHARE * self.total:
             named = "\n".join(f"  {path}: {reason}" for path, reason in list(self.reasons.items())[:10])
             raise TooManyBadImages(
-                f"{len(self.reasons)} of {self.total} images cannot be read, more than {BAD_SHARE:.0%}; the first:\n{named}"
+                f"{len(self.reasons)} of {self.total} images cannot be read, more than {BAD_SHARE:.0%}; the first:\n"
+                + named
             )
 
 

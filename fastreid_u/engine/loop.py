@@ -68,8 +68,9 @@ def run_epochs(session: Session) -> None:
         seconds: dict[str, float] = {}
         with _timed(seconds, "extract"):
             features = _features(s)
-        with _timed(seconds, "label"):
+        with _timed(seconds, "label"), s.display.phase("label", len(features)) as advance:
             labels = s.recipe.label(features, epoch)
+            advance(len(features))
         health = _look_at(s, labels.cpu().numpy(), epoch)
 
         with _timed(seconds, "fit"):
@@ -82,7 +83,14 @@ def run_epochs(session: Session) -> None:
             due = (epoch + 1) % config.eval_step == 0 or epoch == config.epochs - 1
             ranking = _ranking(s) if due and s.split else {}
 
-        record = {"epoch": epoch, **health, "loss": loss, "lr": learning_rate(config, epoch), **ranking, "seconds": seconds}
+        record = {
+            "epoch": epoch,
+            **health,
+            "loss": loss,
+            "lr": learning_rate(config, epoch),
+            **ranking,
+            "seconds": seconds,
+        }
         s.labels = labels.cpu().numpy()
         _keep(s, record)
 

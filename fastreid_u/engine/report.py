@@ -8,7 +8,16 @@ from fastreid_u.config import Config
 from fastreid_u.recipe import Recipe
 
 # Fields that say how a machine runs the recipe, not what the recipe is.
-_MACHINE = {"workers", "cache_images", "channels_last", "print_freq", "seed", "eval_step", "eval_initial", "eval_batch_size"}
+_MACHINE = {
+    "workers",
+    "cache_images",
+    "channels_last",
+    "print_freq",
+    "seed",
+    "eval_step",
+    "eval_initial",
+    "eval_batch_size",
+}
 
 
 def recipe_card(
@@ -24,8 +33,8 @@ def recipe_card(
 
     lines = [f"{method.title} on {dataset}, seed {config.seed}, {device}"]
     lines.append(
-        f"  network     {model['arch']}, {model['parameters'] / 1e6:.1f} M parameters, {model['num_features']} features, "
-        f"pooling {model['pooling']}, weights {model['weights']}"
+        f"  network     {model['arch']}, {model['parameters'] / 1e6:.1f} M parameters, "
+        f"{model['num_features']} features, pooling {model['pooling']}, weights {model['weights']}"
     )
     lines.append(
         f"  labels      k1 {config.k1}, k2 {config.k2}, eps {config.eps}, min_samples {config.min_samples}, "
@@ -74,7 +83,9 @@ def table_row(record: dict[str, Any]) -> str:
         value = record.get(name)
         cells.append(f"{'-' if value is None else form.format(value):>{width}}")
     seconds = record.get("seconds", {})
-    times = " ".join(f"{seconds[phase]:.1f}" if phase in seconds else "-" for phase in ("extract", "label", "fit", "evaluate"))
+    times = " ".join(
+        f"{seconds[phase]:.1f}" if phase in seconds else "-" for phase in ("extract", "label", "fit", "evaluate")
+    )
     return "  ".join(cells) + "  " + times
 
 

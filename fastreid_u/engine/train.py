@@ -96,7 +96,7 @@ def train(
         FileNotFoundError: the data are not where they were looked for; the message says where that was.
         FileExistsError: ``logs_dir`` holds a run and neither ``resume`` nor ``overwrite`` is given.
         NoClustersError: an epoch's labels hold no cluster. TooManyBadImages: more than 5 % of a split is unreadable.
-        FloatingPointError: the network diverged. SaveError: the disk is full, say. Finished epochs are kept by all four.
+        FloatingPointError: the network diverged. SaveError: the disk is full, say. All four keep finished epochs.
     """
     from fastreid_u.data import ReIDDataset, known_name
 
@@ -124,7 +124,7 @@ def train(
     display = Display(folder / "log.txt", quiet=quiet)
     session = _open_session(recipe_class, config, reid, device, display, folder)
     if not resume:
-        run = {"method": recipe_class.name, "dataset": str(dataset if not isinstance(dataset, ReIDDataset) else reid.name),
+        run = {"method": recipe_class.name, "dataset": name,
                "root": str(reid.root), "fastreid_u": _version(), "torch": torch.__version__, "device": str(device),
                "started": time.strftime("%Y-%m-%d %H:%M:%S")}  # fmt: skip
         tables = {"run": run, "config": config.to_dict(), "data": dict(data or {})}
@@ -151,7 +151,9 @@ def train(
         for line in metric_block(run.last):
             display.line(line)
         best = run.best
-        display.line(f"last epoch {run.last['epoch']}; best mAP {best['mAP']:.1%} at epoch {best['epoch']}, on the test split")
+        display.line(
+            f"last epoch {run.last['epoch']}; best mAP {best['mAP']:.1%} at epoch {best['epoch']}, on the test split"
+        )
     display.line(f"run folder: {folder}  (model_last.safetensors, curves.png, metrics.jsonl, log.txt)")
     return run
 

@@ -31,7 +31,7 @@ class Extracted(NamedTuple):
 def load_model(
     run: str | os.PathLike, *, which: str = "last", device: str | torch.device = "cpu"
 ) -> "tuple[ReIDModel, dict[str, Any]]":
-    """The network of a run folder (``which`` = "last" or "best") or of a ``model_*.safetensors`` file, and its description.
+    """The network of a run folder (``which`` = "last" or "best") or of a ``model_*.safetensors`` file, and what it is.
 
     The description holds method, data set, epoch, mAP and the whole config. The network is in eval mode and maps
     (B, 3, height, width) normalised images to (B, D) unit features. No pickle is read.
@@ -47,7 +47,9 @@ def load_model(
         raise FileNotFoundError(f"load_model: run must be a run folder or a model file, got {run} (no {path})")
     tensors, about = load_model_file(path)
     config = about["config"]
-    model = build_model(config["arch"], pooling=config["pooling_type"], weights=None, image_size=(config["height"], config["width"]))
+    model = build_model(
+        config["arch"], pooling=config["pooling_type"], weights=None, image_size=(config["height"], config["width"])
+    )
     model.load_state_dict(tensors)
     return model.to(device).eval(), about
 
@@ -124,7 +126,9 @@ def extract(
     model, about = load_model(run, which=which, device=device)
     config = about["config"]
     display = Display(quiet=quiet)
-    loader = make_loader(samples, test_transform(config["height"], config["width"]), batch_size=batch_size, workers=workers)
+    loader = make_loader(
+        samples, test_transform(config["height"], config["width"]), batch_size=batch_size, workers=workers
+    )
     log = BadImageLog(len(samples), display)
     features = extract_features(model, loader, samples, display=display, log=log, device=device)
     return Extracted(features, [sample.path for sample in samples], log.reasons)

@@ -36,8 +36,9 @@ def pseudo_labels(
             each, on one encoding.
         min_samples: points within eps, the point itself included, that make a core point.
         k1, k2, knn, compat: as in :func:`fastreid_u.jaccard_graph`.
-        backend: "auto", "numba" (a CPU, as many threads as ``torch.get_num_threads()``) or "reference" (its graph and
-            its DBSCAN); anything but "auto" runs there or raises.
+        backend: "auto", "numba" (a CPU, as many threads as ``torch.get_num_threads()``), "triton" (a GPU: the graph of
+            that backend, and the DBSCAN core) or "reference" (its graph and its DBSCAN); anything but "auto" runs there
+            or raises.
 
     Returns:
         (N,) int64 on ``x``'s device: -1 for noise, else a cluster 0 .. C - 1, numbered as scikit-learn numbers them;
@@ -49,8 +50,8 @@ def pseudo_labels(
 
     "numba" stores no pair within eps, so memory does not depend on how many there are: 25 N k1 bytes for neighbour
     lists, and with m entries in the encoding (50 to 100 a row with the defaults) 16 m at the peak and about 40 N for
-    the clustering. The reference stores the graph, 12 bytes for each pair within eps, which is 12 N^2 if all features
-    collapse to one point. Rows of zeros, as a dead feature extractor makes them, are copies of each other and cluster
+    the clustering. "triton" and the reference store the graph, 12 bytes for each pair within eps, which is 12 N^2 if
+    all features collapse to one point. Rows of zeros, as a dead feature extractor makes them, are copies of each other and cluster
     as copies do (see :func:`fastreid_u.jaccard_graph`).
     """
     op = "pseudo_labels"
@@ -61,8 +62,12 @@ def pseudo_labels(
         raise ValueError(f"{op}: eps must name at least one radius, got an empty sequence")
     min_samples = require_positive_int(op, "min_samples", min_samples)
     k1, k2 = neighbour_counts(op, k1, k2, len(x))
-    numba = _env.numba()
-    table = {"numba": _numba if numba.present else numba.detail, "reference": _by_graph}
+    numba, triton = _env.numba(), _env.triton()
+    table = {
+        "numba": _numba if numba.present else numba.detail,
+        "triton": _triton if triton.present else triton.detail,
+        "reference": _by_graph,
+    }
     run = choose(op, x.device, backend, table)
     knn = neighbours(op, x, k1, knn)
     labels = run(x, eps=radii, min_samples=min_samples, k1=k1, k2=k2, knn=knn, compat=compat)
@@ -79,6 +84,11 @@ def _numba(
     lists, threads = index_array(knn, k1), torch.get_num_threads()
     x = x.contiguous().numpy()
     return torch.from_numpy(cpu.pseudo_labels(x, lists, k2, eps, min_samples, compat=compat, threads=threads))
+
+
+def _triton(x: Tensor, *, eps: list[float], min_samples: int, **encoding: object) -> Tensor:
+    graph = jaccard_graph(x, radius=max(eps), backend="triton", **encoding)
+    return dbscan(graph, eps, min_samples, radius=max(eps))
 
 
 def _by_graph(x: Tensor, *, eps: list[float], min_samples: int, **encoding: object) -> Tensor:
