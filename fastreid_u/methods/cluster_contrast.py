@@ -47,8 +47,8 @@ class ClusterContrastConfig(Config):
         "synthetic": {
             "height": 128, "width": 64, "arch": "resnet10", "weights": None, "bn_group": None, "calibrate_bn": 8,
             "center_per_camera": True, "color_jitter": 0.2, "erase": 0.3, "eps": 0.5, "k1": 20, "temp": 0.1,
-            "momentum": 0.8, "batch_size": 64, "num_instances": 4, "lr": 2e-3, "epochs": 10, "iters": 30,
-            "step_size": 7, "amp": "auto", "channels_last": True,
+            "momentum": 0.8, "batch_size": 64, "num_instances": 4, "lr": 2e-3, "epochs": 18, "iters": 30,
+            "step_size": 15, "amp": "auto", "channels_last": True,
             "workers": 2, "cache_images": True, "eval_step": 1, "eval_initial": True,
         },
     }  # fmt: skip

@@ -51,8 +51,8 @@ def pseudo_labels(
     "numba" stores no pair within eps, so memory does not depend on how many there are: 25 N k1 bytes for neighbour
     lists, and with m entries in the encoding (50 to 100 a row with the defaults) 16 m at the peak and about 40 N for
     the clustering. "triton" and the reference store the graph, 12 bytes for each pair within eps, which is 12 N^2 if
-    all features collapse to one point. Rows of zeros, as a dead feature extractor makes them, are copies of each other and cluster
-    as copies do (see :func:`fastreid_u.jaccard_graph`).
+    all features collapse to one point. Rows of zeros, as a dead feature extractor makes them, are copies of each other
+    and cluster as copies do (see :func:`fastreid_u.jaccard_graph`).
     """
     op = "pseudo_labels"
     x = require_features(op, "x", x)

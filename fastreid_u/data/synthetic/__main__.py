@@ -9,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from .config import SyntheticConfig
-from .render import Shot, World
-from .write import generate, work
+from fastreid_u.data.synthetic.config import SyntheticConfig
+from fastreid_u.data.synthetic.render import Shot, World
+from fastreid_u.data.synthetic.write import generate, work
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .identity import Person
+from fastreid_u.data.synthetic.identity import Person
 
 KNOTS = 16  # samples of a tube's radii along its axis
 _GRID = np.linspace(0, 1, KNOTS)
@@ -89,7 +89,9 @@ def make_body(person: Person, pose: Pose) -> Body:
     )
 
 
-def _tube(fabric, top, bottom, a, b=None, shift=0.0, v=None, round_top=True, round_bottom=True, yaw=0.0, over=False) -> Tube:
+def _tube(
+    fabric, top, bottom, a, b=None, shift=0.0, v=None, round_top=True, round_bottom=True, yaw=0.0, over=False
+) -> Tube:
     """``a``, ``b``, ``shift``: a number or values equally spaced from top to bottom."""
     profile = np.empty((3, KNOTS))
     for row, value in zip(profile, (a, a if b is None else b, shift), strict=True):
@@ -98,7 +100,10 @@ def _tube(fabric, top, bottom, a, b=None, shift=0.0, v=None, round_top=True, rou
 
 
 def _trunk(person: Person, pose: Pose) -> list[Tube]:
-    cut, loose = person.top_cut, {"hoodie": 0.011, "jacket": 0.011, "coat": 0.014, "shirt": 0.006}.get(person.top_cut, 0.004)
+    cut, loose = (
+        person.top_cut,
+        {"hoodie": 0.011, "jacket": 0.011, "coat": 0.014, "shirt": 0.006}.get(person.top_cut, 0.004),
+    )
     hem = person.top_length
     heights = 0.850 + (hem - 0.850) * _GRID
     a, b, shift = _section(person, heights, loose)
@@ -112,7 +117,9 @@ def _trunk(person: Person, pose: Pose) -> list[Tube]:
     if cut == "hoodie":
         tubes.append(_tube("top", (0, 0.865, -0.055), (0, 0.800, -0.070), (0.045, 0.060, 0.030), (0.022, 0.030, 0.012)))
     if cut in ("shirt", "jacket", "coat"):  # collar
-        tubes.append(_tube("top", (0, 0.872, -0.006), (0, 0.838, -0.004), (0.040, 0.046), (0.038, 0.044), round_top=False))
+        tubes.append(
+            _tube("top", (0, 0.872, -0.006), (0, 0.838, -0.004), (0.040, 0.046), (0.038, 0.044), round_top=False)
+        )
     return tubes
 
 
@@ -201,7 +208,10 @@ def _arms(person: Person, pose: Pose) -> list[Tube]:
         fore = swing + bend
         wrist = elbow + 0.145 * np.array((-side * 0.06, -np.cos(fore), np.sin(fore)))
         hand = wrist + 0.058 * np.array((0, -np.cos(fore + 0.2), np.sin(fore + 0.2)))
-        upper, lower = (0.026 * thick, 0.031 * thick, 0.029 * thick, 0.025 * thick), (0.025 * thick, 0.022 * thick, 0.016)
+        upper, lower = (
+            (0.026 * thick, 0.031 * thick, 0.029 * thick, 0.025 * thick),
+            (0.025 * thick, 0.022 * thick, 0.016),
+        )
         tubes.append(_tube("skin", wrist, hand, (0.014, 0.019, 0.012), (0.016, 0.022, 0.014)))
         v = (0.80, 0.63, 0.48)
         if bare is None:
@@ -217,34 +227,38 @@ def _arms(person: Person, pose: Pose) -> list[Tube]:
 
 
 def _head(person: Person, pose: Pose) -> list[Tube]:
-    size, yaw = person.head, pose.head_yaw
-    ahead = np.array((np.sin(yaw), 0.0, np.cos(yaw)))
+    size, yaw, tubes = person.head, pose.head_yaw, []
+    ahead, up = np.array((np.sin(yaw), 0.0, np.cos(yaw))), np.array((0.0, 1.0, 0.0))
     centre = np.array((0.0, 0.858, 0.012))
-    t = _GRID  # crown to chin
-    egg = np.sqrt(np.clip(1 - (2 * t - 1) ** 2, 0.02, 1)) * np.where(t > 0.5, 1 - 0.16 * (2 * t - 1) ** 2, 1.0)
-    top, chin = centre + (0, 0.136 * size, 0), centre - (0, 0.006, 0)
-    tubes = [_tube("head", top, chin, 0.043 * size * egg, 0.055 * size * egg, v=(1, 0), yaw=yaw, round_top=False, round_bottom=False)]  # fmt: skip
+    flat, open_below = {"round_top": False, "round_bottom": False}, {"round_bottom": False}
 
-    def hair(high, low, a, b, back, fabric="hair", **options):
-        place = centre - back * size * ahead
-        tubes.append(_tube(fabric, place + (0, high * size, 0), place + (0, low * size, 0),
-                           np.multiply(a, size), np.multiply(b, size), yaw=yaw, **options))  # fmt: skip
+    def add(fabric, high, low, a, b, back=0.0, **options):
+        """From ``high`` down to ``low`` over the chin, ``back`` behind the middle of the head."""
+        middle, a, b = centre - back * size * ahead, np.multiply(a, size), np.multiply(b, size)
+        tubes.append(_tube(fabric, middle + high * size * up, middle + low * size * up, a, b, yaw=yaw, **options))
+
+    t = 2 * _GRID - 1  # crown -1, chin 1
+    egg = np.sqrt(np.clip(1 - t * t, 0.02, 1)) * np.where(t > 0, 1 - 0.16 * t * t, 1.0)
+    add("head", 0.136, -0.006, 0.043 * egg, 0.055 * egg, v=(1, 0), **flat)
 
     style = person.hair_style
     if style == "short" and person.hat == "none":
-        hair(0.108, 0.085, (0.030, 0.044, 0.047), (0.040, 0.052, 0.050), 0.012)
+        add("hair", 0.108, 0.085, (0.030, 0.044, 0.047), (0.040, 0.052, 0.050), 0.012)
     elif style == "bob":
-        hair(0.106, 0.0, (0.034, 0.048, 0.052, 0.052, 0.048), (0.045, 0.052, 0.048, 0.042, 0.036), 0.016, round_bottom=False)
+        a, b = (0.034, 0.048, 0.052, 0.052, 0.048), (0.045, 0.052, 0.048, 0.042, 0.036)
+        add("hair", 0.106, 0.0, a, b, 0.016, **open_below)
     elif style == "long":
-        hair(0.106, -0.11, (0.034, 0.047, 0.050, 0.050, 0.052, 0.050, 0.040), (0.045, 0.050, 0.042, 0.034, 0.028, 0.024, 0.016), 0.020)
+        a, b = (0.034, 0.047, 0.050, 0.050, 0.052, 0.050, 0.040), (0.045, 0.050, 0.042, 0.034, 0.028, 0.024, 0.016)
+        add("hair", 0.106, -0.11, a, b, 0.020)
     elif style in ("tail", "bun"):
-        hair(0.106, 0.06, (0.032, 0.045, 0.046), (0.042, 0.052, 0.046), 0.012)
+        add("hair", 0.106, 0.06, (0.032, 0.045, 0.046), (0.042, 0.052, 0.046), 0.012)
         low, width = (0.06, 0.026) if style == "bun" else (-0.07, 0.017)
-        hair(0.10, low, (0.020, width, width, 0.012), (0.022, width, width, 0.012), 0.070)
-    if person.hat == "cap":
-        hair(0.098, 0.086, (0.040, 0.042), (0.045, 0.045), -0.055, fabric="hat")
+        add("hair", 0.10, low, (0.020, width, width, 0.012), (0.022, width, width, 0.012), 0.070)
+    if person.hat == "cap":  # its peak; the crown is painted
+        add("hat", 0.098, 0.086, (0.040, 0.042), 0.045, -0.055)
     elif person.hat == "beanie":
-        hair(0.126, 0.080, (0.022, 0.044, 0.048, 0.047), (0.028, 0.054, 0.058, 0.057), -0.002, fabric="hat", round_bottom=False)
+        a, b = (0.022, 0.044, 0.048, 0.047), (0.028, 0.054, 0.058, 0.057)
+        add("hat", 0.126, 0.080, a, b, -0.002, **open_below)
     return tubes
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .shading import Light
+from fastreid_u.data.synthetic.shading import Light
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,6 @@ class Camera:
 
     height: float  # of the lens above the ground
     axis: float  # usual walking direction, 0 = towards the camera
-    near: float  # share of a person's height in the frame: how far people pass
     light: Light
     cast: tuple[float, float, float]
     gain: float
@@ -42,7 +41,6 @@ def make_camera(rng: np.random.Generator, shift: float) -> Camera:
     return Camera(
         height=float(rng.uniform(2.2, 4.2)),
         axis=float(rng.uniform(-np.pi, np.pi)),
-        near=float(rng.uniform(0.35, 0.75)),
         light=Light(
             sun=tuple(float(c) for c in sun),
             sun_colour=tuple(float(c) for c in 1.35 * direct * tint * (1.02, 1.0, 0.95)),

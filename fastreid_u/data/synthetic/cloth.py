@@ -5,9 +5,9 @@ from functools import cache
 
 import numpy as np
 
-from .body import Body
-from .identity import Fabric, Person
-from .shading import Surface
+from fastreid_u.data.synthetic.body import Body
+from fastreid_u.data.synthetic.identity import Fabric, Person
+from fastreid_u.data.synthetic.shading import Surface
 
 _GROUPS = ("skin", "head", "hair", "top", "sleeve", "bottom", "shoes", "bag", "hat")
 
@@ -157,7 +157,7 @@ def _face(person: Person, v, lx, lz) -> np.ndarray:
     if person.hair_style == "bald":
         return out
     # the line runs from high on the forehead down behind the ears
-    line = np.where(lz > 0.35, 0.74 - 0.05 * np.abs(lx), np.where(lz > -0.05, 0.50, 0.16))
+    line = np.where(lz > 0.35, 0.70 - 0.04 * np.abs(lx), np.where(lz > -0.05, 0.50, 0.16))
     if person.hat == "cap":
         line = np.where(lz > 0.2, 2.0, line)
     out[v > line] = hair

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 
 # Part of the cache key: raise it whenever a change of the renderer changes a single pixel.
-RENDERER = 2
+RENDERER = 1
 
 _COUNTS = {"train_ids": 0, "test_ids": 0, "cameras": 2, "images_per_camera": 2, "distractors": 0, "seed": 0}
 _SHARES = ("camera_presence", "intruders", "texture", "occlusion", "background_mix")
@@ -23,14 +23,14 @@ class SyntheticConfig:
     Args:
         train_ids: people in ``bounding_box_train``, pids 1 to ``train_ids``.
         test_ids: people in ``query`` and ``bounding_box_test``, the pids after those of training; none is in both.
-        cameras: number of cameras (2 or more).
+        cameras: number of cameras, 2 to 9.
         images_per_camera: crops of a person in each camera passed (2 or more: one is the query, the rest the gallery).
         camera_presence: probability that a person passes a camera; everybody passes at least two.
         distractors: further people, in the gallery only, all with pid 0.
         intruders: share of the training crops that show an empty background, another person or a badly placed box.
         palette: number of clothing colours (1 to 16), commonest first. Few: identities that colour cannot tell apart.
-        texture: probability that a garment has a pattern (stripes, checks, a print, blocks of colour) and not one colour.
-        shift: strength of the cameras' differences in colour cast, exposure, contrast and light; 0: all alike.
+        texture: probability that a garment has a pattern (stripes, checks, a print, blocks of colour).
+        shift: strength of the cameras' differences in colour cast, exposure, contrast and sunlight; 0: none.
         occlusion: probability that something or somebody stands in front of the person.
         jitter: strength of the error of the detection box; 0: always the same margin.
         background_mix: probability that the background is taken from another camera of the set.
@@ -52,10 +52,10 @@ class SyntheticConfig:
     distractors: int = 8
     intruders: float = 0.0
     palette: int = 16
-    texture: float = 0.6
+    texture: float = 0.7
     shift: float = 0.2
-    occlusion: float = 0.15
-    jitter: float = 0.5
+    occlusion: float = 0.1
+    jitter: float = 0.8
     background_mix: float = 0.0
     yaw_std: float = 0.5
     height: int = 128
@@ -76,6 +76,8 @@ class SyntheticConfig:
         for name in _STRENGTHS:
             if not 0 <= getattr(self, name) <= 4:
                 _reject(name, "lie in [0, 4]", getattr(self, name))
+        if self.cameras > 9:  # one digit of the file name in Market-1501 and in its readers
+            _reject("cameras", "be 9 or less", self.cameras)
         if not 1 <= self.palette <= 16:
             _reject("palette", "lie in [1, 16]", self.palette)
         for name, least in (("height", 64), ("width", 32)):

@@ -102,8 +102,9 @@ def make_person(rng: np.random.Generator, palette: int = 16, texture: float = 0.
     female = rng.random() < 0.5
     cut = _choice(rng, ("vest", "tee", "long", "shirt", "hoodie", "jacket", "coat", "dress"),
                   (1 * female, 6, 4, 3, 3, 4, 2, 2 * female))  # fmt: skip
+    warm = cut in ("vest", "tee", "shirt", "hoodie")
     bottom = _choice(rng, ("slim", "straight", "wide", "shorts", "skirt", "long_skirt"),
-                     (4, 5, 1.5, 3 if cut in ("vest", "tee", "shirt", "hoodie") else 0.5, 2.5 * female, 1 * female))  # fmt: skip
+                     (4, 5, 1.5, 3 if warm else 0.5, 2.5 * female, 1 * female))  # fmt: skip
     style = _choice(rng, ("bald", "short", "crop", "bob", "long", "tail", "bun"),
                     (0, 1, 0, 2, 3.5, 2.5, 1) if female else (0.8, 4, 3, 0.4, 0.2, 0.2, 0))  # fmt: skip
     bag = _choice(rng, ("none", "backpack", "shoulder", "cross", "hand"), (4, 3.5, 1.5, 1.2, 1.2))
@@ -125,8 +126,12 @@ def make_person(rng: np.random.Generator, palette: int = 16, texture: float = 0.
         beard=not female and rng.random() < 0.2,
         top_cut=cut,
         bottom_cut=bottom,
-        top_length={"coat": rng.uniform(0.30, 0.42), "dress": rng.uniform(0.27, 0.42)}.get(cut, rng.uniform(0.46, 0.53)),
-        bottom_length={"shorts": rng.uniform(0.28, 0.40), "long_skirt": rng.uniform(0.08, 0.20)}.get(bottom, rng.uniform(0.27, 0.38)),
+        top_length={"coat": rng.uniform(0.30, 0.42), "dress": rng.uniform(0.27, 0.42)}.get(
+            cut, rng.uniform(0.46, 0.53)
+        ),
+        bottom_length={"shorts": rng.uniform(0.28, 0.40), "long_skirt": rng.uniform(0.08, 0.20)}.get(
+            bottom, rng.uniform(0.27, 0.38)
+        ),
         bag=bag,
         bag_side=int(rng.choice((-1, 1))),
         hat=hat,
@@ -168,14 +173,16 @@ def _garment(rng: np.random.Generator, column: int, palette: int, texture: float
     base = colours[first][0]
     # the second colour must be seen against the first
     contrast = np.array([weights[j] * np.abs(np.subtract(base, c[0])).max() ** 2 for j, c in enumerate(colours)])
-    if contrast.sum() > 1e-6:
-        second = colours[int(rng.choice(len(colours), p=contrast / contrast.sum()))][0]
-    else:
+    if not contrast.any():  # a palette of one colour: a lighter shade of it
+        contrast[:] = 1
+    second = _choice(rng, [c[0] for c in colours], contrast)
+    if second == base:
         second = tuple(0.55 * c + 0.25 for c in base)
+    luck, pattern = rng.random(), patterns[int(rng.integers(len(patterns)))]
     return Fabric(
         colour=_vary(rng, base, 0.035),
         second=_vary(rng, second, 0.035),
-        pattern=patterns[int(rng.integers(len(patterns)))] if rng.random() < texture else "plain",
+        pattern=pattern if luck < texture else "plain",
         scale=float(rng.uniform(0.05, 0.14)),
         fold=fold,
         key=int(rng.integers(1 << 30)),

@@ -5,7 +5,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 
-def stand_in_front(picture: np.ndarray, foot_row: float, rng: np.random.Generator) -> None:
+def stand_in_front(picture: np.ndarray, rng: np.random.Generator) -> None:
     """Draw a rail, post, bin, bush, bicycle or car bonnet over ``picture`` (linear RGB, changed in place)."""
     height, width = picture.shape[:2]
     grow = 4
@@ -39,14 +39,21 @@ def stand_in_front(picture: np.ndarray, foot_row: float, rng: np.random.Generato
             draw.ellipse((centre - r, y - r, centre + r, y + r), outline=255, width=round(0.04 * w))
         bars = [(x, y), (x + 0.3 * w, y - 0.21 * h), (x + 0.8 * w, y - 0.20 * h), (x + 0.95 * w, y), (x + 0.42 * w, y)]
         draw.line([*bars, (x + 0.3 * w, y - 0.21 * h)], fill=255, width=round(0.05 * w))
-        draw.line([(x + 0.42 * w, y), (x + 0.8 * w, y - 0.2 * h), (x + 0.74 * w, y - 0.28 * h)], fill=255, width=round(0.05 * w))
+        draw.line(
+            [(x + 0.42 * w, y), (x + 0.8 * w, y - 0.2 * h), (x + 0.74 * w, y - 0.28 * h)],
+            fill=255,
+            width=round(0.05 * w),
+        )
     else:
         top = rng.uniform(0.70, 0.82) * h
         lean = rng.uniform(-0.1, 0.1) * h
         draw.polygon([(0, top + lean), (0.7 * w, top - 0.02 * h), (w, top - lean), (w, h), (0, h)], fill=255)
     mask = mask.filter(ImageFilter.GaussianBlur(grow * 0.4)).resize((width, height), Image.Resampling.BOX)
     alpha = np.asarray(mask, np.float32)[..., None] / 255
-    slope = np.linspace(1.15, 0.8, height, dtype=np.float32)[:, None, None] * np.linspace(0.9, 1.1, width, dtype=np.float32)[None, :, None]
+    slope = (
+        np.linspace(1.15, 0.8, height, dtype=np.float32)[:, None, None]
+        * np.linspace(0.9, 1.1, width, dtype=np.float32)[None, :, None]
+    )
     value = np.clip(colour, 0.02, 0.8).astype(np.float32) * slope
     if kind in ("bin", "bonnet"):  # a lid's or panel's edge
         edge = round(top / grow) + 4

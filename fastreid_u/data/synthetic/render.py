@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """One crop: a person walking through the view of a camera, cut out by an imperfect detector."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .body import Pose, make_body
-from .camera import Camera, develop, make_camera
-from .cloth import paint, wrinkles
-from .config import SyntheticConfig
-from .identity import Person, make_person
-from .occluders import stand_in_front
-from .scene import HEIGHT, WIDTH, Scene, make_scene
-from .shading import View, project, rasterise, shade
+from fastreid_u.data.synthetic.body import Pose, make_body
+from fastreid_u.data.synthetic.camera import Camera, develop, make_camera
+from fastreid_u.data.synthetic.cloth import paint, wrinkles
+from fastreid_u.data.synthetic.config import SyntheticConfig
+from fastreid_u.data.synthetic.identity import Person, make_person
+from fastreid_u.data.synthetic.occluders import stand_in_front
+from fastreid_u.data.synthetic.scene import HEIGHT, WIDTH, Scene, make_scene
+from fastreid_u.data.synthetic.shading import View, project, rasterise, shade
 
 SUPERSAMPLE = 2
 # First word of every random stream, so that no two kinds of thing share one.
@@ -53,40 +53,40 @@ class World:
 
     def shoot(self, shot: Shot) -> bytes:
         """The JPEG file of a shot: a function of the configuration and the shot alone."""
-        rng, config, camera = self._rng(_SHOT, shot.person, shot.camera, shot.take), self.config, self.cameras[shot.camera]
-        # every choice is drawn whether or not it is used: a dial changes what it says and nothing else
-        luck = rng.random(8)
-        mixed = luck[0] < config.background_mix
-        scene = self.scene(int(luck[1] * config.cameras) if mixed else shot.camera)
-        seeds = rng.integers(1 << 60, size=2).tolist()
-        person = _stranger(seeds[1]) if shot.intruder == "stranger" else self.person(shot.person)
-        row, column = rng.uniform(*scene.walk), rng.uniform(0.12, 0.88) * WIDTH
-        distance = scene.distance(row)
+        config, camera = self.config, self.cameras[shot.camera]
+        # One stream for each part of the picture, and what a dial may discard is drawn all the same: so a dial
+        # changes what it says and nothing else.
+        rng, street, sensor = self._rng(_SHOT, shot.person, shot.camera, shot.take).spawn(3)
+        mixed, other, back, lone, hidden, way = rng.random(6)
+        scene = self.scene(int(other * config.cameras) if mixed < config.background_mix else shot.camera)
+        person = _stranger(street) if shot.intruder == "stranger" else self.person(shot.person)
+        row, column = rng.uniform(), rng.uniform(0.12, 0.88) * WIDTH
+        row = scene.walk[0] + row * (scene.walk[1] - scene.walk[0])
+        distance, drop = scene.distance(row), scene.lens - 0.55 * person.stature
         view = View(
-            yaw=camera.axis + (np.pi if luck[2] < 0.4 else 0.0) + config.yaw_std * rng.normal(),
-            pitch=float(np.arctan2(scene.lens - 0.55 * person.stature, distance)),
-            distance=float(np.hypot(distance, scene.lens - 0.55 * person.stature)),
+            yaw=camera.axis + (np.pi if back < 0.4 else 0.0) + config.yaw_std * rng.normal(),
+            pitch=float(np.arctan2(drop, distance)),
+            distance=float(np.hypot(distance, drop)),
         )
-        box = config.jitter * np.array((rng.normal(0, 0.045), rng.normal(0, 0.025), rng.normal(0, 0.05)))
+        box = config.jitter * rng.normal(0, (0.045, 0.025, 0.05))
         if shot.intruder == "badbox":
-            box += (rng.choice((-0.45, 0.45)), rng.choice((-0.35, 0.0, 0.35)), 0.5)
-        pose = _pose(rng, person)
-        figure = _Figure(config, person, pose, view, box)
+            box += (street.choice((-0.45, 0.45)), street.choice((-0.35, 0.0, 0.35)), 0.5)
+        figure = _Figure(config, person, _pose(rng, person), view, box)
         picture = self._background(scene, figure, row, column)
-        body = figure.draw(camera, rng)
-        if luck[3] < 0.15:
-            self._passer_by(picture, _stranger(seeds[0]), camera, view, figure, rng, behind=True)
+        if lone < 0.15:
+            self._passer_by(picture, camera, figure, street, behind=True)
         if shot.intruder != "empty":
-            _cast_shadow(picture, body, figure, camera, view)
+            body = figure.draw(camera, rng)
+            _cast_shadow(picture, body, figure, camera)
             _over(picture, body)
-        if luck[4] < config.occlusion:
-            if luck[5] < 0.45:
-                self._passer_by(picture, _stranger(seeds[0]), camera, view, figure, rng, behind=False)
+        if hidden < config.occlusion:
+            if way < 0.45:
+                self._passer_by(picture, camera, figure, street, behind=False)
             else:
-                stand_in_front(picture, figure.foot_row, rng)
-        slope = np.linspace(-1, 1, config.height, dtype=np.float32) * rng.normal(0, 0.05)
+                stand_in_front(picture, street)
+        slope = np.linspace(-1, 1, config.height, dtype=np.float32) * np.float32(sensor.normal(0, 0.05))
         picture *= (1 + slope)[:, None, None]
-        return develop(camera, picture, rng)
+        return develop(camera, picture, sensor)
 
     def _background(self, scene: Scene, figure: "_Figure", row: float, column: float) -> np.ndarray:
         """Linear RGB of the frame's window in which the figure stands with its feet at (column, row)."""
@@ -94,28 +94,30 @@ class World:
         zoom = scene.pixels_per_metre(row) / figure.scale  # frame pixels per pixel of the crop
         zoom = min(zoom, HEIGHT / config.height, WIDTH / config.width)
         wide, tall = config.width * zoom, config.height * zoom
-        left = np.clip(column - figure.foot_column * zoom, 0, WIDTH - wide)
-        top = np.clip(row - figure.foot_row * zoom, 0, HEIGHT - tall)
+        left = max(min(column - figure.foot_column * zoom, WIDTH - wide), 0.0)
+        top = max(min(row - figure.foot_row * zoom, HEIGHT - tall), 0.0)
         window = (left, top, min(left + wide, WIDTH), min(top + tall, HEIGHT))
         crop = scene.picture.resize((config.width, config.height), Image.Resampling.BILINEAR, box=window)
         return (np.asarray(crop, np.float32) * np.float32(1 / 255)) ** 2
 
-    def _passer_by(self, picture, stranger, camera: Camera, view: View, main: "_Figure", rng, *, behind: bool) -> None:
+    def _passer_by(self, picture: np.ndarray, camera: Camera, main: "_Figure", rng, *, behind: bool) -> None:
         """Another person, farther away and higher up, or nearer and cutting into the crop."""
-        side, size = rng.choice((-1, 1)), rng.uniform(0.62, 0.85) if behind else rng.uniform(1.0, 1.2)
-        turned = View(view.yaw + rng.uniform(-1, 1), view.pitch, view.distance)
-        offset = (0.5 * side * rng.uniform(0.35, 1.0) if behind else 0.5 * side * rng.uniform(0.65, 0.95), 0.0, 0.0)
-        figure = _Figure(self.config, stranger, _pose(rng, stranger), turned, np.array(offset), size)
-        # feet of who is farther stand higher in the picture, by the slope of the ground
-        figure.move_feet(main.foot_row + (size - 1) * self.config.height * (0.45 if behind else 0.5))
+        stranger, side = _stranger(rng), rng.choice((-0.5, 0.5))
+        size, offset = (
+            rng.uniform(*pair) for pair in (((0.62, 0.85), (0.35, 1.0)) if behind else ((1.0, 1.2), (0.35, 0.65)))
+        )
+        view = replace(main.view, yaw=main.view.yaw + rng.uniform(-1, 1))
+        figure = _Figure(self.config, stranger, _pose(rng, stranger), view, np.array((side * offset, 0, 0)), size)
+        # the ground rises in the picture: feet farther away stand higher
+        figure.move_feet(main.foot_row + (size - 1) * self.config.height * 0.45)
         body = figure.draw(camera, rng)
         if behind:
-            _cast_shadow(picture, body, figure, camera, turned)
+            _cast_shadow(picture, body, figure, camera)
         _over(picture, body)
 
 
 class _Figure:
-    """A posed person on the canvas; ``box`` is the detector's error in x, y and size, as shares of the crop's height."""
+    """A posed person on the canvas; ``box``: the detector's error in x, y and size, as shares of the crop's height."""
 
     def __init__(self, config, person: Person, pose: Pose, view: View, box: np.ndarray, size: float = 1.0) -> None:
         self.person, self.view, self.shape = person, view, (config.height, config.width)
@@ -144,7 +146,10 @@ class _Figure:
         if surface is not None:
             albedo, fold = paint(surface, self.body, self.person)
             height, width = fold.shape
-            rows, columns = (row + np.arange(height)) % 512, (column + np.arange(width)) % 512
+            step = 132 / scale  # the folds' size belongs to the cloth, not to the image
+            rows, columns = (
+                (start + np.arange(n) * step).astype(int) % 512 for start, n in ((row, height), (column, width))
+            )
             depth = surface.depth + wrinkles()[rows[:, None], columns] * fold * np.float32(0.004 * scale)
             rgba[surface.window][..., :3] = shade(depth, albedo, camera.light, scale) * surface.seen[..., None]
             rgba[surface.window][..., 3] = surface.seen
@@ -152,8 +157,9 @@ class _Figure:
         return (half[:, 0::s] + half[:, 1::s]) * np.float32(0.25)
 
 
-def _stranger(seed: int) -> Person:
-    return make_person(np.random.default_rng(seed))
+def _stranger(rng: np.random.Generator) -> Person:
+    """Somebody else, whatever the dials of the people in the set."""
+    return make_person(rng)
 
 
 def _pose(rng: np.random.Generator, person: Person) -> Pose:
@@ -171,11 +177,11 @@ def _over(picture: np.ndarray, body: np.ndarray) -> None:
     picture += body[..., :3]
 
 
-def _cast_shadow(picture: np.ndarray, body: np.ndarray, figure: _Figure, camera: Camera, view: View) -> None:
+def _cast_shadow(picture: np.ndarray, body: np.ndarray, figure: _Figure, camera: Camera) -> None:
     """The silhouette laid down on the ground away from the sun, and the dark between sole and ground."""
     sx, sy, sz = camera.light.sun
     row, column = figure.foot_row - 0.02 * picture.shape[0], figure.foot_column
-    drop = -sz / sy * np.sin(view.pitch)
+    drop = -sz / sy * np.sin(figure.view.pitch)
     drop = np.copysign(max(abs(drop), 0.06), drop)
     # inverse map: the shadow at (x, y) is cast by the silhouette at height (y - row) / drop above the feet
     inverse = (1, sx / sy / drop, -sx / sy * row / drop, 0, -1 / drop, row + row / drop)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from .camera import Camera
-from .cloth import noise_tile
+from fastreid_u.data.synthetic.camera import Camera
+from fastreid_u.data.synthetic.cloth import noise_tile
 
 WIDTH, HEIGHT, FOCAL = 1280, 576, 1000.0  # frame, pixels
 
@@ -37,8 +37,8 @@ def make_scene(rng: np.random.Generator, camera: Camera) -> Scene:
     far = FOCAL * camera.height / (kerb - horizon)
     picture = _ground(rng, camera, horizon)
     draw = Picture(picture, horizon, camera.height)
-    _far_side(rng, draw, kerb, far)
-    _things(rng, draw, kerb, far)
+    _far_side(rng, draw, far)
+    _things(rng, draw, far)
     light = np.array(camera.light.sky_colour) + 0.45 * np.array(camera.light.sun_colour)
     patches = noise_tile(int(rng.integers(100)), 256, 0.3, 0.012, 0.012)
     patches = np.asarray(Image.fromarray(patches).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
@@ -62,9 +62,9 @@ class Picture:
         k = FOCAL / distance
         return WIDTH / 2 + x * k, self.horizon + (self.lens - y) * k
 
-    def soften(self, distance: float) -> None:
-        """Blur and dull what was drawn so far: it lies farther away than what comes."""
-        self.image = self.image.filter(ImageFilter.GaussianBlur(0.6))
+    def soften(self) -> None:
+        """Blur what was drawn so far: it lies farther away than what comes."""
+        self.image = self.image.filter(ImageFilter.GaussianBlur(1.2))
         self.draw = ImageDraw.Draw(self.image)
 
     def box(self, x0, y0, x1, y1, distance, colour) -> None:
@@ -132,10 +132,12 @@ def _ground(rng: np.random.Generator, camera: Camera, horizon: float) -> Image.I
     return Image.fromarray((np.clip(out, 0, 1) * 255).astype(np.uint8))
 
 
-def _far_side(rng: np.random.Generator, draw: Picture, kerb: float, far: float) -> None:
+def _far_side(rng: np.random.Generator, draw: Picture, far: float) -> None:
     span = WIDTH / 2 * far / FOCAL + 2
     kind = ("shops", "brick", "hedge", "glass", "concrete")[int(rng.integers(5))]
-    wall = rng.choice(((0.62, 0.58, 0.52), (0.50, 0.36, 0.30), (0.55, 0.56, 0.57), (0.72, 0.70, 0.66), (0.45, 0.43, 0.40)))
+    wall = rng.choice(
+        ((0.62, 0.58, 0.52), (0.50, 0.36, 0.30), (0.55, 0.56, 0.57), (0.72, 0.70, 0.66), (0.45, 0.43, 0.40))
+    )
     wall = np.asarray(wall) * rng.uniform(0.75, 1.1)
     draw.box(-span, 0, span, 12, far, wall)
     if kind == "hedge":
@@ -170,12 +172,13 @@ def _foliage(rng, draw: Picture, x0, x1, y0, y1, distance, grain) -> None:
         draw.ellipse(x, y, r, r, distance, green * rng.uniform(0.5, 1.5))
 
 
-def _things(rng: np.random.Generator, draw: Picture, kerb: float, far: float) -> None:
+def _things(rng: np.random.Generator, draw: Picture, far: float) -> None:
     near = max(0.45 * far, FOCAL * draw.lens / (0.62 * HEIGHT - draw.horizon))
-    for distance in sorted(rng.uniform(min(near, 0.9 * far), far * 0.98, 16), reverse=True):
+    for number, distance in enumerate(sorted(rng.uniform(min(near, 0.9 * far), far * 0.98, 16), reverse=True)):
         span = WIDTH / 2 * distance / FOCAL
         x, kind = rng.uniform(-span, span), int(rng.integers(7))
-        draw.soften(distance)
+        if number % 5 == 0:
+            draw.soften()
         if kind not in (0, 1, 2):
             draw.ellipse(x, 0.0, 0.6, 0.10, distance, (0.22, 0.22, 0.22))
         if kind == 0:
@@ -202,9 +205,26 @@ def _things(rng: np.random.Generator, draw: Picture, kerb: float, far: float) ->
 
 
 def _car(rng, draw: Picture, x, distance) -> None:
-    paint = np.array(((0.75, 0.75, 0.75), (0.12, 0.12, 0.13), (0.45, 0.46, 0.48), (0.38, 0.13, 0.13), (0.17, 0.21, 0.32))[int(rng.integers(5))])
+    paint = np.array(
+        ((0.75, 0.75, 0.75), (0.12, 0.12, 0.13), (0.45, 0.46, 0.48), (0.38, 0.13, 0.13), (0.17, 0.21, 0.32))[
+            int(rng.integers(5))
+        ]
+    )
     draw.ellipse(x, 0.05, 2.3, 0.12, distance, (0.18, 0.18, 0.18))
-    draw.polygon([(x - 2.1, 0.3), (x - 2.1, 0.85), (x - 1.3, 0.95), (x - 0.8, 1.45), (x + 0.9, 1.45), (x + 1.5, 0.95), (x + 2.1, 0.85), (x + 2.1, 0.3)], distance, paint)
+    draw.polygon(
+        [
+            (x - 2.1, 0.3),
+            (x - 2.1, 0.85),
+            (x - 1.3, 0.95),
+            (x - 0.8, 1.45),
+            (x + 0.9, 1.45),
+            (x + 1.5, 0.95),
+            (x + 2.1, 0.85),
+            (x + 2.1, 0.3),
+        ],
+        distance,
+        paint,
+    )
     draw.polygon([(x - 1.15, 0.95), (x - 0.75, 1.38), (x + 0.05, 1.38), (x + 0.05, 0.95)], distance, (0.13, 0.16, 0.18))
     draw.polygon([(x + 0.15, 0.95), (x + 0.15, 1.38), (x + 0.85, 1.38), (x + 1.35, 0.95)], distance, (0.13, 0.16, 0.18))
     for wheel in (-1.3, 1.3):

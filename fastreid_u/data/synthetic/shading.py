@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .body import KNOTS, Body
+from fastreid_u.data.synthetic.body import KNOTS, Body
 
 FAR = np.float32(-1e4)
 _FINE = 64  # radii along a tube are looked up in a table of this many places
@@ -17,7 +17,7 @@ _FINE = 64  # radii along a tube are looked up in a table of this many places
 
 @dataclass(frozen=True)
 class View:
-    """Where the camera stands relative to the person: ``yaw`` 0 sees the face; ``pitch`` looks down; metres, radians."""
+    """Where the camera stands, metres and radians: at ``yaw`` 0 it sees the face, ``pitch`` looks down."""
 
     yaw: float
     pitch: float
@@ -85,7 +85,9 @@ def rasterise(body: Body, drawing: Drawing, view: View, shape: tuple[int, int], 
     ends, table = drawing.ends.astype(np.float32), drawing.table.astype(np.float32)
     tilt = np.float32(np.sin(view.pitch))
     for number in range(len(ends)):
-        _draw(depth, part, number, body, ends[number], table[number], drawing.turn[number], tilt, np.float32(0.03 * scale))
+        _draw(
+            depth, part, number, body, ends[number], table[number], drawing.turn[number], tilt, np.float32(0.03 * scale)
+        )
     rows, cols = np.flatnonzero((depth > FAR / 2).any(1)), np.flatnonzero((depth > FAR / 2).any(0))
     if rows.size < 3 or cols.size < 3:  # no slope can be taken
         return None
@@ -106,7 +108,12 @@ def _draw(depth, part, number: int, body: Body, ends, table, turn, tilt, melt) -
     length = max(((x1 - x0) ** 2 + (y1 - y0) ** 2) ** 0.5, 1e-3)
     ux, uy = np.float32((x1 - x0) / length), np.float32((y1 - y0) / length)
     sin, cos = np.float32(turn[0]), np.float32(turn[1])
-    reach = float(table[0].max()) + abs(float(sin)) * float(np.abs(table[3]).max()) + float(tilt) * float(table[2].max()) + 1
+    reach = (
+        float(table[0].max())
+        + abs(float(sin)) * float(np.abs(table[3]).max())
+        + float(tilt) * float(table[2].max())
+        + 1
+    )
     height, width = depth.shape
     left, right = max(int(min(x0, x1) - reach), 0), min(int(max(x0, x1) + reach) + 2, width)
     high, low = max(int(min(y0, y1) - reach), 0), min(int(max(y0, y1) + reach) + 2, height)

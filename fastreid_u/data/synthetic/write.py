@@ -8,18 +8,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
-from .config import RENDERER, SyntheticConfig
-from .render import Shot, World
+from fastreid_u.data.synthetic.config import RENDERER, SyntheticConfig
+from fastreid_u.data.synthetic.render import Shot, World
 
 Plan = list[tuple[str, Shot]]  # path inside the folder, what it shows
 
+_IO_ERROR = 74  # exit status of a worker that could not write (EX_IOERR, which Windows lacks)
 _PLAN = 100  # random stream of the plan, apart from those of the renderer
 
 
@@ -69,7 +70,7 @@ def generate(
         config: the dials; None means ``SyntheticConfig()``.
         root: parent folder; None means ``$FASTREID_U_CACHE``, or ``~/.cache/fastreid_u`` where that is not set.
         workers: rendering processes; None means one per CPU this process may use, and one for a small set.
-        progress: called as ``progress(done, total)`` from time to time in the calling thread; not called on a cache hit.
+        progress: called as ``progress(done, total)`` every few images, in the calling thread; not on a cache hit.
 
     Raises:
         ValueError: ``workers`` is not positive.
@@ -79,13 +80,14 @@ def generate(
     config = SyntheticConfig() if config is None else config
     if workers is not None and workers < 1:
         raise ValueError(f"generate: workers must be 1 or more, got {workers!r}")
-    root = Path(root or os.environ.get("FASTREID_U_CACHE") or Path("~/.cache/fastreid_u")).expanduser()
+    root = os.environ.get("FASTREID_U_CACHE") or "~/.cache/fastreid_u" if root is None else root
+    root = Path(root).expanduser()
     final = root / f"synthetic-{config.digest()}"
     if (final / "synthetic.json").is_file():
         return final
     plan = make_plan(config)
     if workers is None:
-        workers = max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, len(plan) // 100))
+        workers = max(1, min(_cpus(), len(plan) // 100))
     try:
         root.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=root))
@@ -95,9 +97,10 @@ def generate(
         for folder in ("bounding_box_train", "query", "bounding_box_test"):
             (scratch / folder).mkdir()
         done = render_share(config, plan, scratch) if workers == 1 else _render_apart(config, scratch, workers)
-        for count, _ in enumerate(done, 1):
-            if progress is not None and (count % 16 == 0 or count == len(plan)):
-                progress(count, len(plan))
+        with contextlib.closing(done):  # before the scratch folder goes, its writers must
+            for count, _ in enumerate(done, 1):
+                if progress is not None and (count % 16 == 0 or count == len(plan)):
+                    progress(count, len(plan))
         (scratch / "synthetic.json").write_text(json.dumps(_describe(config, plan), indent=2) + "\n")
         _publish(scratch, final)
     except OSError as error:
@@ -105,6 +108,11 @@ def generate(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return final
+
+
+def _cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def render_share(config: SyntheticConfig, plan: Plan, folder: Path) -> Iterator[None]:
@@ -119,30 +127,29 @@ def _render_apart(config: SyntheticConfig, folder: Path, workers: int) -> Iterat
     """Render in fresh interpreters, not in ``multiprocessing`` ones: no fork of a threaded parent (torch is one), and
     no ``if __name__ == "__main__"`` asked of the caller's script. Each writes one byte per image into a shared pipe."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    crew: list[tuple[subprocess.Popen, IO[bytes]]] = []
     reader, writer = os.pipe()
-    try:
-        for number in range(workers):
-            job = json.dumps({"config": asdict(config), "folder": str(folder), "start": number, "step": workers})
-            command = [sys.executable, "-m", "fastreid_u.data.synthetic", "--worker", job]
-            complaint = tempfile.TemporaryFile()
-            crew.append((subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=writer, stderr=complaint, env=environment), complaint))
-        os.close(writer)
-        writer = None
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, reader)
+        crew = []
+        try:
+            for number in range(workers):
+                job = json.dumps({"config": asdict(config), "folder": str(folder), "start": number, "step": workers})
+                command = [sys.executable, "-m", "fastreid_u.data.synthetic", "--worker", job]
+                complaint = stack.enter_context(tempfile.TemporaryFile())
+                worker = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=writer, stderr=complaint, env=environment
+                )
+                stack.enter_context(worker)  # waits for it, after the kill of the next line
+                stack.callback(worker.kill)
+                crew.append((worker, complaint))
+        finally:
+            os.close(writer)
         while beats := os.read(reader, 4096):  # ends when the last worker does
             yield from (None for _ in beats)
         for worker, complaint in crew:
             if worker.wait():
                 complaint.seek(0)
                 _report(worker.returncode, complaint.read().decode(errors="replace"))
-    finally:
-        for worker, complaint in crew:
-            worker.kill()
-            worker.wait()
-            complaint.close()
-        os.close(reader)
-        if writer is not None:
-            os.close(writer)
 
 
 def work(job: str) -> int:
@@ -154,35 +161,35 @@ def work(job: str) -> int:
             os.write(1, b".")
     except OSError as error:
         print(json.dumps([error.errno, error.strerror]), file=sys.stderr)
-        return os.EX_IOERR
+        return _IO_ERROR
     return 0
 
 
 def _report(status: int, complaint: str) -> None:
-    if status == os.EX_IOERR:
+    if status == _IO_ERROR:
         raise OSError(*json.loads(complaint.strip().splitlines()[-1]))
     raise RuntimeError(f"generate: a rendering process ended with status {status}: {complaint.strip()[-2000:]}")
 
 
 def _describe(config: SyntheticConfig, plan: Plan) -> dict:
-    counts = {}
-    for name, shot in plan:
-        counts[name.split("/")[0]] = counts.get(name.split("/")[0], 0) + 1
+    images = Counter(name.split("/")[0] for name, _ in plan)
     return {
         "what": "rendered pedestrians for trying and testing; not a Re-ID benchmark",
         "renderer": RENDERER,
         "dials": asdict(config),
-        "images": counts,
+        "images": dict(images),
         "intruders": sorted(name for name, shot in plan if shot.intruder),
     }
 
 
 def _publish(scratch: Path, final: Path) -> None:
     scratch.chmod(0o755)  # mkdtemp's is private
+    if final.is_dir() and not (final / "synthetic.json").is_file():
+        shutil.rmtree(final)  # left by a deletion that was broken off
     try:
         scratch.rename(final)
     except OSError:
-        if not (final / "synthetic.json").is_file():  # somebody else finished first: the bytes are the same
+        if not (final / "synthetic.json").is_file():  # else somebody finished first, with the same bytes
             raise
 
 
