@@ -113,6 +113,15 @@ def test_no_images_and_one_image(dataset, tmp_path):
         fastreid_u.train(alone, logs_dir=tmp_path / "b", quiet=True, **SETTINGS)
 
 
+def test_queries_without_a_match_in_another_camera_are_said_not_crashed_on(dataset, tmp_path):
+    first = tuple(sample for sample in dataset.gallery if sample.camid == 0)
+    query = tuple(sample for sample in dataset.query if sample.camid == 0)
+    run, log = trained(dataclasses.replace(dataset, query=query, gallery=first), tmp_path)
+    assert "mAP" not in run.last
+    assert run.best is None
+    assert "camera" in log[log.index("warning: ") :]
+
+
 def test_evaluate_refuses_what_it_cannot_rank(dataset, tmp_path):
     run, _ = trained(dataset, tmp_path)
     nothing = dataclasses.replace(dataset, query=(), gallery=(), has_pids=False)

@@ -116,10 +116,13 @@ def _features(s: Session) -> torch.Tensor:
 
 
 def _ranking(s: Session) -> dict[str, Any]:
-    return evaluate_split(
-        s.model, s.ranked, s.split, ap=s.recipe.config.ap,
-        display=s.display, log=s.bad_test, device=s.device, autocast=s.autocast,
+    """Figures of the test split; empty if no query has a match, which ``rank_metrics`` has then warned of."""
+    config = s.recipe.config
+    figures = evaluate_split(
+        s.model, s.ranked, s.split, ap=config.ap, display=s.display, log=s.bad_test, device=s.device,
+        autocast=s.autocast,
     )  # fmt: skip
+    return figures if figures["queries"] else {}
 
 
 def _look_at(s: Session, labels: np.ndarray, epoch: int) -> dict[str, Any]:
