@@ -26,7 +26,9 @@ SMALL = [
 
 
 def indented_commands():
-    return [line.split("#")[0].strip() for line in README.read_text().splitlines() if re.match(r"    \S", line)]
+    """Lines indented by four spaces up to the picture; after it stands what the demo prints."""
+    opening = README.read_text().split("![")[0]
+    return [line.split("#")[0].strip() for line in opening.splitlines() if re.match(r"    \S", line)]
 
 
 def blocks(language):
