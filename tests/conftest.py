@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -88,3 +89,24 @@ def tiny_world(tmp_path_factory):
         train_ids=6, test_ids=4, cameras=3, images_per_camera=4, camera_presence=1.0, distractors=1, height=64, width=32
     )
     return generate(dials, tmp_path_factory.mktemp("world"), workers=1)
+
+
+@pytest.fixture(scope="session")
+def jpeg(tmp_path_factory):
+    path = tmp_path_factory.mktemp("jpeg") / "crop.jpg"
+    Image.new("RGB", (4, 8), (90, 60, 30)).save(path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def plant(tmp_path, jpeg):
+    """``plant(folder, names...)`` writes a small JPEG for each name, and returns the folder."""
+
+    def write(folder, *names):
+        for name in names:
+            path = tmp_path / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg)
+        return tmp_path / folder
+
+    return write
