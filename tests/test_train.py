@@ -153,6 +153,16 @@ def test_overwrite_starts_anew(tiny_world, tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("mistake", [{"arch": "resnet51"}, {"weights": "no/such/file.pth"}, {"eps": 2.0}])
+def test_a_mistake_does_not_cost_the_run_that_was_to_be_overwritten(tiny_world, tmp_path, mistake):
+    run(tiny_world, tmp_path, epochs=1, iters=1)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises((ValueError, FileNotFoundError)):
+        run(tiny_world, tmp_path, overwrite=True, **mistake)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert (tmp_path / "state.safetensors").exists()
+
+
 def test_resume_refuses_another_experiment(finished, tiny_world, tmp_path):
     with pytest.raises(ValueError, match=r"a resumed run must keep its settings .* got eps=0.3 instead of 0.6"):
         run(tiny_world, finished.folder, resume=True, eps=0.3)

@@ -130,6 +130,15 @@ def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.toml", "metrics.jsonl", "state.safetensors"))
 
 
+def refuse_taken(folder: Path, *, overwrite: bool) -> None:
+    """A folder that holds a run is nobody's to write in unless told."""
+    if holds_run(folder) and not overwrite:
+        raise FileExistsError(
+            f"train: {folder} already holds a run; pass resume=True (--resume) to go on with it, "
+            "overwrite=True (--overwrite) to replace it, or another logs_dir"
+        )
+
+
 RUN_FILES = (
     "config.toml", "log.txt", "metrics.jsonl", "state.safetensors", "curves.png",
     "model_last.safetensors", "model_last.json", "model_best.safetensors", "model_best.json",
@@ -144,11 +153,7 @@ def open_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise FileNotFoundError(
             f"train: resume must name a folder with a finished epoch, got {folder} (no state.safetensors)"
         )
-    if holds_run(folder) and not (resume or overwrite):
-        raise FileExistsError(
-            f"train: {folder} already holds a run; pass resume=True (--resume) to go on with it, "
-            "overwrite=True (--overwrite) to replace it, or another logs_dir"
-        )
+    refuse_taken(folder, overwrite=resume or overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / ".writable", "")

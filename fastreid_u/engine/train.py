@@ -26,6 +26,7 @@ from fastreid_u.recipe import Recipe
 
 if TYPE_CHECKING:
     from fastreid_u.data import ReIDDataset
+    from fastreid_u.models import ReIDModel
 
 # A resumed run may be given these anew; anything else would make it another experiment.
 _RESUMABLE = {"epochs", "workers", "cache_images", "print_freq", "eval_step", "eval_batch_size"}
@@ -112,17 +113,20 @@ def train(
         config = _stored_config(folder, recipe_class, overrides)
     else:
         config = recipe_class.Config.for_dataset(key, **overrides)
+        if folder is not None:
+            checkpoint.refuse_taken(folder, overwrite=overwrite)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     reid = dataset if isinstance(dataset, ReIDDataset) else _load(dataset, root, data, Display(quiet=quiet))
     if not reid.train:
         raise ValueError(f"train: dataset must hold training images, got none in {reid.root}")
+    model = _build_model(config, device)
     if folder is None:
         folder = _free_folder(f"{reid.name}-{recipe_class.name}")
-    if not resume:
+    if not resume:  # last of all that may be refused: overwriting must not cost the old run for nothing
         checkpoint.open_folder(folder, resume=False, overwrite=overwrite)
     display = Display(folder / "log.txt", quiet=quiet)
-    session = _open_session(recipe_class, config, reid, device, display, folder)
+    session = _open_session(recipe_class, config, reid, model, device, display, folder)
     if not resume:
         run = {"method": recipe_class.name, "dataset": name,
                "root": str(reid.root), "fastreid_u": _version(), "torch": torch.__version__, "device": str(device),
@@ -176,25 +180,30 @@ def _load(
         return load_dataset(dataset, root, progress=progress, **dict(data or {}))
 
 
+def _build_model(config: Config, device: torch.device) -> "ReIDModel":
+    from fastreid_u.models import build_model
+
+    model = build_model(
+        config.arch, pooling=config.pooling_type, weights=config.weights, bn_group=config.bn_group,
+        bn_running=config.bn_running, image_size=(config.height, config.width), seed=config.seed,
+    )  # fmt: skip
+    return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+
+
 def _open_session(
     recipe_class: type[Recipe],
     config: Config,
     reid: "ReIDDataset",
+    model: "ReIDModel",
     device: torch.device,
     display: Display,
     folder: Path,
 ) -> Session:
     from fastreid_u.data import PixelCache, make_loader, test_transform, train_transform
-    from fastreid_u.models import build_model
 
     camids = torch.tensor([s.camid for s in reid.train]) if reid.has_cameras else None
     if config.center_per_camera and camids is None:
         display.line("warning: center_per_camera has no effect: these data have no camera ids")
-    model = build_model(
-        config.arch, pooling=config.pooling_type, weights=config.weights, bn_group=config.bn_group,
-        bn_running=config.bn_running, image_size=(config.height, config.width), seed=config.seed,
-    )  # fmt: skip
-    model = model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     plain = test_transform(config.height, config.width)
     augmented = train_transform(config.height, config.width, erase=config.erase, color_jitter=config.color_jitter)
     cache: bool | PixelCache = False
@@ -227,8 +236,9 @@ def _open_session(
 
 
 def _autocast(config: Config, device: torch.device) -> bool:
-    if config.amp == "auto":  # bfloat16 without hardware support is slower than float32
-        return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if config.amp == "auto":  # bfloat16 that the CPU only imitates is slower than float32
+        native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        return device.type == "cpu" and native is not None and native()
     return config.amp == "bf16"
 
 
