@@ -49,7 +49,7 @@ def _train(argv: list[str]) -> None:
     """``train``: what is asked first (data set, method) decides which options and defaults there are."""
     import tyro
 
-    from fastreid_u.data import dataset_names
+    from fastreid_u.data import dataset_names, known_name
     from fastreid_u.engine.train import train
     from fastreid_u.methods import get_method, method_names
 
@@ -76,16 +76,12 @@ def _train(argv: list[str]) -> None:
     elif dataset is None:
         raise ValueError(f"train: dataset must be one of {', '.join(dataset_names())}, a folder or a CSV, got none")
 
-    options = _options_class(config_class, config_class.for_dataset((dataset or "").lower()))
+    options = _options_class(config_class, config_class.for_dataset(known_name(dataset or "") or ""))
     given = tyro.cli(options, prog="fastreid-u train", args=rest)
     if wants_help:
         return
-    defaults = options()
-    overrides = {
-        f.name: getattr(given, f.name)
-        for f in dataclasses.fields(options)
-        if getattr(given, f.name) != getattr(defaults, f.name)
-    }
+    named = {word.partition("=")[0].replace("_", "-") for word in rest}
+    overrides = {f.name: getattr(given, f.name) for f in dataclasses.fields(config_class) if named & _spellings(f)}
     train(
         dataset, method=known.method, root=known.root, logs_dir=known.logs_dir, resume=known.resume,
         overwrite=known.overwrite, device=known.device, quiet=known.quiet, data=_pairs(known.data), **overrides,
@@ -105,6 +101,12 @@ def _options_class(config_class: type[Config], defaults: Config) -> type:
         default = dataclasses.field(default=getattr(defaults, field.name))
         fields.append((field.name, Annotated[hints[field.name], note], default))
     return dataclasses.make_dataclass("Options", fields, frozen=True, kw_only=True)
+
+
+def _spellings(field: dataclasses.Field) -> set[str]:
+    """The words that set ``field``. What was said counts even if it is the default: a resumed run has others."""
+    name = field.name.replace("_", "-")
+    return {f"--{name}", f"--no-{name}", *field.metadata["flags"]}
 
 
 def _pairs(items: list[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ is what all methods of the family share: k-reciprocal Jaccard distance, DBSCAN, 
 overrides what its paper changes. A recipe sees images, features and camera ids; true identities never reach it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -29,7 +30,7 @@ def center_per_camera(features: Tensor, camids: Tensor) -> Tensor:
     return F.normalize(centered, dim=1)
 
 
-class Recipe:
+class Recipe(ABC):
     """One method's decisions. Subclass it, set ``name`` and ``Config``, override what differs.
 
     Args:
@@ -66,9 +67,9 @@ class Recipe:
         )
         return labels
 
+    @abstractmethod
     def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> None:
         """Build or refresh the memory from this epoch's ``features`` (N, D) and ``labels`` (N,)."""
-        raise NotImplementedError
 
     def order(self, labels: Tensor, epoch: int) -> Iterable[int]:
         """The epoch's stream of image indices; the loader cuts it in batches."""
@@ -84,16 +85,16 @@ class Recipe:
         one_pass = list(sampler)  # the last batch is left out unless it is the only one
         return one_pass[: len(one_pass) // config.batch_size * config.batch_size] or one_pass
 
+    @abstractmethod
     def loss(self, x: Tensor, targets: Tensor, indices: Tensor) -> Tensor:
         """Scalar loss of network outputs ``x`` (B, D); ``indices`` (B,) are rows of the training set."""
-        raise NotImplementedError
 
-    def update(self, x: Tensor, targets: Tensor, indices: Tensor) -> None:
+    def update(self, x: Tensor, targets: Tensor, indices: Tensor) -> None:  # noqa: B027 - not every memory moves
         """Move the memory, after backward; it must not change what the gradient has read before."""
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that must survive between epochs; saved with every checkpoint."""
         return {}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: dict[str, Tensor]) -> None:  # noqa: B027 - most recipes keep nothing
         """Take back what ``state`` returned."""

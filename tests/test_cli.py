@@ -53,6 +53,14 @@ def test_only_what_was_given_is_passed_on(seen):
     assert "eps" not in seen[0]
 
 
+def test_what_was_said_counts_even_if_it_is_the_default(seen):
+    """A resumed run may have other settings than the defaults, and a set other defaults than the method."""
+    assert main(["train", "synthetic", "--logs-dir", "x", "--resume", "--epochs", "18", "--no-use-hard"]) == 0
+    assert (seen[0]["epochs"], seen[0]["use_hard"]) == (18, False)
+    assert main(["train", "Market-1501", "--iters=400", "--step_size", "20"]) == 0
+    assert (seen[1]["iters"], seen[1]["step_size"]) == (400, 20)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -294,6 +294,17 @@ def test_a_method_of_ones_own(tiny_world, tmp_path):
     assert own.last["loss"] == pytest.approx(plain.last["loss"] / 2)
 
 
+def test_evaluation_goes_back_to_the_world_that_was_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTREID_U_CACHE", str(tmp_path / "cache"))
+    dials = dict(train_ids=6, test_ids=4, cameras=3, camera_presence=1.0, distractors=0, height=64, width=32, seed=7)
+    small = dict(arch="resnet10", weights=None, bn_group=None, center_per_camera=True, epochs=1, iters=1)
+    trained = fastreid_u.train("synthetic", data=dials, logs_dir=tmp_path / "run", **{**TINY, **small})
+    figures = fastreid_u.evaluate(tmp_path / "run", device="cpu", workers=0, quiet=True)
+    assert figures["queries"] == trained.last["queries"] == 12
+    assert figures["mAP"] == pytest.approx(trained.last["mAP"], abs=1e-6)
+    assert len(list((tmp_path / "cache").iterdir())) == 1, "no other world was rendered"
+
+
 def test_learning_rate_drops_per_step_size():
     from fastreid_u.config import Config
 

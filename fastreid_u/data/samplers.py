@@ -7,12 +7,13 @@ from (seed, epoch). ``list(sampler)`` is one pass, the next iteration the next p
 """
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 
-class IdentitySampler:
+class IdentitySampler(ABC):
     """Common part; a subclass says which images of one identity are emitted.
 
     Args:
@@ -39,9 +40,9 @@ class IdentitySampler:
         for i in self.rng.permutation(len(self.members)):
             yield from self.group(self.members[i]).tolist()
 
+    @abstractmethod
     def group(self, members: np.ndarray) -> np.ndarray:
         """Indices to emit for an identity whose images are ``members``."""
-        raise NotImplementedError
 
 
 class RandomMultipleGallery(IdentitySampler):

@@ -65,10 +65,11 @@ def extract_features(
     """
     model.eval()
     count = len(samples)
-    features = None
+    features, unreadable = None, 0
     with display.phase(name, count) as advance:
         for batch in loader.epoch(range(count)):
             log.note(batch.bad)
+            unreadable += len(batch.bad)
             if len(batch.indices):
                 images = batch.images.to(device, non_blocking=True)
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
@@ -79,7 +80,7 @@ def extract_features(
             advance(len(batch.indices) + len(batch.bad))
     if features is None:
         raise ValueError(f"{name}: no image to extract features from")
-    wrong = (~torch.isfinite(features).all(dim=1)).sum().item() - len(log.reasons)
+    wrong = (~torch.isfinite(features).all(dim=1)).sum().item() - unreadable
     if wrong > 0:
         raise FloatingPointError(
             f"{name}: features of {wrong} of {count} images are NaN or infinite; the network has diverged. "

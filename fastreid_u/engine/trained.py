@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastreid_u.config import load_toml
 from fastreid_u.engine.checkpoint import load_model_file
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.evaluate import evaluate_split, test_split
@@ -83,8 +84,10 @@ def evaluate(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, about = load_model(run, which=which, device=device)
     config = about["config"]
+    if dataset is None:
+        dataset, data = _own_dataset(run, about, data)
     if not isinstance(dataset, ReIDDataset):
-        dataset = load_dataset(dataset or about["dataset"], root, **dict(data or {}))
+        dataset = load_dataset(dataset, root, **dict(data or {}))
     display = Display(quiet=quiet)
     split = test_split(dataset, display)
     if split is None:
@@ -97,6 +100,17 @@ def evaluate(
     for line in metric_block(metrics):
         display.line(line)
     return metrics
+
+
+def _own_dataset(
+    run: str | os.PathLike, about: dict[str, Any], data: Mapping[str, Any] | None
+) -> tuple[str, dict[str, Any]]:
+    """Name and reader's options of the set that a network was trained on; a lone model file knows the name only."""
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    if not (folder / "config.toml").exists():
+        return about["dataset"], dict(data or {})
+    told = load_toml((folder / "config.toml").read_text(encoding="utf-8"))
+    return told["run"]["dataset"], {**told["data"], **dict(data or {})}
 
 
 def extract(
