@@ -56,10 +56,13 @@ def _train(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="fastreid-u train", add_help=False, allow_abbrev=False)
     parser.add_argument("dataset", nargs="?", help=f"{', '.join(dataset_names())}, a folder of crops, or a CSV file")
     parser.add_argument("-d", "--dataset", dest="dataset_flag", metavar="DATASET", help="same as the first argument")
-    parser.add_argument("--method", default="cluster_contrast", help=", ".join(method_names()))
+    parser.add_argument("--method", default="cluster_contrast", help=", ".join(method_names()) + ", or FILE.py:CLASS")
     parser.add_argument("--data-dir", dest="root", help="where data sets lie (default $FASTREID_U_DATA or ./data)")
     parser.add_argument(
         "--data", action="append", default=[], metavar="KEY=VALUE", help="option of the data set's reader"
+    )
+    parser.add_argument(
+        "--source-data", action="append", default=[], metavar="KEY=VALUE", help="the same for a method's --source"
     )
     parser.add_argument("--logs-dir", help="run folder (default runs/DATASET-METHOD)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --logs-dir")
@@ -84,7 +87,8 @@ def _train(argv: list[str]) -> None:
     overrides = {f.name: getattr(given, f.name) for f in dataclasses.fields(config_class) if named & _spellings(f)}
     train(
         dataset, method=known.method, root=known.root, logs_dir=known.logs_dir, resume=known.resume,
-        overwrite=known.overwrite, device=known.device, quiet=known.quiet, data=_pairs(known.data), **overrides,
+        overwrite=known.overwrite, device=known.device, quiet=known.quiet, data=_pairs(known.data),
+        source_data=_pairs(known.source_data), **overrides,
     )  # fmt: skip
 
 

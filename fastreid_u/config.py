@@ -23,6 +23,16 @@ def option(default: Any, help: str, *, source: str = OURS, flags: tuple[str, ...
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# Ours, chosen on rendered validation worlds (docs/synthetic.md): small network, random weights, a CPU. Every method's
+# row for the rendered set starts from these.
+RENDERED: Mapping[str, Any] = {
+    "height": 128, "width": 64, "arch": "resnet10", "weights": None, "bn_group": None, "calibrate_bn": 8,
+    "center_per_camera": True, "color_jitter": 0.2, "erase": 0.3, "eps": 0.5, "k1": 20,
+    "batch_size": 64, "num_instances": 4, "lr": 2e-3, "epochs": 18, "iters": 30, "step_size": 15, "amp": "auto",
+    "channels_last": True, "workers": 2, "cache_images": True, "eval_step": 1, "eval_initial": True,
+}  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Fields every method shares. Lengths are in pixels, rates per optimiser step, probabilities in [0, 1]."""
@@ -34,6 +44,12 @@ class Config:
     width: int = option(128, "image width in pixels", source=LINEAGE)
     erase: float = option(0.5, "probability of random erasing", source=LINEAGE)
     color_jitter: float = option(0.0, "strength of brightness, contrast and saturation jitter; 0 = off", source=LINEAGE)
+    pixel_norm: str = option(
+        "imagenet",
+        "mean and deviation that pixels are normalised by; half = 0.5 and 0.5",
+        source=LINEAGE,
+        choices=("imagenet", "half"),
+    )
     workers: int = option(4, "processes that read images; 0 reads in the main process", source=LINEAGE, flags=("-j",))
     cache_images: bool = option(False, "keep decoded, resized images in memory (3*height*width bytes each)")
 
@@ -55,6 +71,7 @@ class Config:
     # model
     arch: str = option("resnet50", "network; see `fastreid_u.models.model_names()`", source=LINEAGE, flags=("-a",))
     pooling_type: str = option("avg", "spatial pooling", source=LINEAGE, choices=("avg", "gem", "max"))
+    stem_relu: bool = option(True, "ReLU after a ResNet's stem; published CAP runs without", source=LINEAGE)
     weights: str | None = option("imagenet", '"imagenet", a file, or None for random weights', source=LINEAGE)
     bn_group: int | None = option(None, "images per BatchNorm group in training; None = whole batch")
     bn_running: str = option(
@@ -66,12 +83,16 @@ class Config:
     calibrate_bn: int = option(0, "batches to estimate BatchNorm statistics from before the first labels")
 
     # optimisation
-    lr: float = option(3.5e-4, "Adam's learning rate", source=LINEAGE)
-    weight_decay: float = option(5e-4, "L2 penalty in Adam, on all parameters", source=LINEAGE)
+    optimizer: str = option("adam", "optimiser; sgd has momentum 0.9", source=LINEAGE, choices=("adam", "adamw", "sgd"))
+    reset_optimizer: bool = option(False, "forget the optimiser's moments at the start of every epoch", source=LINEAGE)
+    lr: float = option(3.5e-4, "learning rate", source=LINEAGE)
+    weight_decay: float = option(5e-4, "L2 penalty, on all parameters", source=LINEAGE)
     epochs: int = option(50, "epochs; labels are made anew in each", source=LINEAGE)
     iters: int = option(400, "steps per epoch; 0 = one pass of the sampler", source=LINEAGE)
     step_size: int = option(20, "epochs between learning-rate drops; 0 = never", source=LINEAGE)
     gamma: float = option(0.1, "factor of a learning-rate drop", source=LINEAGE)
+    warmup_epochs: int = option(0, "epochs over which the learning rate rises linearly to lr; 0 = none", source=LINEAGE)
+    warmup_factor: float = option(0.1, "share of lr in the first warm-up epoch")
     amp: str = option(
         "off",
         "bfloat16 autocast of the network; auto = where the CPU has it natively",
@@ -91,6 +112,7 @@ class Config:
     )
 
     # run
+    compat: bool = option(False, "follow the published code where it departs from its paper (docs/quirks.md)")
     seed: int = option(1, "seed of everything random in the run", source=LINEAGE)
     print_freq: int = option(10, "steps between progress lines when not on a terminal", source=LINEAGE)
 
@@ -108,8 +130,17 @@ class Config:
                 raise TypeError(f"train: unknown option {name!r}{hint}")
         return cls(**{**cls.PER_DATASET.get(dataset, {}), **overrides})
 
+    def pixel_statistics(self) -> dict[str, tuple[float, float, float]]:
+        """``mean`` and ``std`` for the transforms; without entries, theirs are ImageNet's."""
+        return pixel_statistics(self.pixel_norm)
+
     def to_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+def pixel_statistics(pixel_norm: str) -> dict[str, tuple[float, float, float]]:
+    """What ``Config.pixel_norm`` means for ``train_transform`` and ``test_transform``."""
+    return {} if pixel_norm == "imagenet" else {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 
 # The rule of each number, in one place: (fields, test, words).
@@ -117,8 +148,8 @@ _RULES = (
     (("height", "width", "min_samples", "k1", "k2"), lambda v: v >= 1, "be at least 1"),
     (("batch_size", "num_instances", "epochs", "eval_step"), lambda v: v >= 1, "be at least 1"),
     (("eval_batch_size", "print_freq"), lambda v: v >= 1, "be at least 1"),
-    (("workers", "iters", "step_size", "calibrate_bn", "seed"), lambda v: v >= 0, "be 0 or more"),
-    (("erase",), lambda v: 0 <= v <= 1, "lie in [0, 1]"),
+    (("workers", "iters", "step_size", "warmup_epochs", "calibrate_bn", "seed"), lambda v: v >= 0, "be 0 or more"),
+    (("erase", "warmup_factor"), lambda v: 0 <= v <= 1, "lie in [0, 1]"),
     (("color_jitter", "weight_decay"), lambda v: 0 <= v < math.inf, "be 0 or more"),
     (("lr", "gamma"), lambda v: 0 < v < math.inf, "be positive"),
     (("eps",), lambda v: 0 < v < 1, "lie in (0, 1)"),

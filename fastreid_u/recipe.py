@@ -1,20 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seams of a method: labels, order of images, loss, memory update.
+"""The seams of a method: networks, views, features, labels, order of images, loss, memory update.
 
-``engine`` calls these in the order of the paper's algorithm and never asks which method it runs. The base class
-is what all methods of the family share: k-reciprocal Jaccard distance, DBSCAN, identity-balanced batches. A method
-overrides what its paper changes. A recipe sees images, features and camera ids; true identities never reach it.
+``engine`` calls these in the order of the papers' algorithms and never asks which method it runs. The base class is
+what most methods of the family share: one network, one augmented view, k-reciprocal Jaccard distance, DBSCAN,
+identity-balanced batches. A method overrides what its paper changes. A recipe sees images, features and camera ids;
+true identities of the images that it learns to find never reach it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastreid_u.config import Config
+
+if TYPE_CHECKING:
+    from fastreid_u.data import View
+    from fastreid_u.models import ReIDModel
+
+
+@dataclass(frozen=True)
+class Images:
+    """What a recipe may know of a set of training images, in the order of the set.
+
+    Attributes:
+        count: N.
+        camids: (N,) int64 cameras, or None for data without.
+        pids: (N,) int64 identities 0 .. P - 1 of a labelled *source* set; None for the images to be learned.
+    """
+
+    count: int
+    camids: Tensor | None = None
+    pids: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step sees; tensors on the training device.
+
+    Attributes:
+        views: one (B, 3, H, W) tensor for each of the recipe's ``views``, of the same B images.
+        indices: (B,) int64 rows of the training set.
+        targets: (B,) int64 of ``Recipe.targets`` at these rows (identities, in a source batch).
+        camids: (B,) int64, or None for data without cameras.
+        source: as many labelled images of the source set, where the method learns from one.
+    """
+
+    views: tuple[Tensor, ...]
+    indices: Tensor
+    targets: Tensor
+    camids: Tensor | None = None
+    source: "Batch | None" = None
+
+    @property
+    def images(self) -> Tensor:
+        """The first view."""
+        return self.views[0]
+
+
+class Extract(Protocol):
+    """Features of all training images, unaugmented, in eval mode; what ``Recipe.features`` is given."""
+
+    def __call__(self, network: nn.Module, *, of: str = "target") -> Tensor:
+        """(N, D) float32 rows of ``network`` for the "target" or the "source" images; NaN where unreadable."""
 
 
 def center_per_camera(features: Tensor, camids: Tensor) -> Tensor:
@@ -31,69 +83,149 @@ def center_per_camera(features: Tensor, camids: Tensor) -> Tensor:
 
 
 class Recipe(ABC):
-    """One method's decisions. Subclass it, set ``name`` and ``Config``, override what differs.
+    """One method's decisions. Subclass it, set ``name``, ``title`` and ``Config``, override what differs.
 
     Args:
         config: the method's settings.
-        camids: (N,) int64 camera of each training image, or None for data without cameras.
+        images: the set to learn.
+        source: the labelled set to learn from as well, for methods that set ``uses_source``.
 
-    Per epoch the engine calls ``label``, ``begin_epoch`` and ``order``; per step ``loss``, then, after backward and
-    before the optimiser's step, ``update``. A recipe that keeps state over epochs returns it from ``state``.
+    Attributes:
+        networks: everything with weights or buffers that must outlive an epoch; saved, restored, moved and put in
+            training mode together. ``build`` fills it; ``networks["model"]`` is the engine's network, ``self.model``.
+
+    Once: ``build``. Per epoch: ``features``, ``label``, ``begin_epoch``, ``targets``, ``order``. Per step: ``forward``,
+    ``loss``, then after backward ``update``, and after the optimiser's step ``after_step``.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     Config: ClassVar[type[Config]] = Config
+    needs_cameras: ClassVar[bool] = False
+    uses_source: ClassVar[bool] = False
 
-    def __init__(self, config: Config, camids: Tensor | None) -> None:
+    def __init__(self, config: Config, images: Images, source: Images | None = None) -> None:
         self.config = config
-        self.camids = camids
+        self.images = images
+        self.source = source
+        self.networks = nn.ModuleDict()
+        if self.needs_cameras and images.camids is None:
+            raise ValueError(f"train: method {self.name!r} needs camera ids, and these data have none")
+        if self.uses_source and (source is None or source.pids is None):
+            raise ValueError(f"train: method {self.name!r} needs source, a labelled data set to learn from, got none")
+
+    # What is trained, and what is looked at
+
+    def build(self, model: "ReIDModel") -> None:
+        """Take the network; add to ``networks`` what else the method trains, averages or remembers."""
+        self.networks["model"] = model
+
+    @property
+    def model(self) -> "ReIDModel":
+        """The network that was given to ``build``."""
+        return self.networks["model"]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimiser moves."""
+        return [p for p in self.networks.parameters() if p.requires_grad]
+
+    def ranked(self) -> Mapping[str, nn.Module]:
+        """Networks to evaluate, by name; the one with the best mAP is saved. Each has the weights of a ReIDModel."""
+        return {"model": self.model}
+
+    def views(self) -> "tuple[View, ...]":
+        """How a training image is shown: one transform for each tensor of ``Batch.views``, drawn independently."""
+        from fastreid_u.data import train_transform
+
+        c = self.config
+        return (train_transform(c.height, c.width, erase=c.erase, color_jitter=c.color_jitter, **c.pixel_statistics()),)
+
+    # Labels
+
+    def features(self, extract: Extract, epoch: int) -> Tensor:
+        """(N, D) rows to cluster; rows that are not finite (images that could not be read) stay un-clustered."""
+        return extract(self.model)
 
     def label(self, features: Tensor, epoch: int) -> Tensor:
-        """Pseudo-labels (N,) int64 of ``features`` (N, D), unit rows; -1 = un-clustered, left out this epoch.
-
-        Rows that are not finite (images that could not be read) are un-clustered.
-        """
-        from fastreid_u.ops.pseudo_labels import pseudo_labels
-
-        config = self.config
+        """Pseudo-labels (N,) int64 of ``features`` (N, D); -1 = un-clustered."""
         readable = torch.isfinite(features).all(dim=1)
         used = features[readable]
-        if config.center_per_camera and self.camids is not None:
-            used = center_per_camera(used, self.camids[readable.cpu()].to(used.device))
+        if self.config.center_per_camera and self.images.camids is not None:
+            used = center_per_camera(used, self.images.camids[readable.cpu()].to(used.device))
         labels = torch.full((len(features),), -1, dtype=torch.int64, device=features.device)
-        labels[readable] = pseudo_labels(
-            used, eps=config.eps, min_samples=config.min_samples, k1=config.k1, k2=config.k2
-        )
+        labels[readable] = self.cluster(used, epoch)
         return labels
+
+    def cluster(self, features: Tensor, epoch: int) -> Tensor:
+        """Labels (n,) int64, -1 or 0 .. C - 1, of ``features`` (n, D), all finite."""
+        from fastreid_u.ops.pseudo_labels import pseudo_labels
+
+        c = self.config
+        return pseudo_labels(features, eps=self.eps(epoch), min_samples=c.min_samples, k1=c.k1, k2=c.k2)
+
+    def eps(self, epoch: int) -> float:
+        """DBSCAN's radius in this epoch."""
+        return self.config.eps
 
     @abstractmethod
     def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> None:
         """Build or refresh the memory from this epoch's ``features`` (N, D) and ``labels`` (N,)."""
 
+    def targets(self, labels: Tensor) -> Tensor:
+        """(N,) int64: what each image is trained towards; -1 where it sits the epoch out."""
+        return labels
+
     def order(self, labels: Tensor, epoch: int) -> Iterable[int]:
-        """The epoch's stream of image indices; the loader cuts it in batches."""
+        """The epoch's stream of image indices, to be cut into batches; ``labels`` are ``targets`` on the CPU."""
+        from fastreid_u.data.samplers import RandomMultipleGallery
+
+        c = self.config
+        camids = None if c.no_cam or self.images.camids is None else self.images.camids.tolist()
+        sampler = RandomMultipleGallery(
+            labels.tolist(), camids, num_instances=c.num_instances, seed=c.seed, epoch=epoch
+        )
+        return self.batches(sampler)
+
+    def batches(self, sampler: Iterable[int]) -> Iterable[int]:
+        """``config.iters`` full batches of ``sampler``, or one pass without its incomplete last batch."""
+        from fastreid_u.data.samplers import iterations
+
+        if self.config.iters:
+            return iterations(sampler, self.config.iters, self.config.batch_size)
+        one_pass = list(sampler)  # the last batch is left out unless it is the only one
+        return one_pass[: len(one_pass) // self.config.batch_size * self.config.batch_size] or one_pass
+
+    def source_order(self, epoch: int) -> Iterable[int]:
+        """The epoch's stream of source images, without end, balanced over identities as ``order`` is over clusters."""
         from fastreid_u.data.samplers import RandomMultipleGallery, iterations
 
-        config = self.config
-        camids = None if config.no_cam or self.camids is None else self.camids.tolist()
+        c = self.config
+        camids = None if c.no_cam or self.source.camids is None else self.source.camids.tolist()
         sampler = RandomMultipleGallery(
-            labels.tolist(), camids, num_instances=config.num_instances, seed=config.seed, epoch=epoch
+            self.source.pids.tolist(), camids, num_instances=c.num_instances, seed=c.seed, epoch=epoch
         )
-        if config.iters:
-            return iterations(sampler, config.iters, config.batch_size)
-        one_pass = list(sampler)  # the last batch is left out unless it is the only one
-        return one_pass[: len(one_pass) // config.batch_size * config.batch_size] or one_pass
+        return iterations(sampler, 2**62, c.batch_size)
+
+    # A step
+
+    def forward(self, batch: Batch) -> Any:
+        """Run the networks (under autocast, if on): a tensor, or a tuple of tensors, made float32 for ``loss``."""
+        return self.model(batch.images)
 
     @abstractmethod
-    def loss(self, x: Tensor, targets: Tensor, indices: Tensor) -> Tensor:
-        """Scalar loss of network outputs ``x`` (B, D); ``indices`` (B,) are rows of the training set."""
+    def loss(self, x: Any, batch: Batch) -> Tensor:
+        """Scalar loss of what ``forward`` gave."""
 
-    def update(self, x: Tensor, targets: Tensor, indices: Tensor) -> None:  # noqa: B027 - not every memory moves
-        """Move the memory, after backward; it must not change what the gradient has read before."""
+    def update(self, x: Any, batch: Batch) -> None:  # noqa: B027 - not every memory moves
+        """Move the memory by detached ``x``, after backward; it must not change what the gradient has yet to read."""
+
+    def after_step(self) -> None:  # noqa: B027 - only averaged teachers need it
+        """Follow the networks, after the optimiser's step."""
+
+    # Between epochs
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors that must survive between epochs; saved with every checkpoint."""
+        """Tensors beyond ``networks`` that must survive between epochs; saved with every checkpoint."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:  # noqa: B027 - most recipes keep nothing

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fastreid_u.methods import get_method
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
-from fastreid_u.recipe import center_per_camera
+from fastreid_u.recipe import Images, center_per_camera
 
 
 def people(ids=8, per_camera=4, cameras=2, shift=0.0, dim=32):
@@ -25,9 +25,9 @@ def people(ids=8, per_camera=4, cameras=2, shift=0.0, dim=32):
 def test_centring_removes_what_a_camera_adds():
     features, pids, camids = people(shift=3.0)
     config = ClusterContrastConfig(k1=8, k2=3, eps=0.5)
-    plain = ClusterContrast(config, camids).label(features, epoch=0)
+    plain = ClusterContrast(config, Images(len(camids), camids)).label(features, epoch=0)
     centred_config = ClusterContrastConfig(k1=8, k2=3, eps=0.5, center_per_camera=True)
-    centred = ClusterContrast(centred_config, camids).label(features, epoch=0)
+    centred = ClusterContrast(centred_config, Images(len(camids), camids)).label(features, epoch=0)
     assert torch.equal(centred, pids)  # one cluster per identity, numbered by first image
     mixed = [len(set(plain[pids == pid].tolist())) for pid in range(8)]
     assert max(mixed) > 1  # without it, cameras split identities
@@ -48,18 +48,19 @@ def test_unreadable_rows_are_unclustered_and_disturb_nobody():
     features, pids, camids = people()
     config = ClusterContrastConfig(k1=8, k2=3)
     holed = torch.cat([features, torch.full((2, features.shape[1]), torch.nan)])
-    labels = ClusterContrast(config, torch.cat([camids, torch.tensor([0, 1])])).label(holed, epoch=0)
+    images = Images(len(holed), torch.cat([camids, torch.tensor([0, 1])]))
+    labels = ClusterContrast(config, images).label(holed, epoch=0)
     assert torch.equal(labels[:-2], pids)
     assert labels[-2:].tolist() == [-1, -1]
 
 
 def test_order_is_one_pass_or_full_batches():
     labels = torch.tensor([0] * 5 + [1] * 5 + [-1] * 3 + [2] * 5)
-    one_pass = ClusterContrast(ClusterContrastConfig(iters=0, batch_size=4, num_instances=4), None)
+    one_pass = ClusterContrast(ClusterContrastConfig(iters=0, batch_size=4, num_instances=4), Images(18))
     stream = list(one_pass.order(labels, epoch=0))
     assert len(stream) == 12
     assert not set(stream) & {10, 11, 12}
-    steps = ClusterContrast(ClusterContrastConfig(iters=7, batch_size=8, num_instances=4), None)
+    steps = ClusterContrast(ClusterContrastConfig(iters=7, batch_size=8, num_instances=4), Images(18))
     assert len(list(steps.order(labels, epoch=0))) == 56
     assert list(steps.order(labels, epoch=0)) == list(steps.order(labels, epoch=0))
     assert list(steps.order(labels, epoch=0)) != list(steps.order(labels, epoch=1))
@@ -68,10 +69,12 @@ def test_order_is_one_pass_or_full_batches():
 def test_cameras_are_used_unless_told_otherwise():
     labels = torch.zeros(40, dtype=torch.int64)
     camids = torch.arange(40) % 2
-    with_cameras = ClusterContrast(ClusterContrastConfig(iters=50, batch_size=4, num_instances=4), camids)
+    with_cameras = ClusterContrast(ClusterContrastConfig(iters=50, batch_size=4, num_instances=4), Images(40, camids))
     groups = np.array(list(with_cameras.order(labels, 0))).reshape(-1, 4)
     assert (groups[:, 1:] % 2 != groups[:, :1] % 2).all()
-    without = ClusterContrast(ClusterContrastConfig(iters=50, batch_size=4, num_instances=4, no_cam=True), camids)
+    without = ClusterContrast(
+        ClusterContrastConfig(iters=50, batch_size=4, num_instances=4, no_cam=True), Images(40, camids)
+    )
     groups = np.array(list(without.order(labels, 0))).reshape(-1, 4)
     assert (groups[:, 1:] % 2 == groups[:, :1] % 2).any()
 

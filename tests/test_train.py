@@ -96,10 +96,10 @@ def test_a_resumed_run_equals_the_unbroken_one(finished, tiny_world, tmp_path, m
     folder = tmp_path / "broken"
     real = loop.fit_epoch
 
-    def fails_in_second_epoch(recipe, model, optimizer, loader, labels, epoch, **rest):
+    def fails_in_second_epoch(recipe, optimizer, loader, source, targets, epoch, **rest):
         if epoch == 1:
             raise RuntimeError("pulled the plug")
-        return real(recipe, model, optimizer, loader, labels, epoch, **rest)
+        return real(recipe, optimizer, loader, source, targets, epoch, **rest)
 
     monkeypatch.setattr(loop, "fit_epoch", fails_in_second_epoch)
     with pytest.raises(RuntimeError, match="pulled the plug"):
@@ -212,8 +212,8 @@ def test_nan_loss_stops_before_memory_and_weights(tiny_world, tmp_path, monkeypa
     from fastreid_u.methods.cluster_contrast import ClusterContrast
 
     updates = []
-    monkeypatch.setattr(ClusterContrast, "loss", lambda self, x, targets, indices: x.sum() * torch.nan)
-    monkeypatch.setattr(ClusterContrast, "update", lambda self, *batch: updates.append(batch))
+    monkeypatch.setattr(ClusterContrast, "loss", lambda self, x, batch: x.sum() * torch.nan)
+    monkeypatch.setattr(ClusterContrast, "update", lambda self, x, batch: updates.append(batch))
     with pytest.raises(FloatingPointError, match="loss is nan at epoch 0, step 1"):
         run(tiny_world, tmp_path)
     assert not updates
@@ -286,8 +286,8 @@ def test_a_method_of_ones_own(tiny_world, tmp_path):
         name = "halved"
         title = "Half the loss"
 
-        def loss(self, x, targets, indices):
-            return 0.5 * super().loss(x, targets, indices)
+        def loss(self, x, batch):
+            return 0.5 * super().loss(x, batch)
 
     own = run(tiny_world, tmp_path / "own", method=Halved, epochs=1, iters=1)
     plain = run(tiny_world, tmp_path / "plain", epochs=1, iters=1)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class SaveError(OSError):
@@ -91,13 +91,13 @@ def load_model_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def save_state(
     folder: Path,
-    model: torch.nn.Module,
+    networks: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     labels: Tensor,
     recipe_state: dict[str, Tensor],
     about: dict[str, Any],
 ) -> None:
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors = {f"networks.{name}": tensor for name, tensor in networks.state_dict().items()}
     tensors |= {f"recipe.{name}": tensor for name, tensor in recipe_state.items()}
     tensors["labels"] = labels
     for index, moments in optimizer.state_dict()["state"].items():
@@ -106,13 +106,13 @@ def save_state(
 
 
 def load_state(
-    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    folder: Path, networks: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
-    """Restore ``model`` and ``optimizer``; returns the last labels, the recipe's tensors and the description."""
+    """Restore ``networks`` and ``optimizer``; returns the last labels, the recipe's tensors and the description."""
     tensors, about = load_model_file(folder / "state.safetensors")
     if about["schema"] != SCHEMA:
         raise ValueError(f"{folder}: state has schema {about['schema']}, this version reads {SCHEMA}")
-    groups: dict[str, dict[str, Tensor]] = {"model": {}, "recipe": {}}
+    groups: dict[str, dict[str, Tensor]] = {"networks": {}, "recipe": {}}
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
@@ -121,7 +121,7 @@ def load_state(
             moments.setdefault(int(index), {})[key] = tensor
         elif group in groups:
             groups[group][rest] = tensor
-    model.load_state_dict(groups["model"])
+    networks.load_state_dict(groups["networks"])
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return tensors["labels"], groups["recipe"], about
 

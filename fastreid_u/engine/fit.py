@@ -2,7 +2,8 @@
 """One epoch of steps: forward, loss, backward, memory, weights."""
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sized
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,29 +12,32 @@ from fastreid_u.config import Config
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.extract import BadImageLog
 from fastreid_u.ops._device_flag import raise_flagged
-from fastreid_u.recipe import Recipe
+from fastreid_u.recipe import Batch, Recipe
 
 if TYPE_CHECKING:
     from fastreid_u.data import ReIDLoader
 
 
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[nn.Parameter], config: Config) -> torch.optim.Optimizer:
     """Adam with L2 penalty on every trainable parameter, BatchNorm and GeM's exponent included, as published."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.Adam(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[config.optimizer]
+    extra = {"momentum": 0.9} if config.optimizer == "sgd" else {}
+    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay, **extra)
 
 
 def learning_rate(config: Config, epoch: int) -> float:
+    """Linear warm-up from ``warmup_factor`` of lr, times gamma for every ``step_size`` epochs passed."""
     drops = epoch // config.step_size if config.step_size else 0
-    return config.lr * config.gamma**drops
+    rise = min(1.0, epoch / config.warmup_epochs) if config.warmup_epochs else 1.0
+    return config.lr * (config.warmup_factor * (1 - rise) + rise) * config.gamma**drops
 
 
 def fit_epoch(
     recipe: Recipe,
-    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loader: "ReIDLoader",
-    labels: Tensor,
+    source_loader: "ReIDLoader | None",
+    targets: Tensor,
     epoch: int,
     *,
     display: Display,
@@ -41,7 +45,7 @@ def fit_epoch(
     device: torch.device,
     autocast: bool = False,
 ) -> float:
-    """Train for one epoch on ``labels`` (N,); returns the mean loss.
+    """Train for one epoch towards ``targets`` (N,); returns the mean loss.
 
     The loss is looked at before it can reach the memory or the weights: at every step on a CPU; on a GPU, where
     looking costs a synchronisation, every ``print_freq`` steps and before the epoch counts as finished.
@@ -50,43 +54,76 @@ def fit_epoch(
         FloatingPointError: the loss is NaN or infinite.
     """
     config = recipe.config
+    if config.reset_optimizer:
+        optimizer.state.clear()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, epoch)
-    model.train()
-    labels = labels.to(device)
+    recipe.networks.train()
     total = torch.zeros((), device=device)
     steps = 0
-    with display.phase(f"epoch {epoch}", config.iters or _pass_length(labels, config), unit="steps") as advance:
-        for batch in loader.epoch(recipe.order(labels.cpu(), epoch), seed=(config.seed, epoch)):
-            log.note(batch.bad)
-            if not len(batch.indices):
-                continue
-            images = batch.images.to(device, non_blocking=True)
-            indices = batch.indices.to(device)
-            targets = labels[indices]
-
+    order = recipe.order(targets.cpu(), epoch)
+    expected = max(1, len(order) // config.batch_size) if isinstance(order, Sized) else config.iters
+    with display.phase(f"epoch {epoch}", expected, unit="steps") as advance:
+        for batch in _batches(recipe, order, loader, source_loader, targets, epoch, log, device):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-                x = model(images)
-            x = x.float()
-            loss = recipe.loss(x, targets, indices)
+                x = recipe.forward(batch)
+            x = _each(x, Tensor.float)
+            loss = recipe.loss(x, batch)
             total += loss.detach()
             steps += 1
             if device.type == "cpu" or steps % config.print_freq == 0:
                 _require_finite(total, epoch, steps)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            recipe.update(x.detach(), targets, indices)
+            recipe.update(_each(x, Tensor.detach), batch)
             optimizer.step()
+            recipe.after_step()
 
             advance(1, note=f"loss {total.item() / steps:.3f}" if steps % config.print_freq == 0 else "")
     _require_finite(total, epoch, steps)
     return total.item() / max(steps, 1)
 
 
-def _pass_length(labels: Tensor, config: Config) -> int:
-    """Steps of one sampler pass, about: clusters with few images give fewer than ``num_instances``."""
-    clusters = int(labels.max().item()) + 1
-    return max(1, clusters * config.num_instances // config.batch_size)
+def _batches(
+    recipe: Recipe,
+    order: Iterable[int],
+    loader: "ReIDLoader",
+    source_loader: "ReIDLoader | None",
+    targets: Tensor,
+    epoch: int,
+    log: BadImageLog,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """The epoch's batches on ``device``, each with one of source images where there is a source."""
+    seed = (recipe.config.seed, epoch)
+    source = source_loader.epoch(recipe.source_order(epoch), seed=(*seed, 1)) if source_loader else None
+    for loaded in loader.epoch(order, seed=seed):
+        log.note(loaded.bad)
+        labelled = None if source is None else next(source)
+        if labelled is not None:
+            log.note(labelled.bad)
+        if len(loaded.indices) and (labelled is None or len(labelled.indices)):
+            extra = None if labelled is None else _on_device(labelled, recipe.source.pids, recipe.source.camids, device)
+            yield _on_device(loaded, targets, recipe.images.camids, device, extra)
+
+
+def _on_device(loaded: Any, targets: Tensor, camids: Tensor | None, device: torch.device, source=None) -> Batch:
+    views = loaded.images if isinstance(loaded.images, tuple) else (loaded.images,)
+    return Batch(
+        views=tuple(view.to(device, non_blocking=True) for view in views),
+        indices=loaded.indices.to(device),
+        targets=targets[loaded.indices.to(targets.device)].to(device),
+        camids=None if camids is None else camids[loaded.indices].to(device),
+        source=source,
+    )
+
+
+def _each(x: Any, change: Any) -> Any:
+    """``change`` applied to a tensor, or to every tensor of a tuple (a named one stays named)."""
+    if isinstance(x, Tensor):
+        return change(x)
+    changed = [_each(item, change) for item in x]
+    return type(x)(*changed) if hasattr(x, "_fields") else tuple(changed)
 
 
 def _require_finite(total: Tensor, epoch: int, step: int) -> None:

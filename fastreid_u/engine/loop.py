@@ -6,25 +6,27 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from fastreid_u.engine import checkpoint
 from fastreid_u.engine.curves import draw_curves
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.evaluate import Split, evaluate_split
 from fastreid_u.engine.extract import BadImageLog, extract_features
-from fastreid_u.engine.fit import fit_epoch, learning_rate
+from fastreid_u.engine.fit import fit_epoch, learning_rate, make_optimizer
 from fastreid_u.engine.health import label_health
 from fastreid_u.engine.report import table_head, table_row
 from fastreid_u.recipe import Recipe
 
 if TYPE_CHECKING:
-    from fastreid_u.data import ReIDDataset, ReIDLoader
+    from fastreid_u.data import ReIDDataset, ReIDLoader, Sample
     from fastreid_u.models import ReIDModel
 
 
@@ -33,16 +35,25 @@ class NoClustersError(RuntimeError):
 
 
 @dataclass
+class SourceLoaders:
+    """A labelled set to learn from as well."""
+
+    samples: "tuple[Sample, ...]"
+    plain: "ReIDLoader"
+    augmented: "ReIDLoader"
+    bad: BadImageLog
+
+
+@dataclass
 class Session:
     """One run in progress: what it uses, and what it has reached."""
 
     recipe: Recipe
-    model: "ReIDModel"
-    optimizer: torch.optim.Optimizer
     dataset: "ReIDDataset"
     split: Split | None
     plain: "ReIDLoader"  # training images as they are, for features
     augmented: "ReIDLoader"  # training images as the network is trained on them
+    source: "SourceLoaders | None"
     ranked: "ReIDLoader | None"  # images of the split
     bad_train: BadImageLog
     bad_test: BadImageLog | None
@@ -50,6 +61,7 @@ class Session:
     autocast: bool
     display: Display
     folder: Path
+    optimizer: torch.optim.Optimizer | None = None  # from ``start_networks`` on
     start: int = 0
     labels: np.ndarray | None = None  # of the last finished epoch
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -58,8 +70,8 @@ class Session:
 def run_epochs(session: Session) -> None:
     """Train from ``session.start`` to the last epoch, saving after each."""
     s, config = session, session.recipe.config
-    if s.start == 0:
-        _before_training(s)
+    if s.start == 0 and config.eval_initial and s.split:
+        _record(s, {"epoch": -1, **_ranking(s)[0]})
     s.display.line(table_head())
     for record in s.records:
         s.display.line(table_row(record))
@@ -67,7 +79,7 @@ def run_epochs(session: Session) -> None:
     for epoch in range(s.start, config.epochs):
         seconds: dict[str, float] = {}
         with _timed(seconds, "extract"):
-            features = _features(s)
+            features = s.recipe.features(partial(_extract, s), epoch)
         with _timed(seconds, "label"), s.display.phase("label", len(features)) as advance:
             labels = s.recipe.label(features, epoch)
             advance(len(features))
@@ -76,12 +88,13 @@ def run_epochs(session: Session) -> None:
         with _timed(seconds, "fit"):
             s.recipe.begin_epoch(features, labels, epoch)
             loss = fit_epoch(
-                s.recipe, s.model, s.optimizer, s.augmented, labels, epoch,
+                s.recipe, s.optimizer, s.augmented, s.source.augmented if s.source else None,
+                s.recipe.targets(labels), epoch,
                 display=s.display, log=s.bad_train, device=s.device, autocast=s.autocast,
             )  # fmt: skip
         with _timed(seconds, "evaluate"):
             due = (epoch + 1) % config.eval_step == 0 or epoch == config.epochs - 1
-            ranking = _ranking(s) if due and s.split else {}
+            ranking, network = _ranking(s) if due else ({}, next(iter(s.recipe.ranked().values())))
 
         record = {
             "epoch": epoch,
@@ -92,37 +105,53 @@ def run_epochs(session: Session) -> None:
             "seconds": seconds,
         }
         s.labels = labels.cpu().numpy()
-        _keep(s, record)
+        _keep(s, record, network)
 
 
-def _before_training(s: Session) -> None:
+def start_networks(s: Session, model: "ReIDModel", *, calibrate: bool) -> None:
+    """Hand ``model`` to the recipe and make the optimiser of what comes out.
+
+    BatchNorm is calibrated first, so that whatever the recipe copies from the network has its statistics too.
+    """
     config = s.recipe.config
-    if config.calibrate_bn:
+    if calibrate and config.calibrate_bn:
         from fastreid_u.models import calibrate_batchnorm
 
         # Any fixed spread over the images will do; batches of near-identical neighbours would not.
         order = torch.randperm(len(s.dataset.train), generator=torch.Generator().manual_seed(config.seed)).tolist()
         batches = (batch.images.to(s.device) for batch in s.plain.epoch(order))
         with torch.autocast(s.device.type, dtype=torch.bfloat16, enabled=s.autocast):
-            calibrate_batchnorm(s.model, islice(batches, config.calibrate_bn))
-    if config.eval_initial and s.split:
-        _record(s, {"epoch": -1, **_ranking(s)})
+            calibrate_batchnorm(model, islice(batches, config.calibrate_bn))
+    s.recipe.build(model)
+    s.recipe.networks.to(s.device)
+    s.optimizer = make_optimizer(s.recipe.parameters(), config)
 
 
-def _features(s: Session) -> torch.Tensor:
+def _extract(s: Session, network: nn.Module, *, of: str = "target") -> torch.Tensor:
+    loader, samples, log = s.plain, s.dataset.train, s.bad_train
+    if of == "source":
+        loader, samples, log = s.source.plain, s.source.samples, s.source.bad
     return extract_features(
-        s.model, s.plain, s.dataset.train, display=s.display, log=s.bad_train, device=s.device, autocast=s.autocast
+        network, loader, samples, display=s.display, log=log, device=s.device, autocast=s.autocast
     )  # fmt: skip
 
 
-def _ranking(s: Session) -> dict[str, Any]:
-    """Figures of the test split; empty if no query has a match, which ``rank_metrics`` has then warned of."""
-    config = s.recipe.config
-    figures = evaluate_split(
-        s.model, s.ranked, s.split, ap=config.ap, display=s.display, log=s.bad_test, device=s.device,
-        autocast=s.autocast,
-    )  # fmt: skip
-    return figures if figures["queries"] else {}
+def _ranking(s: Session) -> tuple[dict[str, Any], nn.Module]:
+    """Figures of the best of the recipe's networks on the test split, and that network.
+
+    The figures are empty if there is no split, or no query has a match, which ``rank_metrics`` has then warned of.
+    """
+    networks = s.recipe.ranked()
+    best: dict[str, Any] = {}
+    chosen = next(iter(networks.values()))
+    for name, network in networks.items() if s.split else ():
+        figures = evaluate_split(
+            network, s.ranked, s.split, ap=s.recipe.config.ap, display=s.display, log=s.bad_test, device=s.device,
+            autocast=s.autocast,
+        )  # fmt: skip
+        if figures["queries"] and figures["mAP"] > best.get("mAP", -1.0):
+            best, chosen = figures | ({"network": name} if len(networks) > 1 else {}), network
+    return best, chosen
 
 
 def _look_at(s: Session, labels: np.ndarray, epoch: int) -> dict[str, Any]:
@@ -132,14 +161,15 @@ def _look_at(s: Session, labels: np.ndarray, epoch: int) -> dict[str, Any]:
     health = label_health(labels, s.labels, pids)
     if health["clusters"] == 0:
         raise NoClustersError(
-            f"epoch {epoch}: all {len(labels)} images are un-clustered at eps {config.eps}, min_samples "
+            f"epoch {epoch}: all {len(labels)} images are un-clustered at eps {s.recipe.eps(epoch)}, min_samples "
             f"{config.min_samples}, k1 {config.k1}. Raise eps, lower min_samples or k1, or start from better weights"
             + ("" if epoch == 0 else "; finished epochs are saved")
         )
     if health["clusters"] == 1:
         s.display.line(
             f"warning: epoch {epoch}: one cluster holds all clustered images; the loss is 0 and nothing is learned. "
-            f"Lower eps (now {config.eps})" + ("" if config.center_per_camera else " or try center_per_camera=True")
+            f"Lower eps (now {s.recipe.eps(epoch)})"
+            + ("" if config.center_per_camera else " or try center_per_camera=True")
         )
     return health
 
@@ -153,8 +183,11 @@ def _record(s: Session, record: dict[str, Any]) -> None:
         raise checkpoint.SaveError(f"cannot write {s.folder / 'metrics.jsonl'}: {error}") from error
 
 
-def _keep(s: Session, record: dict[str, Any]) -> None:
-    """Save a finished epoch. ``state`` goes last: an epoch counts as finished once all else of it is on disk."""
+def _keep(s: Session, record: dict[str, Any], network: nn.Module) -> None:
+    """Save a finished epoch, ``network`` as its model.
+
+    ``state`` goes last: an epoch counts as finished once all else of it is on disk.
+    """
     best = max((r["mAP"] for r in s.records if r["epoch"] >= 0 and r.get("mAP") is not None), default=-1.0)
     about = {
         "method": s.recipe.name,
@@ -164,11 +197,16 @@ def _keep(s: Session, record: dict[str, Any]) -> None:
         "config": s.recipe.config.to_dict(),
     }
     _record(s, record)
-    checkpoint.save_model(s.folder, "model_last", s.model, about)
+    checkpoint.save_model(s.folder, "model_last", network, about)
     if record.get("mAP") is not None and record["mAP"] > best:
-        checkpoint.save_model(s.folder, "model_best", s.model, about)
+        checkpoint.save_model(s.folder, "model_best", network, about)
     checkpoint.save_state(
-        s.folder, s.model, s.optimizer, torch.from_numpy(s.labels), s.recipe.state(), {"epoch": record["epoch"]}
+        s.folder,
+        s.recipe.networks,
+        s.optimizer,
+        torch.from_numpy(s.labels),
+        s.recipe.state(),
+        {"epoch": record["epoch"]},
     )
     people = len({x.pid for x in s.dataset.train if x.pid >= 0}) if s.dataset.has_pids else None
     draw_curves(s.records, s.folder / "curves.png", f"{s.recipe.title} on {s.dataset.name}", people)

@@ -18,11 +18,10 @@ from fastreid_u.engine import checkpoint
 from fastreid_u.engine.display import Display, Phase
 from fastreid_u.engine.evaluate import test_split
 from fastreid_u.engine.extract import BadImageLog
-from fastreid_u.engine.fit import make_optimizer
-from fastreid_u.engine.loop import Session, run_epochs
+from fastreid_u.engine.loop import Session, SourceLoaders, run_epochs, start_networks
 from fastreid_u.engine.report import metric_block, recipe_card
 from fastreid_u.methods import get_method
-from fastreid_u.recipe import Recipe
+from fastreid_u.recipe import Images, Recipe
 
 if TYPE_CHECKING:
     from fastreid_u.data import ReIDDataset
@@ -71,6 +70,7 @@ def train(
     device: str | torch.device | None = None,
     quiet: bool = False,
     data: Mapping[str, Any] | None = None,
+    source_data: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> Run:
     """Learn a Re-ID feature from images without identity labels.
@@ -87,6 +87,7 @@ def train(
         device: default a GPU if there is one, else the CPU.
         quiet: print nothing; ``log.txt`` is written all the same.
         data: options of the data set's reader, such as the dials of ``synthetic``.
+        source_data: the same for the labelled set that a method's ``source`` names.
         **overrides: any field of the method's config, such as ``eps=0.5``.
 
     Returns:
@@ -120,18 +121,21 @@ def train(
     reid = dataset if isinstance(dataset, ReIDDataset) else _load(dataset, root, data, Display(quiet=quiet))
     if not reid.train:
         raise ValueError(f"train: dataset must hold training images, got none in {reid.root}")
+    labelled = _load_source(recipe_class, config, root, source_data, display=Display(quiet=quiet))
+    recipe = recipe_class(config, _images(reid), _images(labelled, pids=True) if labelled else None)
     model = _build_model(config, device)
     if folder is None:
         folder = _free_folder(f"{reid.name}-{recipe_class.name}")
     if not resume:  # last of all that may be refused: overwriting must not cost the old run for nothing
         checkpoint.open_folder(folder, resume=False, overwrite=overwrite)
     display = Display(folder / "log.txt", quiet=quiet)
-    session = _open_session(recipe_class, config, reid, model, device, display, folder)
+    session = _open_session(recipe, reid, labelled, device, display, folder)
     if not resume:
         run = {"method": recipe_class.name, "dataset": name,
                "root": str(reid.root), "fastreid_u": _version(), "torch": torch.__version__, "device": str(device),
                "started": time.strftime("%Y-%m-%d %H:%M:%S")}  # fmt: skip
-        tables = {"run": run, "config": config.to_dict(), "data": dict(data or {})}
+        options = {"data": dict(data or {}), "source_data": dict(source_data or {})}
+        tables = {"run": run, "config": config.to_dict(), **options}
         checkpoint.write_text(folder / "config.toml", dump_toml(tables))
 
     selects = "model_best is chosen on the test split, as published" if session.split else "no test split"
@@ -139,17 +143,22 @@ def train(
         display.line(line)
     for note in reid.notes:
         display.line(f"note: {note}")
+    if labelled is not None:
+        display.line(f"learns also from the labelled training images of {labelled.name}:")
+        for line in labelled.table().splitlines():
+            display.line(line)
     display.line()
-    card = recipe_card(recipe_class, config, key, model=session.model.describe(), device=str(device), selects=selects)
+    card = recipe_card(recipe_class, config, key, model=model.describe(), device=str(device), selects=selects)
     for line in [*card, f"  run folder  {folder}", ""]:
         display.line(line)
 
-    if resume:
-        _restore(session)
     with display.hearing_warnings():
+        start_networks(session, model, calibrate=not resume)
+        if resume:
+            _restore(session)
         run_epochs(session)
 
-    run = Run(folder, config, session.records, session.model.eval())
+    run = Run(folder, config, session.records, next(iter(session.recipe.ranked().values())).eval())
     if run.last.get("mAP") is not None:
         display.line()
         for line in metric_block(run.last):
@@ -180,59 +189,93 @@ def _load(
         return load_dataset(dataset, root, progress=progress, **dict(data or {}))
 
 
+def _load_source(
+    recipe_class: type[Recipe],
+    config: Config,
+    root: str | os.PathLike | None,
+    data: Mapping[str, Any] | None,
+    display: Display,
+) -> "ReIDDataset | None":
+    """The labelled set of a method that uses one, without images whose identity is unknown."""
+    if not recipe_class.uses_source:
+        if data:
+            raise ValueError(f"train: source_data must be left out for method {recipe_class.name!r}, got {dict(data)}")
+        return None
+    if config.source is None:
+        raise ValueError(f"train: source must name a labelled set for method {recipe_class.name!r}, got None")
+    reid = _load(config.source, root, data, display)
+    named = tuple(sample for sample in reid.train if sample.pid >= 0) if reid.has_pids else ()
+    if not named:
+        raise ValueError(f"train: source must have training images with identities, got none in {reid.root}")
+    return dataclasses.replace(reid, train=named)
+
+
 def _build_model(config: Config, device: torch.device) -> "ReIDModel":
     from fastreid_u.models import build_model
 
     model = build_model(
         config.arch, pooling=config.pooling_type, weights=config.weights, bn_group=config.bn_group,
-        bn_running=config.bn_running, image_size=(config.height, config.width), seed=config.seed,
+        bn_running=config.bn_running, stem_relu=config.stem_relu, image_size=(config.height, config.width),
+        seed=config.seed,
     )  # fmt: skip
     return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
 
 def _open_session(
-    recipe_class: type[Recipe],
-    config: Config,
+    recipe: Recipe,
     reid: "ReIDDataset",
-    model: "ReIDModel",
+    labelled: "ReIDDataset | None",
     device: torch.device,
     display: Display,
     folder: Path,
 ) -> Session:
-    from fastreid_u.data import PixelCache, make_loader, test_transform, train_transform
+    from fastreid_u.data import PixelCache, make_loader, test_transform
 
-    camids = torch.tensor([s.camid for s in reid.train]) if reid.has_cameras else None
-    if config.center_per_camera and camids is None:
+    config = recipe.config
+    if config.center_per_camera and not reid.has_cameras:
         display.line("warning: center_per_camera has no effect: these data have no camera ids")
-    plain = test_transform(config.height, config.width)
-    augmented = train_transform(config.height, config.width, erase=config.erase, color_jitter=config.color_jitter)
-    cache: bool | PixelCache = False
-    if config.cache_images:  # one cache for both loaders of the training images
-        cache = PixelCache(len(reid.train), config.height, config.width, shared=config.workers > 0)
+    plain = test_transform(config.height, config.width, **config.pixel_statistics())
+    augmented = recipe.views()
 
-    def loader(samples, transform, batch_size, cache):
-        return make_loader(
-            samples, transform, batch_size=batch_size, workers=config.workers, seed=config.seed, cache=cache,
-            pin_memory=device.type == "cuda",
-        )  # fmt: skip
+    def loaders(samples):
+        cache: bool | PixelCache = False
+        if config.cache_images:  # one cache for both loaders of the same images
+            cache = PixelCache(len(samples), config.height, config.width, shared=config.workers > 0)
+        common = dict(workers=config.workers, seed=config.seed, cache=cache, pin_memory=device.type == "cuda")
+        return (
+            make_loader(samples, plain, batch_size=config.eval_batch_size, **common),
+            make_loader(samples, augmented, batch_size=config.batch_size, **common),
+        )
 
     split = test_split(reid, display)
+    unaugmented, shown = loaders(reid.train)
     return Session(
-        recipe=recipe_class(config, camids),
-        model=model,
-        optimizer=make_optimizer(model, config),
+        recipe=recipe,
         dataset=reid,
         split=split,
-        plain=loader(reid.train, plain, config.eval_batch_size, cache),
-        augmented=loader(reid.train, augmented, config.batch_size, cache),
-        ranked=loader(split.samples, plain, config.eval_batch_size, config.cache_images) if split else None,
+        plain=unaugmented,
+        augmented=shown,
+        source=SourceLoaders(labelled.train, *loaders(labelled.train), BadImageLog(len(labelled.train), display))
+        if labelled
+        else None,
+        ranked=make_loader(
+            split.samples, plain, batch_size=config.eval_batch_size, workers=config.workers, cache=config.cache_images,
+            seed=config.seed, pin_memory=device.type == "cuda",
+        ) if split else None,
         bad_train=BadImageLog(len(reid.train), display),
         bad_test=BadImageLog(len(split.samples), display) if split else None,
         device=device,
         autocast=_autocast(config, device),
         display=display,
         folder=folder,
-    )
+    )  # fmt: skip
+
+
+def _images(reid: "ReIDDataset", *, pids: bool = False) -> Images:
+    """What a recipe is told of a set; identities, numbered 0 .. P - 1 in their own order, of a source only."""
+    camids = torch.tensor([s.camid for s in reid.train]) if reid.has_cameras else None
+    known = torch.tensor([s.pid for s in reid.train]).unique(return_inverse=True)[1] if pids else None
+    return Images(len(reid.train), camids, known)
 
 
 def _autocast(config: Config, device: torch.device) -> bool:
@@ -244,7 +287,7 @@ def _autocast(config: Config, device: torch.device) -> bool:
 
 def _restore(session: Session) -> None:
     """Bring ``session`` to the end of its last finished epoch; later lines of metrics.jsonl are dropped."""
-    labels, recipe_state, about = checkpoint.load_state(session.folder, session.model, session.optimizer)
+    labels, recipe_state, about = checkpoint.load_state(session.folder, session.recipe.networks, session.optimizer)
     if len(labels) != len(session.dataset.train):
         raise ValueError(
             f"train: the data must be the run's own: it had {len(labels)} training images, {session.dataset.root} has "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastreid_u.config import load_toml
+from fastreid_u.config import load_toml, pixel_statistics
 from fastreid_u.engine.checkpoint import load_model_file
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.evaluate import evaluate_split, test_split
@@ -17,7 +17,7 @@ from fastreid_u.engine.extract import BadImageLog, extract_features
 from fastreid_u.engine.report import metric_block
 
 if TYPE_CHECKING:
-    from fastreid_u.data import ReIDDataset
+    from fastreid_u.data import ReIDDataset, View
     from fastreid_u.models import ReIDModel
 
 
@@ -49,8 +49,9 @@ def load_model(
     tensors, about = load_model_file(path)
     config = about["config"]
     model = build_model(
-        config["arch"], pooling=config["pooling_type"], weights=None, image_size=(config["height"], config["width"])
-    )
+        config["arch"], pooling=config["pooling_type"], weights=None, stem_relu=config["stem_relu"],
+        image_size=(config["height"], config["width"]),
+    )  # fmt: skip
     model.load_state_dict(tensors)
     return model.to(device).eval(), about
 
@@ -79,7 +80,7 @@ def evaluate(
     Raises:
         ValueError: the data set has neither a query/gallery split nor known identities.
     """
-    from fastreid_u.data import ReIDDataset, load_dataset, make_loader, test_transform
+    from fastreid_u.data import ReIDDataset, load_dataset, make_loader
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, about = load_model(run, which=which, device=device)
@@ -92,14 +93,18 @@ def evaluate(
     split = test_split(dataset, display)
     if split is None:
         raise ValueError(f"evaluate: dataset must have a query/gallery split or known identities, got {dataset.root}")
-    loader = make_loader(
-        split.samples, test_transform(config["height"], config["width"]), batch_size=batch_size, workers=workers
-    )
+    loader = make_loader(split.samples, _plain_view(config), batch_size=batch_size, workers=workers)
     log = BadImageLog(len(split.samples), display)
     metrics = evaluate_split(model, loader, split, ap=ap, display=display, log=log, device=device)
     for line in metric_block(metrics):
         display.line(line)
     return metrics
+
+
+def _plain_view(config: Mapping[str, Any]) -> "View":
+    from fastreid_u.data import test_transform
+
+    return test_transform(config["height"], config["width"], **pixel_statistics(config["pixel_norm"]))
 
 
 def _own_dataset(
@@ -128,7 +133,7 @@ def extract(
     Returns:
         ``Extracted``: features (N, D) float32 on ``device``, the N paths in the same order, and unreadable images.
     """
-    from fastreid_u.data import Sample, load_dataset, make_loader, test_transform
+    from fastreid_u.data import Sample, load_dataset, make_loader
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(images, str | os.PathLike):
@@ -140,9 +145,7 @@ def extract(
     model, about = load_model(run, which=which, device=device)
     config = about["config"]
     display = Display(quiet=quiet)
-    loader = make_loader(
-        samples, test_transform(config["height"], config["width"]), batch_size=batch_size, workers=workers
-    )
+    loader = make_loader(samples, _plain_view(config), batch_size=batch_size, workers=workers)
     log = BadImageLog(len(samples), display)
     features = extract_features(model, loader, samples, display=display, log=log, device=device)
     return Extracted(features, [sample.path for sample in samples], log.reasons)

@@ -7,8 +7,10 @@ binds the package to it; so the package itself can be called.
 
 import difflib
 import importlib
+import importlib.util
 import sys
 import types
+from pathlib import Path
 
 from fastreid_u.recipe import Recipe
 
@@ -21,15 +23,35 @@ def method_names() -> list[str]:
 
 
 def get_method(method: str | type[Recipe]) -> type[Recipe]:
-    """The recipe class of a name; a ``Recipe`` subclass of your own passes through."""
+    """The recipe class of a name, ``"file.py:Class"`` or ``"module:Class"``; a ``Recipe`` subclass passes through."""
     if isinstance(method, type) and issubclass(method, Recipe):
         return method
+    if ":" in str(method):
+        return _own_method(method)
     if method not in _CLASSES:
         close = difflib.get_close_matches(str(method), _CLASSES, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(f"train: method must be one of {', '.join(method_names())}, got {method!r}{hint}")
     module = importlib.import_module(f"fastreid_u.methods.{method}")
     return getattr(module, _CLASSES[method])
+
+
+def _own_method(place: str) -> type[Recipe]:
+    """A class of a user's own file or module."""
+    where, _, name = place.rpartition(":")
+    if where.endswith(".py"):
+        if not Path(where).is_file():
+            raise FileNotFoundError(f"train: method must name a file that exists, got {place!r}")
+        spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(where)
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and issubclass(found, Recipe)):
+        raise ValueError(f"train: method must name a Recipe in {where}, got {name!r}")
+    return found
 
 
 class _CallablePackage(types.ModuleType):

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fastreid_u.config import Config, option
+from fastreid_u.config import RENDERED, Config, option
 from fastreid_u.memory import ClusterMemory
 from fastreid_u.ops.centroids import cluster_centroids
-from fastreid_u.recipe import Recipe
+from fastreid_u.recipe import Batch, Recipe
 
 PAPER = "Cluster Contrast, arXiv 2103.11568 v3"
 COMMANDS = "published training commands (57b62e9)"
@@ -43,15 +43,8 @@ class ClusterContrastConfig(Config):
         "dukemtmcreid": {"iters": 200},
         "veri": {"height": 224, "width": 224},
         "vehicleid": {"height": 224, "width": 224},
-        # Ours, chosen on rendered validation worlds (docs/synthetic.md): small network, random weights, a CPU.
-        "synthetic": {
-            "height": 128, "width": 64, "arch": "resnet10", "weights": None, "bn_group": None, "calibrate_bn": 8,
-            "center_per_camera": True, "color_jitter": 0.2, "erase": 0.3, "eps": 0.5, "k1": 20, "temp": 0.1,
-            "momentum": 0.8, "batch_size": 64, "num_instances": 4, "lr": 2e-3, "epochs": 18, "iters": 30,
-            "step_size": 15, "amp": "auto", "channels_last": True,
-            "workers": 2, "cache_images": True, "eval_step": 1, "eval_initial": True,
-        },
-    }  # fmt: skip
+        "synthetic": {**RENDERED, "temp": 0.1, "momentum": 0.8},
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,8 +69,8 @@ class ClusterContrast(Recipe):
             use_hard=config.use_hard,
         )
 
-    def loss(self, x: Tensor, targets: Tensor, indices: Tensor) -> Tensor:
-        return self.memory.loss(x, targets)
+    def loss(self, x: Tensor, batch: Batch) -> Tensor:
+        return self.memory.loss(x, batch.targets)
 
-    def update(self, x: Tensor, targets: Tensor, indices: Tensor) -> None:
-        self.memory.update_(x, targets)
+    def update(self, x: Tensor, batch: Batch) -> None:
+        self.memory.update_(x, batch.targets)

@@ -12,6 +12,7 @@ from fastreid_u.models.batchnorm import (
     set_bn_group,
 )
 from fastreid_u.models.build import build_model, model_names
+from fastreid_u.models.domains import domain, single_domain, split_domains
 from fastreid_u.models.pooling import POOLINGS, GeM
 from fastreid_u.models.reid import ReIDModel
 from fastreid_u.models.weights import WeightsReport, load_weights, read_weights
@@ -25,9 +26,12 @@ __all__ = [
     "WeightsReport",
     "build_model",
     "calibrate_batchnorm",
+    "domain",
     "group_sizes",
     "load_weights",
     "model_names",
     "read_weights",
     "set_bn_group",
+    "single_domain",
+    "split_domains",
 ]

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a method can ask of the engine beyond one network and one view: tried with a method that asks for all of it."""
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import fastreid_u
+from fastreid_u.config import option
+from fastreid_u.data import load_dataset, test_transform
+from fastreid_u.engine import fit, loop
+from fastreid_u.methods import get_method
+from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
+from fastreid_u.models.domains import domain, single_domain, split_domains
+
+SMALL = dict(
+    height=64, width=32, arch="resnet10", weights=None, bn_group=None, batch_size=16, num_instances=4, iters=3,
+    epochs=2, workers=0, k1=8, k2=3, center_per_camera=True, calibrate_bn=2, eval_step=1, quiet=True, device="cpu",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreedyConfig(ClusterContrastConfig):
+    source: str | None = option(None, "a labelled set")
+
+
+class Greedy(ClusterContrast):
+    """Two views, an averaged teacher that is clustered and ranked, two domains, a schedule, a counter to keep."""
+
+    name, title, Config = "greedy", "Everything at once", GreedyConfig
+    uses_source = True
+    seen: ClassVar[list] = []
+
+    def build(self, model):
+        split_domains(model)
+        super().build(model)
+        self.networks["teacher"] = copy.deepcopy(model).requires_grad_(False)
+        self.steps = torch.zeros((), dtype=torch.int64)
+
+    def ranked(self):
+        return {"model": single_domain(self.model), "teacher": single_domain(self.networks["teacher"])}
+
+    def views(self):
+        return (*super().views(), test_transform(self.config.height, self.config.width))
+
+    def features(self, extract, epoch):
+        self.source_rows = extract(self.networks["teacher"], of="source")
+        return extract(self.networks["teacher"])
+
+    def eps(self, epoch):
+        return self.config.eps - 0.1 * epoch
+
+    def forward(self, batch):
+        with domain(self.model, "source"):
+            labelled = self.model(batch.source.images)
+        return self.model(batch.images), labelled
+
+    def loss(self, x, batch):
+        type(self).seen.append((len(batch.views), tuple(batch.images.shape), batch.camids, batch.source))
+        own, labelled = x
+        rows = F.normalize(self.source_rows, dim=1)
+        return super().loss(own, batch) + F.cross_entropy(labelled @ rows.T, batch.source.indices)
+
+    def update(self, x, batch):
+        assert not x[0].requires_grad
+        super().update(x[0], batch)
+
+    def after_step(self):
+        self.steps += 1
+        for ours, theirs in zip(self.networks["teacher"].parameters(), self.model.parameters(), strict=True):
+            ours.lerp_(theirs, 0.1)
+
+    def state(self):
+        return {"steps": self.steps}
+
+    def load_state(self, state):
+        self.steps = state["steps"]
+
+
+def run(world, folder, **changes):
+    dataset = load_dataset("market1501", world)
+    return fastreid_u.train(dataset, logs_dir=folder, method=Greedy, source=str(world), **{**SMALL, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_world, tmp_path_factory):
+    Greedy.seen.clear()
+    return run(tiny_world, tmp_path_factory.mktemp("greedy") / "run")
+
+
+def test_a_step_sees_all_views_cameras_and_labelled_images(finished):
+    assert len(Greedy.seen) == 6
+    for views, shape, camids, source in Greedy.seen:
+        assert (views, shape) == (2, (16, 3, 64, 32))
+        assert set(camids.tolist()) <= {0, 1, 2}
+        assert len(source.views) == 2
+        assert source.images.shape == (16, 3, 64, 32)
+        assert set(source.targets.tolist()) <= set(range(6))  # identities, numbered from 0
+        assert source.source is None
+
+
+def test_the_better_network_is_saved_as_an_ordinary_one(finished):
+    assert all(record["network"] in ("model", "teacher") for record in finished.records)
+    saved = load_file(finished.folder / "model_best.safetensors")
+    plain = fastreid_u.load_model(finished.folder, which="best")[0]
+    assert saved.keys() == plain.state_dict().keys()
+
+
+def test_teacher_second_domain_and_counter_survive_a_crash(finished, tiny_world, tmp_path, monkeypatch):
+    real = loop.fit_epoch
+
+    def fails(*given, **rest):
+        if given[5] == 1:
+            raise RuntimeError("pulled the plug")
+        return real(*given, **rest)
+
+    monkeypatch.setattr(loop, "fit_epoch", fails)
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        run(tiny_world, tmp_path)
+    monkeypatch.undo()
+    resumed = run(tiny_world, tmp_path, resume=True)
+    ours, theirs = (load_file(r.folder / "state.safetensors") for r in (resumed, finished))
+    assert ours.keys() == theirs.keys()
+    assert any(name.startswith("networks.teacher.") for name in ours)
+    assert any(".source." in name for name in ours)
+    assert ours["recipe.steps"].item() == 6
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_source_is_asked_for_by_name(tiny_world, tmp_path):
+    dataset = load_dataset("market1501", tiny_world)
+    with pytest.raises(ValueError, match="source must name a labelled set for method 'greedy', got None"):
+        fastreid_u.train(dataset, logs_dir=tmp_path, method=Greedy, **SMALL)
+    with pytest.raises(ValueError, match="source_data must be left out for method 'cluster_contrast'"):
+        fastreid_u.train(dataset, logs_dir=tmp_path, source_data={"seed": 1}, **SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_method_that_needs_cameras_says_so_before_any_work(plant, tmp_path):
+    class Cameras(ClusterContrast):
+        name, title, needs_cameras = "cameras", "Needs cameras", True
+
+    folder = plant("crops", "a.jpg", "b.jpg")
+    with pytest.raises(ValueError, match="method 'cameras' needs camera ids, and these data have none"):
+        fastreid_u.train(
+            str(folder), logs_dir=tmp_path / "run", method=Cameras, **{**SMALL, "center_per_camera": False}
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_warm_up_is_linear_then_drops():
+    config = ClusterContrastConfig(lr=1.0, warmup_epochs=10, warmup_factor=0.01, step_size=20)
+    rates = [fit.learning_rate(config, epoch) for epoch in (0, 5, 9, 10, 20, 40)]
+    assert rates == pytest.approx([0.01, 0.505, 0.901, 1, 0.1, 0.01])  # part-a's table for CAP
+
+
+def test_optimisers_and_their_reset(tiny_world, tmp_path):
+    weight = [torch.nn.Parameter(torch.ones(2))]
+    assert fit.make_optimizer(weight, ClusterContrastConfig(optimizer="sgd")).defaults["momentum"] == 0.9
+    assert isinstance(fit.make_optimizer(weight, ClusterContrastConfig(optimizer="adamw")), torch.optim.AdamW)
+    kept = run(tiny_world, tmp_path / "kept", reset_optimizer=False)
+    reset = run(tiny_world, tmp_path / "reset", reset_optimizer=True)
+    steps = [load_file(r.folder / "state.safetensors")["optimizer.0.step"].item() for r in (kept, reset)]
+    assert steps == [6, 3]
+
+
+OWN = """
+from dataclasses import dataclass
+from fastreid_u.config import option
+from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledConfig(ClusterContrastConfig):
+    scale: float = option(0.5, "factor on the loss")
+
+class Scaled(ClusterContrast):
+    name, title, Config = "scaled", "Scaled loss", ScaledConfig
+
+    def loss(self, x, batch):
+        return self.config.scale * super().loss(x, batch)
+"""
+
+
+def test_a_method_in_a_file_of_ones_own(tmp_path):
+    file = tmp_path / "my_method.py"
+    file.write_text(OWN)
+    scaled = get_method(f"{file}:Scaled")
+    assert scaled.Config(scale=2.0).scale == 2.0
+    assert get_method("fastreid_u.methods.cluster_contrast:ClusterContrast") is ClusterContrast
+    with pytest.raises(ValueError, match=r"must name a Recipe in .*my_method\.py, got 'Skaled'"):
+        get_method(f"{file}:Skaled")
+    with pytest.raises(FileNotFoundError, match="must name a file that exists"):
+        get_method("nowhere.py:Scaled")
