@@ -16,6 +16,8 @@ from fastreid_u.recipe import Recipe
 
 _CLASSES = {
     "cap": "CAP",
+    "cap_cluster_contrast": "CAPClusterContrast",
+    "cap_cluster_contrast_proxy": "CAPClusterContrastProxy",
     "cluster_contrast": "ClusterContrast",
 }
 
