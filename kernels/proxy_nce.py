@@ -2,7 +2,7 @@
 """Softmax contrastive loss over camera-aware proxies and their hardest negatives, forward and backward (Triton).
 
 Stands alone: needs torch and triton, nothing else; copy this file to use it elsewhere.
-Method: Wang et al., "Camera-aware Proxies for Unsupervised Person Re-Identification", AAAI 2021, equations 4 and 6.
+Method: Wang et al., "Camera-aware Proxies for Unsupervised Person Re-Identification", AAAI 2021.
 Oracle: fastreid_u/reference/proxy_nce.py.  Cost: 2 B Q D multiply-adds forward; backward reads |P| + k rows a sample.
 
 The logits l = l2(x) @ memory.T / T are written once. One program a sample then reads its row: it finds the k-th largest

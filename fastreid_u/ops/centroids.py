@@ -65,7 +65,7 @@ def proxy_centroids(
     Raises:
         TypeError, ValueError: wrong type or shape, NaN or infinity, a label below -1.
 
-    Not differentiable. Wang et al., CAP, AAAI 2021, section 3.2; Chen et al., ICE, ICCV 2021.
+    Not differentiable. Wang et al., CAP, AAAI 2021; Chen et al., ICE, ICCV 2021.
     """
     op = "proxy_centroids"
     x = require_features(op, "x", x)

@@ -30,7 +30,7 @@ def neighbour_overlap(a: Tensor, b: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: wrong type or shape, an index twice in a row.
 
-    Cho et al., PPLR, CVPR 2022, equation 2.
+    Cho et al., PPLR, CVPR 2022.
     """
     op = "neighbour_overlap"
     a = require_integer(op, "a", require_2d(op, "a", as_tensor(op, "a", a))).long()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Soft triplet loss over the hardest pairs of a batch.
 
-Hermans et al., "In Defense of the Triplet Loss", 2017, equation 5 with the soft margin; used so in PPLR, CVPR 2022.
+Hermans et al., "In Defense of the Triplet Loss", 2017, with the soft margin and no other; PPLR, CVPR
+2022, uses it so.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 
 def batch_hard_triplet(x: Tensor, targets: Tensor, *, ignore_index: int = -1, reduction: str = "mean") -> Tensor:
-    """``log(1 + exp(farthest of the same target - nearest of another))``, Euclidean; the anchor counts as of its own."""
+    """``log(1 + exp(farthest of the same target - nearest of another))``, Euclidean; the anchor is one of its own."""
     x = x if x.dtype == torch.float64 else x.float()
     kept = targets != ignore_index
     distance = (x[:, None] - x[None, :]).square().sum(dim=2).clamp(min=1e-12).sqrt()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Negative cosine between features and targets; Li et al., CACL, IEEE TIP 2022, section III."""
+"""Negative cosine between features and targets; Li et al., CACL, IEEE TIP 2022."""
 
 from __future__ import annotations
 

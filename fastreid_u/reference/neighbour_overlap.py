@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jaccard similarity of two neighbour lists per row; the cross agreement of Cho et al., PPLR, CVPR 2022, equation 2."""
+"""Jaccard similarity of two neighbour lists per row; the cross agreement of Cho et al., PPLR, CVPR 2022."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Softmax contrastive loss over camera-aware proxies.
 
-Wang et al., "Camera-aware Proxies for Unsupervised Person Re-Identification" (CAP), AAAI 2021, equations 4 and 6; the
-inter-camera term also in Chen et al., ICE, ICCV 2021, and Cho et al., PPLR, CVPR 2022.
+Wang et al., "Camera-aware Proxies for Unsupervised Person Re-Identification" (CAP), AAAI 2021; the term
+between cameras also in Chen et al., ICE, ICCV 2021, and Cho et al., PPLR, CVPR 2022.
 """
 
 from __future__ import annotations
