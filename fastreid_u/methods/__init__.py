@@ -19,6 +19,7 @@ _CLASSES = {
     "cap_cluster_contrast": "CAPClusterContrast",
     "cap_cluster_contrast_proxy": "CAPClusterContrastProxy",
     "cluster_contrast": "ClusterContrast",
+    "ice": "ICE",
 }
 
 
