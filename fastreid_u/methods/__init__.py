@@ -20,6 +20,8 @@ _CLASSES = {
     "cap_cluster_contrast_proxy": "CAPClusterContrastProxy",
     "cluster_contrast": "ClusterContrast",
     "ice": "ICE",
+    "pplr": "PPLR",
+    "pplr_camera": "PPLRCamera",
 }
 
 
