@@ -60,7 +60,7 @@ class ICEConfig(Config):
 
     PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # 540 steps in all: a teacher that takes a thousand to follow would never arrive
-        "synthetic": {**RENDERED, "alpha": 0.98, "blur": 0.0, "warmup_epochs": 0},
+        "synthetic": {**RENDERED, "alpha": 0.9, "blur": 0.0, "warmup_epochs": 0},
     }
 
     def __post_init__(self) -> None:
