@@ -235,3 +235,9 @@ def test_two_epochs(tiny_world, tmp_path):
     weight = "backbone.conv1.weight"
     assert torch.equal(saved[weight], state[f"networks.teacher.{weight}"])
     assert not torch.equal(saved[weight], state[f"networks.model.{weight}"])
+
+    dataset, folder = load_dataset("market1501", tiny_world), tmp_path / "resumed"
+    for epochs in (1, 2):
+        fastreid_u.train(dataset, logs_dir=folder, resume=epochs == 2, **{**SMALL, "epochs": epochs})
+    resumed = load_file(folder / "state.safetensors")
+    assert all(torch.equal(resumed[name], state[name]) for name in state)

@@ -312,3 +312,15 @@ def test_two_epochs(method, tiny_world, tmp_path):
     assert saved.keys() == build_model("resnet10", pooling="avg", weights=None).state_dict().keys()
     state = load_file(run.folder / "state.safetensors")
     assert state["networks.classifiers.3"].shape == (72, 256)
+
+
+def test_classifiers_and_part_necks_survive_a_restart(tiny_world, tmp_path):
+    dataset = load_dataset("market1501", tiny_world)
+    states = []
+    for folder, lengths in (("unbroken", [2]), ("resumed", [1, 2])):
+        for epochs in lengths:
+            settings = {**SMALL, "iters": 1, "epochs": epochs, "resume": lengths == [1, 2] and epochs == 2}
+            fastreid_u.train(dataset, logs_dir=tmp_path / folder, method="pplr", **settings)
+        states.append(load_file(tmp_path / folder / "state.safetensors"))
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
