@@ -106,6 +106,29 @@ def require_values_in(
     return x
 
 
+def require_reals_in(op: str, name: str, x: Tensor, low: float, high: float) -> Tensor:
+    """Every number of ``x`` lies in ``[low, high]``, and none is NaN; read on a GPU as ``require_finite`` does."""
+    if not _may_read(x) or x.numel() == 0:
+        return x
+    smallest, largest = (extreme.item() for extreme in x.aminmax())  # NaN wins both
+    if not (smallest >= low and largest <= high):
+        raise ValueError(
+            f"{op}: {name} must lie in [{low:g}, {high:g}], got {largest if smallest >= low else smallest:g}"
+        )
+    return x
+
+
+def require_marked(op: str, name: str, x: Tensor, mask_name: str, mask: Tensor, *, ignore: int | None = None) -> Tensor:
+    """Every index of ``x`` but ``ignore`` is True in ``mask``; read on a GPU as ``require_finite`` does."""
+    if not _may_read(x):
+        return x
+    looked_at = x if ignore is None else x[x != ignore]
+    left_out = looked_at[~mask[looked_at]]
+    if left_out.numel():
+        raise ValueError(f"{op}: {name} must be True in {mask_name}, got {int(left_out[0])}")
+    return x
+
+
 def require_features(op: str, name: str, x: object) -> Tensor:
     """What ops that run once an epoch take as features: (N, D), floating, finite; returned detached, in float32."""
     x = require_floating(op, name, require_2d(op, name, as_tensor(op, name, x)))
