@@ -14,7 +14,10 @@ from pathlib import Path
 
 from fastreid_u.recipe import Recipe
 
-_CLASSES = {"cluster_contrast": "ClusterContrast"}
+_CLASSES = {
+    "bmw": "BMW",
+    "cluster_contrast": "ClusterContrast",
+}
 
 
 def method_names() -> list[str]:

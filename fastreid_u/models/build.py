@@ -36,8 +36,9 @@ def build_model(
     Args:
         arch: one of ``model_names()``, an alias ("ibn50a", "ibn101a"), or "timm/<name>".
         pooling: "gem" (learnable exponent, starts at 3), "avg" or "max". Not used by timm's token networks.
-        weights: "imagenet", the path of a file (see :mod:`fastreid_u.models.weights`), or None for random weights.
-            Nothing is replaced silently: weights that cannot be had, or do not fit, are an error.
+        weights: "imagenet", "imagenet_v2" (torchvision's second version), the path of a file (see
+            :mod:`fastreid_u.models.weights`), or None for random weights. Nothing is replaced silently: weights that
+            cannot be had, or do not fit, are an error.
         bn_group: images per BatchNorm group in training, None for the whole batch.
         bn_running: "first" or "mean": the groups that the running statistics come from.
         last_stride: stride of the last stage, 1 or 2. ResNets of ``model_names()`` only.
@@ -62,7 +63,7 @@ def build_model(
     if not stem_relu and arch not in RESNETS:
         raise ValueError(f"build_model: stem_relu must be True for {arch}, got {stem_relu!r}")
 
-    file = imagenet_file(arch) if weights == "imagenet" and arch in RESNETS else weights
+    file = imagenet_file(arch, weights) if weights in ("imagenet", "imagenet_v2") and arch in RESNETS else weights
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which reseeds every GPU as well

@@ -188,10 +188,11 @@ def _check_head(model: ReIDModel, state: Mapping[str, Tensor], stem_relu: bool |
             raise ValueError(f"load_weights: stem_relu must be {stem_relu} for {source}, got {has_relu}")
 
 
-def imagenet_file(arch: str) -> Path:
+def imagenet_file(arch: str, version: str = "imagenet") -> Path:
     """The file of ImageNet weights of a ResNet, downloaded on first use into torch hub's folder; its hash is checked.
 
-    torchvision's are the first version (V1), which the published runs used; V2 weights give other results.
+    Of torchvision's, "imagenet" is the first version (V1), which nearly all published runs used, and "imagenet_v2" the
+    second, from a longer training; results that start from one are not to be compared with those from the other.
 
     Raises:
         ValueError: none exist for ``arch``.
@@ -199,11 +200,16 @@ def imagenet_file(arch: str) -> Path:
     """
     url = RESNETS[arch].imagenet
     if url is None:
-        raise ValueError(f"build_model: weights must be None or a file for {arch}, which has none, got 'imagenet'")
+        raise ValueError(f"build_model: weights must be None or a file for {arch}, which has none, got {version!r}")
     if url == "torchvision":
         from torchvision.models import get_model_weights
 
-        url = get_model_weights(arch).IMAGENET1K_V1.url
+        wanted = {"imagenet": "IMAGENET1K_V1", "imagenet_v2": "IMAGENET1K_V2"}[version]
+        if wanted not in get_model_weights(arch).__members__:
+            raise ValueError(f"build_model: weights must be 'imagenet' for {arch}, which has no V2, got {version!r}")
+        url = get_model_weights(arch)[wanted].url
+    elif version != "imagenet":
+        raise ValueError(f"build_model: weights must be 'imagenet' for {arch}, which has no V2, got {version!r}")
     name = Path(urlparse(url).path).name
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     if not (folder / name).is_file():
