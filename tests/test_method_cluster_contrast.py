@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cluster Contrast through the recipe's own objects: published numbers, and twenty steps beside a plain restatement."""
 
+import dataclasses
+import importlib.util
+import re
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastreid_u import _env
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
+from fastreid_u.methods.cluster_contrast_infomap import ClusterContrastInfomap, ClusterContrastInfomapConfig
 from fastreid_u.recipe import Batch, Images
 
 
@@ -105,3 +111,28 @@ def test_average_and_gem_pooling_are_both_to_be_had(smoke):
     assert "pooling.p" in gem.model.state_dict()
     assert "pooling.p" not in avg.model.state_dict()
     assert np.isfinite([gem.last["loss"], avg.last["loss"]]).all()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("infomap") is None, reason="infomap is not installed (extra [infomap])")
+def test_infomap_labels_two_epochs(smoke):
+    run = smoke("cluster_contrast_infomap", min_size=2, min_similarity=0.2, quiet=False)
+    assert run.last["clusters"] > 1
+    assert np.isfinite(run.last["loss"])
+    log = (run.folder / "log.txt").read_text()
+    assert re.search(r"labels +Infomap, k1 8, min_similarity 0.2, min_size 2", log)
+
+
+def test_infomap_settings_are_the_published_commands():
+    config = ClusterContrastInfomapConfig.for_dataset("market1501")
+    assert (config.k1, config.min_similarity, config.min_size, config.iters) == (15, 0.5, 5, 200)
+    with pytest.raises(ValueError, match=r"min_similarity must lie in \(0, 1\], got 0"):
+        ClusterContrastInfomapConfig(min_similarity=0.0)
+    with pytest.raises(ValueError, match="min_size must be at least 1"):
+        ClusterContrastInfomapConfig(min_size=0)
+
+
+def test_without_infomap_the_method_says_so_before_any_work(monkeypatch):
+    absent = dataclasses.replace(_env.infomap(), present=False)
+    monkeypatch.setattr(_env, "infomap", lambda: absent)
+    with pytest.raises(RuntimeError, match=r"infomap must be installed for cluster_contrast_infomap"):
+        ClusterContrastInfomap(ClusterContrastInfomapConfig(), Images(4))

@@ -17,6 +17,7 @@ from fastreid_u.recipe import Recipe
 _CLASSES = {
     "bmw": "BMW",
     "cluster_contrast": "ClusterContrast",
+    "cluster_contrast_infomap": "ClusterContrastInfomap",
 }
 
 
