@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading weight files and fitting them to a network.
 
-Understood: torchvision, IBN-Net and timm files, checkpoints of this library, and checkpoints of the Re-ID code bases
-that descend from SpCL (``base.0`` ... ``gap.p``, ``feat_bn``); bare or inside a ``state_dict`` entry, with or without
-the ``module.`` that DataParallel puts before every name. Nothing in a file is executed: safetensors, or torch's
-restricted unpickler.
+Understood: torchvision, IBN-Net and timm files, checkpoints of this library, checkpoints of the Re-ID code bases that
+descend from SpCL (``base.0`` ... ``gap.p``, ``feat_bn``), transformers of DINO and TransReID-SSL; bare or inside a
+``state_dict`` or ``teacher`` entry, with or without the ``module.`` that DataParallel puts before every name. Nothing in
+a file is executed: safetensors, or torch's restricted unpickler.
 """
 
 import pickle
@@ -21,7 +21,7 @@ from fastreid_u.models.reid import ReIDModel
 from fastreid_u.models.resnet import RESNETS
 from fastreid_u.models.timm_backbone import TimmBackbone
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher")
 # What torch.load lets through on a damaged or foreign file, besides its own errors (fuzzed in tests/test_models.py).
 _DAMAGE = (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
 _PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DDP; torch.compile
@@ -70,7 +70,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             found = found[key]
     if not isinstance(found, Mapping):
         raise RuntimeError(f"read_weights: path must hold a dict of tensors, got a {type(found).__name__} in {path}")
-    return {_strip(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    return _bare_transformer({_strip(name): value for name, value in found.items() if isinstance(value, Tensor)})
 
 
 class _Discarded:
@@ -103,6 +103,12 @@ def _strip(name: str) -> str:
     while name.startswith(_PREFIXES):
         name = name.removeprefix("module.").removeprefix("_orig_mod.")
     return name
+
+
+def _bare_transformer(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A transformer that DINO or TransReID-SSL saved inside a larger network, without that network's prefix."""
+    prefix = next((p for p in ("backbone.", "base.") if f"{p}patch_embed.proj.weight" in state), None)
+    return state if prefix is None else {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
 def is_reid_checkpoint(state: Mapping[str, Tensor]) -> bool:
