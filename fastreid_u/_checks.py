@@ -77,7 +77,7 @@ def require_finite(op: str, name: str, x: Tensor, *, always: bool = False) -> Te
     On a GPU this costs a host read, so it happens only with ``FASTREID_U_CHECK=1``, or with ``always``, which ops that
     run once an epoch pass.
     """
-    if not (always or _may_read(x)):
+    if not (always or may_read(x)):
         return x
     # One pass for the extremes, where NaN wins both, costs a twentieth of the mask that names the rows.
     if x.numel() == 0 or torch.stack(x.aminmax()).isfinite().all():
@@ -94,7 +94,7 @@ def require_values_in(
     op: str, name: str, x: Tensor, low: int, high: int, *, ignore: int | None = None, always: bool = False
 ) -> Tensor:
     """Every integer of ``x`` but ``ignore`` lies in ``low .. high - 1``; read on a GPU as ``require_finite`` does."""
-    if not (always or _may_read(x)):
+    if not (always or may_read(x)):
         return x
     looked_at = x if ignore is None else x[x != ignore]
     if looked_at.numel() == 0:
@@ -207,7 +207,7 @@ def clip_count(op: str, name: str, value: int, limit: int) -> int:
     return limit
 
 
-def _may_read(x: Tensor) -> bool:
+def may_read(x: Tensor) -> bool:
     """Looking at values on a GPU stalls it, and inside torch.compile it breaks the graph."""
     if torch.compiler.is_compiling():
         return False

@@ -111,9 +111,9 @@ def test_device_values_are_read_only_on_request(monkeypatch):
     class OnGPU:
         device = torch.device("cuda")
 
-    assert not checks._may_read(OnGPU)
+    assert not checks.may_read(OnGPU)
     monkeypatch.setenv("FASTREID_U_CHECK", "1")
-    assert checks._may_read(OnGPU)
+    assert checks.may_read(OnGPU)
 
 
 def test_different_devices():
