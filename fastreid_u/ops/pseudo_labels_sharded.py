@@ -16,6 +16,7 @@ from fastreid_u._checks import require_features, require_in_range, require_posit
 from fastreid_u.ops._ranks import Ranks, bits_of
 from fastreid_u.ops.k_reciprocal import index_array, neighbour_counts, neighbours
 from fastreid_u.ops.knn import knn as nearest_neighbours
+from fastreid_u.ops.knn import own_first
 from fastreid_u.ops.pseudo_labels import pseudo_labels
 
 _OP = "pseudo_labels"
@@ -100,12 +101,8 @@ def _seen(x, radii, min_samples, k1, k2, knn, compat) -> list[int]:
 def _lists(x: Tensor, k1: int, ranks: Ranks) -> np.ndarray:
     """(N, k1) int32 neighbours of all rows; each rank searches for its own, the row itself first as in ``knn``."""
     begin, end = (len(x) * r // ranks.world for r in (ranks.rank, ranks.rank + 1))
-    found = nearest_neighbours(x[begin:end], k1, gallery=x)[1]
-    row = torch.arange(begin, end, device=x.device)[:, None]
-    # the row itself moves to the front; if k1 copies of a lower index came before it, the last of them makes room
-    order = (found != row).to(torch.int8).argsort(dim=1, stable=True)
-    found = found.gather(1, order)
-    found = torch.where(found[:, :1] == row, found, torch.cat([row, found[:, :-1]], dim=1))
+    found = nearest_neighbours(x[begin:end], k1, gallery=x)
+    found = own_first(*found, torch.arange(begin, end, device=x.device))[1]
     return ranks.gather(found.int().cpu().numpy())
 
 
