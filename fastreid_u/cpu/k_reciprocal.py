@@ -310,7 +310,8 @@ def soft_rows(
     threads: int,
     rows: range | None = None,
 ) -> Rows:
-    """The given rows of V, before query expansion; columns ascend. ``mutual``: of all rows; others as :func:`encode`."""
+    """The given rows of V, before query expansion; columns ascend. ``mutual`` is of all rows, the rest as in
+    :func:`encode`."""
     rows = range(len(lists)) if rows is None else rows
     k1, half = lists.shape[1], half_length(lists.shape[1])
     like, unit = (np.empty(0, np.int32), 1 << bits(k2)) if fixed else (np.empty(0, np.float32), 0)
