@@ -18,6 +18,7 @@ _CLASSES = {
     "bmw": "BMW",
     "cluster_contrast": "ClusterContrast",
     "cluster_contrast_infomap": "ClusterContrastInfomap",
+    "dccc": "DCCC",
     "vit_cluster_contrast": "ViTClusterContrast",
 }
 
