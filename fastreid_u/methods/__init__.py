@@ -18,6 +18,7 @@ _CLASSES = {
     "bmw": "BMW",
     "cluster_contrast": "ClusterContrast",
     "cluster_contrast_infomap": "ClusterContrastInfomap",
+    "csa_hps": "CSAHPS",
     "dccc": "DCCC",
     "vit_cluster_contrast": "ViTClusterContrast",
 }
