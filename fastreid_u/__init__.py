@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from fastreid_u.ops.centroids import cluster_centroids
     from fastreid_u.ops.cluster_nce import cluster_nce
     from fastreid_u.ops.dbscan import DBSCAN, dbscan
+    from fastreid_u.ops.infomap_labels import infomap_labels
     from fastreid_u.ops.jaccard import jaccard_distance, jaccard_graph
     from fastreid_u.ops.k_reciprocal import k_reciprocal_encoding
     from fastreid_u.ops.knn import knn
     from fastreid_u.ops.momentum_update import momentum_update_
     from fastreid_u.ops.pseudo_labels import pseudo_labels
     from fastreid_u.ops.rank_metrics import rank_metrics
+    from fastreid_u.ops.refine_clusters import refine_clusters
+    from fastreid_u.ops.reliability import reliable_clusters
     from fastreid_u.ops.rerank import rerank
     from fastreid_u.ops.suggest_eps import suggest_eps
     from fastreid_u.recipe import Recipe
@@ -44,6 +47,9 @@ _HOME = {
     "dbscan": "ops.dbscan",
     "DBSCAN": "ops.dbscan",
     "pseudo_labels": "ops.pseudo_labels",
+    "infomap_labels": "ops.infomap_labels",
+    "reliable_clusters": "ops.reliability",
+    "refine_clusters": "ops.refine_clusters",
     "cluster_centroids": "ops.centroids",
     "cluster_nce": "ops.cluster_nce",
     "momentum_update_": "ops.momentum_update",
