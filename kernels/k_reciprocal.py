@@ -190,44 +190,58 @@ def bits(k2: int) -> int:
 
 
 def k_reciprocal(
-    x: torch.Tensor, index: torch.Tensor, k1: int = 30, k2: int = 6, *, compat: bool = False
+    x: torch.Tensor | None,
+    index: torch.Tensor,
+    k1: int = 30,
+    k2: int = 6,
+    *,
+    compat: bool = False,
+    half: int | None = None,
+    measure=None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """Encode every row of ``x``.
 
     Args:
-        x: (N, D) float32.
-        index: (N, at least k1) int32 or int64, neighbours in rank order, the row itself included, no repeats in a row.
+        x: (N, D) float32; not read with ``measure``.
+        index: (N, at least k1 and k2) int32 or int64, neighbours in rank order, the row itself included, no repeats in
+            a row.
         k1: neighbours examined; beyond N clipped.
-        k2: rows summed in query expansion, at most k1; 1 turns it off.
+        k2: rows summed in query expansion; 1 turns it off.
         compat: weigh by 2 - 2 x.y instead of the squared distance.
+        half: entries of the half lists, at most k1; round-half-even(k1 / 2) + 1 if None.
+        measure: a function; ``measure(row, col)``, both (pairs,) int64, gives the float64 distances that weights are
+            made of, in place of those of ``x``.
 
     Returns:
         ``(crow, col, mass, total)``: a CSR matrix (N, N) of crow (N + 1,) int64, col int32 ascending in each row and
         mass int32 > 0; a row adds up to ``total`` = k2 * 2**bits(k2), less if some of its first k2 rows of V are empty
         (a row that its own list leaves out can be). The soft membership of the paper is mass / total.
     """
+    if measure is not None:
+        x = index.new_empty(len(index), 0, dtype=torch.float32)
     n = len(x)
     k1, k2 = min(k1, n), min(k2, n)
     if x.dtype != torch.float32 or index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"k_reciprocal: want x float32 and index int32 or int64, got {x.dtype} and {index.dtype}")
-    if x.ndim != 2 or index.ndim != 2 or len(index) != n or index.shape[1] < k1:
-        raise ValueError(f"k_reciprocal: index must be (N, >= k1={k1}), got {tuple(index.shape)} for N={n}")
+    if x.ndim != 2 or index.ndim != 2 or len(index) != n or index.shape[1] < max(k1, k2):
+        raise ValueError(f"k_reciprocal: index must be (N, >= {max(k1, k2)}), got {tuple(index.shape)} for N={n}")
     if n == 0:
         empty = torch.zeros(0, dtype=torch.int32, device=x.device)
         return torch.zeros(1, dtype=torch.int64, device=x.device), empty, empty, 1 << bits(1)
     x = x.contiguous()
-    lists = index[:, :k1].to(torch.int32).contiguous()
+    lists = index[:, : max(k1, k2)].to(torch.int32)
+    # Python rounds halves to even, as the published np.around does: k1 = 25 gives 12 + 1
+    half = round(k1 / 2) + 1 if half is None else half
 
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        crow, col, mass = _encode(x, lists, 1 << bits(k2), compat)
+        crow, col, mass = _encode(x, lists[:, :k1].contiguous(), half, 1 << bits(k2), compat, measure)
         if k2 > 1:
             crow, col, mass = _expand_query(crow, col, mass, lists[:, :k2])
     return crow, col, mass, k2 << bits(k2)
 
 
-def _encode(x, lists, scale, compat):
+def _encode(x, lists, h, scale, compat, measure):
     n, k = lists.shape
-    h = round(k / 2) + 1  # Python rounds halves to even, as the published np.around does: k = 25 gives 12 + 1
     full, half = torch.empty_like(lists), lists.new_empty(n, h)
     _mutual_kernel[(n, triton.cdiv(k, 32))](lists, full, half, k, h, BLOCK_A=32, BLOCK_P=32, num_warps=1)
 
@@ -259,20 +273,24 @@ def _encode(x, lists, scale, compat):
         col = ordered[kept]
         count = kept.view(rows, width).sum(dim=1)
         crow = _starts(count)
-        dist = torch.empty(len(col), dtype=torch.float64, device=x.device)
+        if measure is None:
+            dist = torch.empty(len(col), dtype=torch.float64, device=x.device)
+            _distance_kernel[(rows,)](
+                x,
+                crow,
+                col,
+                dist,
+                first,
+                x.shape[1],
+                BLOCK_E=8,
+                BLOCK_D=min(256, triton.next_power_of_2(x.shape[1])),
+                COMPAT=compat,
+                num_warps=4,
+            )
+        else:
+            row = torch.repeat_interleave(torch.arange(first, first + rows, device=x.device), count)
+            dist = measure(row, col.long())
         mass = torch.empty_like(col)
-        _distance_kernel[(rows,)](
-            x,
-            crow,
-            col,
-            dist,
-            first,
-            x.shape[1],
-            BLOCK_E=8,
-            BLOCK_D=min(256, triton.next_power_of_2(x.shape[1])),
-            COMPAT=compat,
-            num_warps=4,
-        )
         block_w = triton.next_power_of_2(max(1, int(count.max())))
         _weigh_kernel[(rows,)](crow, dist, mass, SCALE=scale, BLOCK_W=block_w, num_warps=1 if block_w <= 128 else 4)
         alive = mass > 0  # a member too far off weighs nothing

@@ -238,7 +238,7 @@ def test_encoding_empty_and_rejects():
     assert (crow.tolist(), len(col), len(mass)) == ([0], 0, 0)
     with pytest.raises(TypeError, match=r"x float32 and index int32 or int64, got torch\.float64"):
         encoded(torch.zeros(4, 3).double(), torch.zeros(4, 3, dtype=torch.int64), 3, 2)
-    with pytest.raises(ValueError, match=r"index must be \(N, >= k1=4\), got \(4, 3\) for N=4"):
+    with pytest.raises(ValueError, match=r"index must be \(N, >= 4\), got \(4, 3\) for N=4"):
         encoded(torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.int64), 5, 2)
 
 
