@@ -139,7 +139,7 @@ def last_json(output: str) -> dict[str, Any]:
 
 def capabilities(output: str) -> dict[str, Any]:
     """``python -m fastreid_u`` prints "yes" or "no", a name and a detail a line."""
-    rows = (re.match(r"(yes|no) +(\S+(?: cuda)?) +(.*)", line) for line in output.splitlines())
+    rows = (re.match(r" *(yes|no) +(\S+(?: cuda)?) +(.*)", line) for line in output.splitlines())
     return {row[2]: row[3] if row[1] == "yes" else None for row in rows if row}
 
 

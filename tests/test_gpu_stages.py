@@ -97,8 +97,10 @@ def test_reads_what_the_tools_print(gpu):
     assert gpu.sanitizer_errors("========= ERROR SUMMARY: 3 errors") == {"errors": 3}
     assert gpu.sanitizer_errors("========= RACECHECK SUMMARY: 0 hazards displayed") == {"errors": 0}
     assert gpu.sanitizer_errors("") == {"errors": None}
-    row = "yes _C cuda   DBSCAN on the GPU\nno  faiss  optional: pip install\n"
+    row = "fastreid_u 0.1.0\n  yes  _C cuda      DBSCAN on the GPU\n  no   faiss        optional: pip install\n"
     assert gpu.capabilities(row) == {"_C cuda": "DBSCAN on the GPU", "faiss": None}
+    shown = subprocess.run([sys.executable, "-m", "fastreid_u"], capture_output=True, text=True, check=True).stdout
+    assert {"python", "torch", "gpu", "_C cuda", "faiss"} <= set(gpu.capabilities(shown))
     assert [gpu.folder_name(name) for name in ("NVIDIA H200", "NVIDIA A100-SXM4-40GB")] == ["h200", "a100-sxm4-40gb"]
 
 
