@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastreid_u.ops.k_reciprocal import k_reciprocal_encoding
     from fastreid_u.ops.knn import knn
     from fastreid_u.ops.momentum_update import momentum_update_
+    from fastreid_u.ops.proxy_nce import proxy_nce
     from fastreid_u.ops.pseudo_labels import pseudo_labels
     from fastreid_u.ops.rank_metrics import rank_metrics
     from fastreid_u.ops.rerank import rerank
@@ -47,6 +48,7 @@ _HOME = {
     "cluster_centroids": "ops.centroids",
     "cluster_nce": "ops.cluster_nce",
     "momentum_update_": "ops.momentum_update",
+    "proxy_nce": "ops.proxy_nce",
     "rank_metrics": "ops.rank_metrics",
     "rerank": "ops.rerank",
     "suggest_eps": "ops.suggest_eps",

@@ -77,7 +77,7 @@ def require_finite(op: str, name: str, x: Tensor, *, always: bool = False) -> Te
     On a GPU this costs a host read, so it happens only with ``FASTREID_U_CHECK=1``, or with ``always``, which ops that
     run once an epoch pass.
     """
-    if not (always or _may_read(x)):
+    if not (always or may_read(x)):
         return x
     # One pass for the extremes, where NaN wins both, costs a twentieth of the mask that names the rows.
     if x.numel() == 0 or torch.stack(x.aminmax()).isfinite().all():
@@ -94,7 +94,7 @@ def require_values_in(
     op: str, name: str, x: Tensor, low: int, high: int, *, ignore: int | None = None, always: bool = False
 ) -> Tensor:
     """Every integer of ``x`` but ``ignore`` lies in ``low .. high - 1``; read on a GPU as ``require_finite`` does."""
-    if not (always or _may_read(x)):
+    if not (always or may_read(x)):
         return x
     looked_at = x if ignore is None else x[x != ignore]
     if looked_at.numel() == 0:
@@ -103,6 +103,29 @@ def require_values_in(
     if smallest < low or largest >= high:
         worst = smallest if smallest < low else largest
         raise ValueError(f"{op}: {name} must lie in [{low}, {high}), got {worst}")
+    return x
+
+
+def require_reals_in(op: str, name: str, x: Tensor, low: float, high: float) -> Tensor:
+    """Every number of ``x`` lies in ``[low, high]``, and none is NaN; read on a GPU as ``require_finite`` does."""
+    if not _may_read(x) or x.numel() == 0:
+        return x
+    smallest, largest = (extreme.item() for extreme in x.aminmax())  # NaN wins both
+    if not (smallest >= low and largest <= high):
+        raise ValueError(
+            f"{op}: {name} must lie in [{low:g}, {high:g}], got {largest if smallest >= low else smallest:g}"
+        )
+    return x
+
+
+def require_marked(op: str, name: str, x: Tensor, mask_name: str, mask: Tensor, *, ignore: int | None = None) -> Tensor:
+    """Every index of ``x`` but ``ignore`` is True in ``mask``; read on a GPU as ``require_finite`` does."""
+    if not _may_read(x):
+        return x
+    looked_at = x if ignore is None else x[x != ignore]
+    left_out = looked_at[~mask[looked_at]]
+    if left_out.numel():
+        raise ValueError(f"{op}: {name} must be True in {mask_name}, got {int(left_out[0])}")
     return x
 
 
@@ -184,7 +207,7 @@ def clip_count(op: str, name: str, value: int, limit: int) -> int:
     return limit
 
 
-def _may_read(x: Tensor) -> bool:
+def may_read(x: Tensor) -> bool:
     """Looking at values on a GPU stalls it, and inside torch.compile it breaks the graph."""
     if torch.compiler.is_compiling():
         return False

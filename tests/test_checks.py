@@ -111,9 +111,9 @@ def test_device_values_are_read_only_on_request(monkeypatch):
     class OnGPU:
         device = torch.device("cuda")
 
-    assert not checks._may_read(OnGPU)
+    assert not checks.may_read(OnGPU)
     monkeypatch.setenv("FASTREID_U_CHECK", "1")
-    assert checks._may_read(OnGPU)
+    assert checks.may_read(OnGPU)
 
 
 def test_different_devices():
@@ -168,3 +168,21 @@ def test_choice_is_logged(caplog):
     with caplog.at_level(logging.DEBUG, logger="fastreid_u.ops._dispatch"):
         dispatch.choose("op", CPU, "auto", {"reference": reference})
     assert "op on cpu runs reference" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"), [([0.5, 1.5], "got 1.5"), ([-0.5, 1.0], "got -0.5"), ([0.5, float("nan")], "got nan")]
+)
+def test_reals_in_an_interval(values, message):
+    with pytest.raises(ValueError, match=rf"op: share must lie in \[0, 1\], {message}"):
+        checks.require_reals_in("op", "share", torch.tensor(values), 0, 1)
+    fine = torch.tensor([0.0, 1.0])
+    assert checks.require_reals_in("op", "share", fine, 0, 1) is fine
+    checks.require_reals_in("op", "share", fine[:0], 0, 1)
+
+
+def test_marked_indices():
+    mask, index = torch.tensor([True, False, True]), torch.tensor([0, 2, -1, 1])
+    with pytest.raises(ValueError, match="op: targets must be True in class_mask, got 1"):
+        checks.require_marked("op", "targets", index, "class_mask", mask, ignore=-1)
+    checks.require_marked("op", "targets", index[:3], "class_mask", mask, ignore=-1)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory updates: published numbers, order, ties, and what must stay untouched."""
+"""Memory updates: published numbers, every rule by its definition, order, ties, and what must stay untouched."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastreid_u.ops.momentum_update import momentum_update_
+from fastreid_u.ops.momentum_update import RULES, momentum_update_
 
-RULES = {"cm": "sequential", "hard": "hard"}
+PUBLISHED = {"cm": "sequential", "hard": "hard"}
 
 
 @pytest.mark.parametrize("name", ["cm_all_b50_d48_k23", "cm_random_b50_d48_k23", "cm_one_b64_d96_k40"])
@@ -17,7 +17,9 @@ RULES = {"cm": "sequential", "hard": "hard"}
 def test_golden(golden, name, published, momentum):
     file = golden(name)
     memory = file.tensor("features_before")
-    momentum_update_(memory, file.tensor("inputs"), file.tensor("targets"), momentum=momentum, rule=RULES[published])
+    momentum_update_(
+        memory, file.tensor("inputs"), file.tensor("targets"), momentum=momentum, rule=PUBLISHED[published]
+    )
     expected = file.tensor(f"features_after_{published}_t0.05_m{momentum}")
     torch.testing.assert_close(memory, expected, atol=1e-6, rtol=0)
 
@@ -29,37 +31,164 @@ def test_golden_ten_steps(golden, published, momentum):
     memory = file.tensor("features_before")
     after = dict(zip((1, 2, 3, 5, 10), file.tensor(f"features_each_step_{published}_m{momentum}"), strict=True))
     for step, (x, targets) in enumerate(zip(file.tensor("inputs"), file.tensor("targets"), strict=True), 1):
-        momentum_update_(memory, x, targets, momentum=momentum, rule=RULES[published])
+        momentum_update_(memory, x, targets, momentum=momentum, rule=PUBLISHED[published])
         if step in after:
             torch.testing.assert_close(memory, after[step], atol=5e-6 if step == 10 else 1e-6, rtol=0)
 
 
-def by_definition(memory, x, targets, momentum, rule):
-    memory, x = memory.astype(np.float64), x.astype(np.float64)
-    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    before = memory.copy()
-    for row in range(len(memory)):
+DCCC = {
+    "wgm_tau0.03_s0.3_m0.1": {"rule": "weighted", "weight_temperature": 0.03, "momentum": 0.1},
+    "wgm_tau0.07_s0.1_m0.1": {"rule": "weighted", "weight_temperature": 0.07, "momentum": 0.1},
+    "wgm_tau0.6_s0.1_m0.1": {"rule": "weighted", "weight_temperature": 0.6, "momentum": 0.1},
+    "wgm_tau0.09_s0.1_m0.2": {"rule": "weighted", "weight_temperature": 0.09, "momentum": 0.2},
+    "hard_tau0.09_s0.1_m0.2": {"rule": "hard", "momentum": 0.2},
+    "avg_tau0.09_s0.1_m0.2": {"rule": "mean", "momentum": 0.2},
+    "cc_tau0.09_s0.1_m0.2": {"rule": "sequential", "momentum": 0.2},
+}
+
+
+@pytest.mark.parametrize("tag", DCCC)
+def test_golden_dccc(golden, tag):
+    file = golden("dccc_memory_b48_d64_k30")
+    memory = file.tensor("features_before")
+    momentum_update_(memory, file.tensor("inputs"), file.tensor("targets"), **DCCC[tag])
+    torch.testing.assert_close(memory, file.tensor(f"features_after_{tag}"), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["repeated_indices", "unused_labels", "unnormalised"])
+def test_golden_instance_rows(golden, name):
+    """The published instance memory uses its samples as they are."""
+    file = golden(f"hybrid_{name}_n300_b48_d64")
+    memory, rows = file.tensor("features_before"), file.tensor("rows")
+    before = memory.clone()
+    momentum_update_(memory, file.tensor("inputs"), file.tensor("indexes"), momentum=0.2, rule="row", normalize=False)
+    torch.testing.assert_close(memory[rows], file.tensor("features_after_rows_t0.05_m0.2"), atol=1e-6, rtol=0)
+    others = torch.ones(len(memory), dtype=torch.bool).index_fill(0, rows, False)
+    assert torch.equal(memory[others], before[others])
+
+
+X = torch.tensor([[0.8, 0.6, 0.0], [0.6, 0.0, 0.8]])
+TOYS = [
+    ({"rule": "weighted", "weight_temperature": 0.5}, (0.827929, 0.251910, 0.501074)),
+    ({"rule": "weighted", "weight_temperature": 0.03}, (0.664968, 0.000713, 0.746871)),
+    ({"rule": "weighted", "weight_temperature": 1e-4}, (0.664364, 0.0, 0.747409)),
+    ({"rule": "weighted", "weight_temperature": float("inf")}, (0.851258, 0.314849, 0.419798)),
+    ({"rule": "hard"}, (0.664364, 0.0, 0.747409)),
+    ({"rule": "mean"}, (0.851258, 0.314849, 0.419798)),
+    ({"rule": "index", "index": torch.tensor([1, -1])}, (0.664364, 0.0, 0.747409)),
+    ({"rule": "sequential"}, (0.653552, 0.057648, 0.754683)),
+    ({"rule": "row"}, (0.653552, 0.057648, 0.754683)),
+    ({"rule": "sequential", "momentum": 0.2}, (0.710361, 0.107837, 0.695528)),
+    ({"rule": "push"}, (0.923939, -0.341360, 0.172656)),
+    ({"rule": "push_sequential"}, (0.923939, -0.341360, 0.172656)),
+    ({"rule": "push", "push_weight": 0.0}, (0.947794, 0.0, 0.318884)),
+]
+
+
+@pytest.mark.parametrize(("settings", "expected"), TOYS)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_by_hand(settings, expected, backend):
+    rows = F.normalize(torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.7071]]))
+    memory = momentum_update_(rows.clone(), X, torch.tensor([0, 0]), backend=backend, **settings)
+    torch.testing.assert_close(memory[0], torch.tensor(expected), atol=1e-6, rtol=0)
+    assert torch.equal(memory[1], rows[1])
+
+
+def unit(v):
+    return v / max(np.linalg.norm(v), 1e-12)
+
+
+def by_definition(memory, x, targets, *, momentum, rule, index=None, weight_temperature=None, push_weight=0.2, **_):
+    """Row after row, in order of their first samples."""
+    before = memory.astype(np.float64)
+    memory = before.copy()
+    x = np.stack([unit(v) for v in x.astype(np.float64)]) if len(x) else x
+    for row in dict.fromkeys(t for t in targets if t >= 0):
+        m = before[row]
         samples = [b for b, target in enumerate(targets) if target == row]
-        if rule == "hard" and samples:
-            samples = [samples[int(np.argmin([x[b] @ before[row] for b in samples]))]]
-        for b in samples:
-            memory[row] = momentum * memory[row] + (1 - momentum) * x[b]
-            memory[row] /= max(np.linalg.norm(memory[row]), 1e-12)
+        s = x[samples] @ m
+        if rule in ("sequential", "row"):
+            for b in samples:
+                memory[row] = unit(momentum * memory[row] + (1 - momentum) * x[b])
+        elif rule in ("push", "push_sequential"):
+            hardest, least = x[samples[s.argmin()]], s.min()
+            step = (1 - momentum) * (1 - least) * (m - hardest)
+            others = (before if rule == "push" else memory).copy()
+            likeness = others @ m
+            likeness[row] = -np.inf
+            if len(memory) > 1:
+                step += push_weight * (1 + likeness.max()) * (m + others[likeness.argmax()])
+            memory[row] = unit(m - step)
+        else:
+            if rule == "index":
+                samples, weights = ([index[row]] if index[row] >= 0 else []), np.ones(1)
+            elif rule == "hard":
+                samples, weights = [samples[s.argmin()]], np.ones(1)
+            else:
+                weights = np.exp(-(s - s.min()) / (weight_temperature or np.inf))
+            if samples:
+                memory[row] = unit(momentum * m + (1 - momentum) * (weights / weights.sum()) @ x[samples])
     return memory
 
 
-@pytest.mark.parametrize("rule", ["sequential", "hard"])
+def settings_of(rule, targets, c):
+    if rule == "weighted":
+        return {"weight_temperature": 0.2}
+    if rule == "index":  # the last sample of every other row
+        index = torch.full((c,), -1)
+        for b, row in enumerate(targets.tolist()):
+            index[row] = b if row >= 0 and row % 2 == 0 else index[row]
+        return {"index": index}
+    return {}
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("b", "c", "d"), [(1, 1, 3), (17, 5, 1), (40, 7, 19)])
 def test_matches_definition(b, c, d, rule):
     generator = torch.Generator().manual_seed(b)
     memory = F.normalize(torch.randn(c, d, generator=generator, dtype=torch.float64))
     x = torch.randn(b, d, generator=generator, dtype=torch.float64)
     targets = torch.randint(-1, c, (b,), generator=generator)
-    expected = by_definition(memory.numpy(), x.numpy(), targets.tolist(), 0.3, rule)
-    found = momentum_update_(memory.float(), x.float(), targets, momentum=0.3, rule=rule)
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
-    momentum_update_(memory, x, targets, momentum=0.3, rule=rule)
-    np.testing.assert_allclose(memory.numpy(), expected, atol=1e-14)
+    settings = {"momentum": 0.3, "rule": rule, **settings_of(rule, targets, c)}
+    expected = by_definition(memory.numpy(), x.numpy(), targets.tolist(), **settings)
+    if d > 1:  # in one dimension every row is as near as the next, and rounding decides
+        found = momentum_update_(memory.float(), x.float(), targets, **settings)
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+    for backend in ("auto", "reference"):
+        found = momentum_update_(memory.clone(), x, targets, backend=backend, **settings)
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-14)
+
+
+def test_push_sequential_sees_rows_that_moved():
+    rows = torch.eye(3)[[0, 1]]
+    x, targets = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]]), torch.tensor([0, 1])
+    for rule, moved in (("push", False), ("push_sequential", True)):
+        found = momentum_update_(rows.clone(), x, targets, rule=rule)
+        assert (found[1, 2] != 0) == moved, "row 0 moves along the third axis, and only then pushes row 1 there"
+        assert found[0, 2] > 0.9
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_cluster_means_follow_their_rows(backend):
+    generator = torch.Generator().manual_seed(4)
+    rows = F.normalize(torch.randn(9, 6, generator=generator, dtype=torch.float64))
+    labels = torch.tensor([0, 2, 2, -1, 0, 3, 2, 0, 3])
+    sizes = torch.tensor([3, 0, 3, 2])
+
+    def means():
+        return torch.stack([rows[labels == label].sum(0) / max(sizes[label], 1) for label in range(4)])
+
+    moved = means()
+    for step in range(3):
+        x = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+        targets = torch.tensor([4, 3, 0, 4, -1, 1, 0, 5 + step])
+        plain = momentum_update_(rows.clone(), x, targets, rule="sequential")
+        momentum_update_(
+            rows, x, targets, rule="row", labels=labels, cluster_sizes=sizes, cluster_means=moved, backend=backend
+        )
+        assert torch.equal(rows, plain) or backend == "reference"
+        torch.testing.assert_close(rows, plain, atol=1e-14, rtol=0)
+        torch.testing.assert_close(moved, means(), atol=1e-14, rtol=0)
 
 
 @pytest.fixture
@@ -119,6 +248,24 @@ def test_no_division_by_zero():
     assert memory.tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_nothing_to_move(unit_memory, rule):
+    before = unit_memory.clone()
+    nobody = torch.zeros(0, dtype=torch.int64)
+    settings = {"rule": rule, **settings_of(rule, nobody, 6)}
+    momentum_update_(unit_memory, torch.zeros(0, 5), nobody, **settings)
+    momentum_update_(unit_memory, torch.ones(2, 5), torch.tensor([-1, -1]), **settings)
+    assert torch.equal(unit_memory, before)
+    empty = torch.zeros(0, 5)
+    momentum_update_(empty, torch.ones(2, 5), torch.tensor([-1, -1]), rule=rule, **settings_of(rule, nobody, 0))
+
+
+def test_squares_that_overflow_are_not_an_error(unit_memory):
+    before = unit_memory.clone()
+    momentum_update_(unit_memory, torch.full((1, 5), 1e30), torch.tensor([2]))
+    torch.testing.assert_close(unit_memory, before)  # as published: a length of infinity leaves nothing of the sample
+
+
 @pytest.mark.parametrize("bad", [torch.tensor(1.0), torch.tensor([1])])
 def test_found_inf_skips_the_update(unit_memory, bad):
     before = unit_memory.clone()
@@ -134,6 +281,9 @@ def test_takes_features_that_require_grad(unit_memory):
     assert not unit_memory.requires_grad
 
 
+ROW = {"rule": "row", "labels": [0, 0, 0, 0, 1, 1], "cluster_sizes": [4, 2], "cluster_means": torch.ones(2, 5)}
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -144,7 +294,33 @@ def test_takes_features_that_require_grad(unit_memory):
         ({"targets": torch.tensor([0, -2])}, ValueError, r"targets must lie in \[0, 6\), got -2"),
         ({"targets": torch.tensor([0])}, ValueError, r"targets must have one entry for each row of x \(2\), got 1"),
         ({"momentum": 1.2}, ValueError, r"momentum must lie in \[0, 1\], got 1.2"),
-        ({"rule": "mean"}, ValueError, "rule must be one of 'sequential', 'hard', got 'mean'"),
+        ({"rule": "last"}, ValueError, "rule must be one of 'sequential', 'hard', 'mean', .*, got 'last'"),
+        ({"push_weight": -0.1}, ValueError, "push_weight must lie in"),
+        ({"rule": "weighted"}, ValueError, "weight_temperature must be given with rule='weighted'"),
+        ({"weight_temperature": 0.1}, ValueError, "weight_temperature must be None without rule='weighted'"),
+        ({"rule": "weighted", "weight_temperature": 0.0}, ValueError, "weight_temperature must be positive"),
+        ({"rule": "index"}, ValueError, "index must be given with rule='index'"),
+        ({"index": [0] * 6}, ValueError, "index must be None without rule='index'"),
+        ({"rule": "index", "index": [0, 1]}, ValueError, r"index must have one entry .* \(6\), got 2"),
+        ({"rule": "index", "index": [0, 1, -1, 2, -1, -1]}, ValueError, r"index must lie in \[0, 2\), got 2"),
+        (
+            {"rule": "index", "index": [0, 0, -1, -1, -1, -1]},
+            ValueError,
+            "index must name .* got 0 for row 1, a sample",
+        ),
+        ({"labels": [0] * 6}, ValueError, "labels, cluster_sizes and cluster_means must be given together"),
+        ({**ROW, "rule": "hard"}, ValueError, "labels, cluster_sizes and cluster_means must .* got rule='hard'"),
+        ({**ROW, "labels": [0, 2, 0, 0, 0, 0]}, ValueError, r"labels must lie in \[0, 2\), got 2"),
+        ({**ROW, "cluster_sizes": [6]}, ValueError, "cluster_sizes must have one entry"),
+        ({**ROW, "cluster_means": torch.ones(2, 4)}, ValueError, "cluster_means must have 5 columns"),
+        ({**ROW, "cluster_means": torch.ones(2, 5, requires_grad=True)}, ValueError, "cluster_means must not require"),
+        (
+            {"x": torch.tensor([[1.0] * 5, [torch.nan] * 5]), "found_inf": torch.zeros(1)},
+            ValueError,
+            "x must be finite",
+        ),
+        ({"x": torch.ones(2, 5, device="meta")}, ValueError, "x must be on cpu like memory, got meta"),
+        ({"memory": torch.zeros(0, 5)}, ValueError, r"targets must lie in \[0, 0\), got"),
         ({"x": torch.tensor([[1.0] * 5, [torch.nan] * 5])}, ValueError, "x must be finite, .*first: row 1"),
     ],
 )
@@ -153,3 +329,4 @@ def test_rejects_and_leaves_the_memory_alone(change, error, message):
     with pytest.raises(error, match=f"momentum_update_: {message}"):
         momentum_update_(**arguments)
     assert (torch.as_tensor(arguments["memory"]) == 1).all()
+    assert (ROW["cluster_means"] == 1).all()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from fastreid_u._checks import (
     require_floating,
     require_in_range,
     require_integer,
+    require_positive,
     require_same_device,
     require_same_length,
     require_same_width,
@@ -28,6 +28,7 @@ from fastreid_u.ops._dispatch import choose
 from fastreid_u.reference import momentum_update as reference
 
 OP = "momentum_update_"
+RULES = ("sequential", "hard", "mean", "weighted", "index", "row", "push", "push_sequential")
 HAS_TRITON, HAS_NUMBA = (importlib.util.find_spec(name) is not None for name in ("triton", "numba"))
 
 
@@ -38,33 +39,60 @@ def momentum_update_(
     *,
     momentum: float = 0.1,
     rule: str = "sequential",
+    normalize: bool = True,
+    weight_temperature: float | None = None,
+    push_weight: float = 0.2,
+    index: Tensor | None = None,
+    labels: Tensor | None = None,
+    cluster_sizes: Tensor | None = None,
+    cluster_means: Tensor | None = None,
     found_inf: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """``row = l2(momentum * row + (1 - momentum) * l2(x_b))`` in place; call it after backward.
+    """``row = l2(momentum * row + (1 - momentum) * sample)`` in place; call it after backward.
 
     Args:
         memory: (C, D) floating point torch tensor that does not require grad; changed in place.
-        x: (B, D) floating point on the same device; normalised here, detached.
+        x: (B, D) floating point on the same device, detached here.
         targets: (B,) integers, the row of ``memory`` that each sample moves; -1 moves none.
         momentum: weight of the OLD row, in [0, 1]. The published recipes use 0.1, so a row is mostly its last sample.
-        rule: "sequential" moves a row by each of its samples in batch order, normalising after every one; "hard" moves
-            it once, by the sample least similar to the row as it was before the batch (the first such on ties).
+        rule: which samples f_i move a row m; similarities s_i = <f_i, m> are those before the batch.
+            "sequential": all, in batch order, normalising after every one (Cluster Contrast).
+            "hard": the one with the lowest s_i, the first such on ties (Cluster Contrast, ``use_hard``).
+            "mean": their mean, once.
+            "weighted": their mean with weights softmax(-s_i / weight_temperature), once (DCCC).
+            "index": sample ``index[m]``, once (hardest by any measure of yours).
+            "row": as "sequential", where rows are instances (SpCL, CACL); the means of their clusters follow.
+            "push": pulled by the hardest and pushed from the most similar other row m', both weighted by how far and
+            how near they are (BMW): l2(m - (1 - momentum) (1 - s_i) (m - f_i) - push_weight (1 + <m, m'>) (m + m')).
+            "push_sequential": the same, but m' is looked for among the rows that the batch has moved already, in
+            order of their first samples, as published; on a GPU there is only the reference for it.
+        normalize: scale the samples to unit length first; False if the caller did, or as SpCL's published class.
+        weight_temperature: of "weighted", positive; infinity gives the mean.
+        push_weight: of the two "push" rules, at least 0.
+        index: of "index": (C,) integers, the sample that moves each row, one of its own; -1 for none.
+        labels: of "row", optional, with the next two: (C,) integers, the cluster of each row; -1 for none.
+        cluster_sizes: (K,) integers, rows in each cluster.
+        cluster_means: (K, D) floating point, the mean of each cluster's rows; changed in place with them. It gathers
+            rounding errors: make it anew where ``labels`` change.
         found_inf: one number on the same device, as a gradient scaler keeps it; nothing is moved unless it is 0.
-        backend: "auto", "triton" (one launch), "numba" or "reference"; anything but "auto" runs there or raises.
+        backend: "auto", "triton" (one launch, "push" two), "numba" or "reference"; anything but "auto" runs there or
+            raises.
 
     Returns:
         ``memory``. Rows that no target names keep their bits; a row whose new length is 0 becomes zeros. The bits of a
-        moved row depend on that row and its own samples only, not on the rest of the batch.
+        moved row depend on that row and its own samples only, not on the rest of the batch ("push": and on m').
+        Extra memory: on a GPU none, but for "push" 4 B D + B C / 2 bytes.
 
     Raises:
-        TypeError, ValueError: wrong type, shape or value, a memory that requires grad. Targets out of range and NaN
-        or infinity in ``x`` (without ``found_inf``) are seen on a CPU, and on a GPU with ``FASTREID_U_CHECK=1``; the
-        memory is then untouched. Without it the Triton kernel reads nothing back: a target out of range leaves the
-        memory untouched, a sample that is not finite leaves its row untouched, and
+        TypeError, ValueError: wrong type, shape or value, a memory that requires grad, an argument of another rule.
+        What needs a look at the data (targets, index or labels out of range, NaN or infinity in ``x`` unless
+        ``found_inf`` is set) is seen on a CPU, and on a GPU with ``FASTREID_U_CHECK=1``; the memory is then untouched.
+        Without it the Triton kernel reads nothing back: a target or label out of range leaves the memory untouched, a
+        sample that is not finite leaves its row untouched, an index of another row's sample moves nothing, and
         ``fastreid_u.ops._device_flag.raise_flagged`` raises later.
 
-    Dai et al., Cluster Contrast, ACCV 2022, equations 2 and 3.
+    Dai et al., Cluster Contrast, ACCV 2022; Ge et al., SpCL, NeurIPS 2020; DCCC, ICASSP 2024; BMW, NeurIPS 2025.
     """
     op = OP
     if not isinstance(memory, Tensor):
@@ -79,41 +107,126 @@ def momentum_update_(
     for name, other in (("x", x), ("targets", targets)):
         require_same_device(op, name, other, "memory", memory)
     momentum = require_in_range(op, "momentum", momentum, 0, 1)
-    require_choice(op, "rule", rule, ("sequential", "hard"))
-    _momentum_update(memory, x, targets, momentum, rule, found_inf, backend)
+    require_choice(op, "rule", rule, RULES)
+    push_weight = require_in_range(op, "push_weight", push_weight, 0, float("inf"), open_high=True)
+    if rule == "weighted" or weight_temperature is not None:
+        weight_temperature = _temperature(rule, weight_temperature)
+    if rule == "index" or index is not None:
+        index = _index(rule, index, memory)
+    if not labels is cluster_sizes is cluster_means is None:
+        labels, cluster_sizes = _clusters(rule, labels, cluster_sizes, cluster_means, memory)
+    _momentum_update(
+        memory, cluster_means, x, targets, momentum, rule, normalize, weight_temperature, push_weight, index, labels,
+        cluster_sizes, found_inf, backend,
+    )  # fmt: skip
     return memory
 
 
+def _temperature(rule: str, value: object) -> float:
+    if rule != "weighted" or value is None:
+        need = "be given with" if value is None else "be None without"
+        raise ValueError(f"{OP}: weight_temperature must {need} rule='weighted', got {value!r} and rule={rule!r}")
+    return value if value == float("inf") else require_positive(OP, "weight_temperature", value)
+
+
+def _index(rule: str, index: object, memory: Tensor) -> Tensor:
+    if rule != "index" or index is None:
+        need = "be given with" if index is None else "be None without"
+        raise ValueError(f"{OP}: index must {need} rule='index', got rule={rule!r}")
+    index = require_integer(OP, "index", require_1d(OP, "index", as_tensor(OP, "index", index))).long()
+    require_same_length(OP, "index", index, "memory", memory)
+    return require_same_device(OP, "index", index, "memory", memory)
+
+
+def _clusters(rule: str, labels: object, sizes: object, means: object, memory: Tensor) -> tuple[Tensor, Tensor]:
+    if rule != "row" or labels is None or sizes is None or means is None:
+        raise ValueError(
+            f"{OP}: labels, cluster_sizes and cluster_means must be given together and with rule='row', "
+            f"got rule={rule!r} and {[value is not None for value in (labels, sizes, means)]} of them"
+        )
+    if not isinstance(means, Tensor):
+        raise TypeError(f"{OP}: cluster_means must be a torch tensor, as it is changed in place, got {type(means)}")
+    if means.requires_grad:
+        raise ValueError(
+            f"{OP}: cluster_means must not require grad, as it is changed in place, got requires_grad=True"
+        )
+    require_floating(OP, "cluster_means", require_2d(OP, "cluster_means", means))
+    require_same_width(OP, "cluster_means", means, "memory", memory)
+    labels = require_integer(OP, "labels", require_1d(OP, "labels", as_tensor(OP, "labels", labels))).long()
+    require_same_length(OP, "labels", labels, "memory", memory)
+    sizes = as_tensor(OP, "cluster_sizes", sizes)
+    sizes = require_integer(OP, "cluster_sizes", require_1d(OP, "cluster_sizes", sizes)).long()
+    require_same_length(OP, "cluster_sizes", sizes, "cluster_means", means)
+    for name, other in (("labels", labels), ("cluster_sizes", sizes), ("cluster_means", means)):
+        require_same_device(OP, name, other, "memory", memory)
+    return labels, sizes
+
+
 # Returns nothing: torch refuses an op that returns what it changed, so the wrapper above returns the memory.
-@torch.library.custom_op("fastreid_u::momentum_update_", mutates_args=("memory",))
+@torch.library.custom_op("fastreid_u::momentum_update_", mutates_args=("memory", "cluster_means"))
 def _momentum_update(
     memory: Tensor,
+    cluster_means: Tensor | None,
     x: Tensor,
     targets: Tensor,
     momentum: float,
     rule: str,
+    normalize: bool,
+    weight_temperature: float | None,
+    push_weight: float,
+    index: Tensor | None,
+    labels: Tensor | None,
+    cluster_sizes: Tensor | None,
     found_inf: Tensor | None,
     backend: str,
 ) -> None:
-    require_values_in(OP, "targets", targets, 0, len(memory), ignore=-1)
     table = {"triton": _triton, "numba": _numba, "reference": reference.momentum_update_}
     if not HAS_TRITON:
         table["triton"] = "there is no triton for this platform"
     elif torch.float64 in (memory.dtype, x.dtype):
         table["triton"] = "the kernel computes in float32, and float64 was given"
+    elif rule == "push_sequential":
+        table["triton"] = "rows that wait for each other have no kernel; rule='push' has"
     if not HAS_NUMBA:
         table["numba"] = "pip install numba"
     elif memory.dtype not in (torch.float32, torch.float64):
         table["numba"] = f"numba has no {memory.dtype}"
+    elif cluster_means is not None and cluster_means.dtype != memory.dtype:
+        table["numba"] = f"it wants cluster_means in the memory's {memory.dtype}"
     run = choose(OP, memory.device, backend, table)
-    if found_inf is None and run is not _numba:  # with it, an overflowing batch is expected and skipped
+    if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf.any()):
+        return
+    if run is not _numba or rule in ("index", "row"):  # numba looks by itself, in passing
+        require_values_in(OP, "targets", targets, 0, memory.shape[0], ignore=-1)
+    if run is not _numba and (found_inf is None or found_inf.device.type == "cpu"):  # an overflow is its to skip
         require_finite(OP, "x", x)
-    run(memory, x, targets, momentum=momentum, rule=rule, found_inf=found_inf)
+    if index is not None:
+        _require_own_samples(index, targets)
+    if labels is not None and labels.device.type == "cpu":  # of the rows that move: all would take longer than the rest
+        require_values_in(OP, "labels", labels[targets[targets >= 0]], 0, cluster_sizes.shape[0], ignore=-1)
+    run(
+        memory, x, targets, momentum=momentum, rule=rule, normalize=normalize, weight_temperature=weight_temperature,
+        push_weight=push_weight, index=index, labels=labels, cluster_sizes=cluster_sizes, cluster_means=cluster_means,
+        found_inf=found_inf,
+    )  # fmt: skip
 
 
 @_momentum_update.register_fake
-def _(memory, x, targets, momentum, rule, found_inf, backend) -> None:
+def _(memory, cluster_means, x, targets, *settings) -> None:
     return None
+
+
+def _require_own_samples(index: Tensor, targets: Tensor) -> None:
+    """``index`` names no sample of another row; read on a GPU as ``require_values_in`` does."""
+    if require_values_in(OP, "index", index, 0, targets.shape[0], ignore=-1).device.type == "cpu":
+        rows = (index >= 0).nonzero()[:, 0]
+        wrong = rows[targets[index[rows]] != rows]
+        if len(wrong):
+            row = int(wrong[0])
+            raise ValueError(
+                f"{OP}: index must name a sample of the row itself, got {int(index[row])} for row {row}, a sample of "
+                f"row {int(targets[index[row]])}"
+            )
 
 
 def _triton(memory: Tensor, x: Tensor, targets: Tensor, **settings) -> None:
@@ -122,16 +235,30 @@ def _triton(memory: Tensor, x: Tensor, targets: Tensor, **settings) -> None:
     launch(memory, x, targets, **settings, status=flag(OP, memory.device))
 
 
-def _numba(memory: Tensor, x: Tensor, targets: Tensor, *, found_inf: Tensor | None, **settings) -> None:
+def _numba(
+    memory: Tensor,
+    x: Tensor,
+    targets: Tensor,
+    *,
+    index: Tensor | None,
+    labels: Tensor | None,
+    cluster_sizes: Tensor | None,
+    cluster_means: Tensor | None,
+    found_inf: Tensor | None,
+    **settings,
+) -> None:
     from fastreid_u.cpu import momentum_update as compiled
 
-    if found_inf is not None and bool(found_inf.any()):
-        return
-    rows = memory.contiguous()
-    samples = x.to(memory.dtype).contiguous().numpy()
-    lengths = compiled.lengths(samples)
-    if found_inf is None and not math.isfinite(lengths.sum()):  # ten times as fast as looking at every number
+    rows, means = memory.contiguous(), None if cluster_means is None else cluster_means.contiguous()
+    arrays = [rows.numpy(), x.to(memory.dtype).contiguous().numpy(), targets.contiguous().numpy()]
+    named = {"index": index, "labels": labels, "cluster_sizes": cluster_sizes, "cluster_means": means}
+    settings |= {name: tensor.contiguous().numpy() for name, tensor in named.items() if tensor is not None}
+    status = compiled.momentum_update_(*arrays, **settings)
+    if status == compiled.BAD_TARGET:
+        require_values_in(OP, "targets", targets, 0, len(memory), ignore=-1)
+    elif status == compiled.BAD_FEATURE:
         require_finite(OP, "x", x)
-    compiled.momentum_update_(rows.numpy(), samples, targets.contiguous().numpy(), **settings, sample_lengths=lengths)
-    if rows is not memory:
-        memory.copy_(rows)
+        compiled.momentum_update_(*arrays, **settings, trusted=True)  # finite, but its squares are not
+    for changed, tensor in ((rows, memory), (means, cluster_means)):
+        if changed is not tensor:
+            tensor.copy_(changed)

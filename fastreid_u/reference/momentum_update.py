@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moving the rows of a memory towards a batch, one sample after the other.
 
-Dai et al., "Cluster Contrast for Unsupervised Person Re-Identification", ACCV 2022, equations 2 and 3.
+Dai et al., "Cluster Contrast for Unsupervised Person Re-Identification", ACCV 2022, equations 2 and 3 (sequential,
+hard); DCCC, ICASSP 2024 (weighted); BMW, NeurIPS 2025 (push); Ge et al., SpCL, NeurIPS 2020 (row).
 """
 
 from __future__ import annotations
@@ -19,32 +20,72 @@ def momentum_update_(
     *,
     momentum: float = 0.1,
     rule: str = "sequential",
+    normalize: bool = True,
+    weight_temperature: float | None = None,
+    push_weight: float = 0.2,
+    index: Tensor | None = None,
+    labels: Tensor | None = None,
+    cluster_sizes: Tensor | None = None,
+    cluster_means: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> Tensor:
-    """``row = l2(momentum * row + (1 - momentum) * l2(x_b))`` in place, for the samples that ``rule`` picks.
+    """``row = l2(momentum * row + (1 - momentum) * sample)`` in place, with the sample or samples that ``rule`` picks.
 
-    "sequential": every sample, in batch order. "hard": per row one sample, the least similar to the row as it was
-    before the batch, the first such on ties. Targets of -1 are skipped; nothing happens if ``found_inf`` is not 0.
+    Targets of -1 are skipped; nothing happens if ``found_inf`` is not 0. The rules, for a row m, its samples f_i and
+    their similarities s_i = <f_i, m> before the batch:
+
+    "sequential", "row": every f_i in batch order, normalising after each. "hard": the f_i with the lowest s_i, the
+    first such on ties. "mean": the mean of the f_i. "weighted": sum of softmax(-s_i / weight_temperature) f_i.
+    "index": the sample ``index[m]``. "push": with the f_i of "hard" and the most similar other row m' before the batch,
+    l2(m - (1 - momentum) (1 - <m, f_i>) (m - f_i) - push_weight (1 + <m, m'>) (m + m')); "push_sequential": the same,
+    rows in order of their first sample, m' as it is by then.
+
+    "row" also adds to ``cluster_means[labels[m]]`` what its rows moved, over ``cluster_sizes``.
     """
     if found_inf is not None and bool(found_inf.any()):
         return memory
-    x = F.normalize(x.to(memory.dtype), dim=1, eps=1e-12)
-    labels = targets.tolist()
-    if rule == "sequential":
-        chosen = [b for b, row in enumerate(labels) if row != -1]
-    elif rule == "hard":
-        members: dict[int, list[int]] = {}
-        for b, row in enumerate(labels):
-            if row != -1:
-                members.setdefault(row, []).append(b)
-        chosen = []
-        for row, samples in members.items():
-            similarity = (x[samples] @ memory[row]).tolist()
-            chosen.append(samples[similarity.index(min(similarity))])
-    else:
-        raise ValueError(f"momentum_update_: rule must be one of 'sequential', 'hard', got {rule!r}")
-    for b in chosen:
-        row = memory[labels[b]]
-        row.mul_(momentum).add_(x[b], alpha=1 - momentum)
-        row.div_(row.norm().clamp(min=1e-12))
+    x = x.to(memory.dtype)
+    if normalize:
+        x = F.normalize(x, dim=1, eps=1e-12)
+    members: dict[int, list[int]] = {}  # the samples of each row, rows by first appearance
+    for b, row in enumerate(targets.tolist()):
+        if row != -1:
+            members.setdefault(row, []).append(b)
+    before = memory.clone() if rule == "push" else memory
+    for row, samples in members.items():
+        old = memory[row].clone()
+        if rule in ("sequential", "row"):
+            for b in samples:
+                _move(memory[row], momentum, x[b])
+        elif rule == "mean":
+            _move(memory[row], momentum, x[samples].mean(dim=0))
+        elif rule == "weighted":
+            weights = torch.softmax(-(x[samples] @ old) / weight_temperature, dim=0)
+            _move(memory[row], momentum, weights @ x[samples])
+        elif rule == "index":
+            if int(index[row]) in samples:
+                _move(memory[row], momentum, x[index[row]])
+        elif rule in ("hard", "push", "push_sequential"):
+            similarity = x[samples] @ old
+            lowest = similarity.tolist().index(similarity.min().item())
+            hardest = x[samples[lowest]]
+            if rule == "hard":
+                _move(memory[row], momentum, hardest)
+            else:
+                step = (1 - momentum) * (1 - similarity[lowest]) * (old - hardest)
+                others = before @ old
+                others[row] = -torch.inf
+                if len(memory) > 1:
+                    step += push_weight * (1 + others.max()) * (old + before[others.argmax()])
+                memory[row].sub_(step)
+                memory[row].div_(memory[row].norm().clamp(min=1e-12))
+        else:
+            raise ValueError(f"momentum_update_: rule must be a known rule, got {rule!r}")
+        if cluster_means is not None and labels[row] != -1:
+            cluster_means[labels[row]] += (memory[row] - old) / cluster_sizes[labels[row]]
     return memory
+
+
+def _move(row: Tensor, momentum: float, sample: Tensor) -> None:
+    row.mul_(momentum).add_(sample, alpha=1 - momentum)
+    row.div_(row.norm().clamp(min=1e-12))
