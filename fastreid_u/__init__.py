@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastreid_u import methods
     from fastreid_u.engine.train import Run, train
     from fastreid_u.engine.trained import evaluate, extract, load_model
-    from fastreid_u.memory import ClusterMemory
+    from fastreid_u.memory import ClusterMemory, InstanceMemory, ProxyMemory
     from fastreid_u.ops.centroids import cluster_centroids
     from fastreid_u.ops.cluster_nce import cluster_nce
     from fastreid_u.ops.dbscan import DBSCAN, dbscan
@@ -38,6 +38,8 @@ _HOME = {
     "load_model": "engine.trained",
     "Recipe": "recipe",
     "ClusterMemory": "memory",
+    "InstanceMemory": "memory",
+    "ProxyMemory": "memory",
     "knn": "ops.knn",
     "k_reciprocal_encoding": "ops.k_reciprocal",
     "jaccard_graph": "ops.jaccard",

@@ -43,7 +43,7 @@ def as_tensor(op: str, name: str, x: object) -> Tensor:
 
 def require_2d(op: str, name: str, x: Tensor) -> Tensor:
     """``x`` is a dense matrix."""
-    if x.layout != torch.strided:
+    if not torch.compiler.is_compiling() and x.layout != torch.strided:  # a traced backward may not ask
         raise TypeError(f"{op}: {name} must be dense, got {x.layout}")
     if x.ndim != 2:
         raise ValueError(f"{op}: {name} must be 2-D, got shape {tuple(x.shape)}")
@@ -108,7 +108,7 @@ def require_values_in(
 
 def require_reals_in(op: str, name: str, x: Tensor, low: float, high: float) -> Tensor:
     """Every number of ``x`` lies in ``[low, high]``, and none is NaN; read on a GPU as ``require_finite`` does."""
-    if not _may_read(x) or x.numel() == 0:
+    if not may_read(x) or x.numel() == 0:
         return x
     smallest, largest = (extreme.item() for extreme in x.aminmax())  # NaN wins both
     if not (smallest >= low and largest <= high):
@@ -120,7 +120,7 @@ def require_reals_in(op: str, name: str, x: Tensor, low: float, high: float) -> 
 
 def require_marked(op: str, name: str, x: Tensor, mask_name: str, mask: Tensor, *, ignore: int | None = None) -> Tensor:
     """Every index of ``x`` but ``ignore`` is True in ``mask``; read on a GPU as ``require_finite`` does."""
-    if not _may_read(x):
+    if not may_read(x):
         return x
     looked_at = x if ignore is None else x[x != ignore]
     left_out = looked_at[~mask[looked_at]]

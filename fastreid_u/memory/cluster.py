@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One prototype per cluster."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastreid_u._checks import require_choice, require_in_range, require_positive
+from fastreid_u.memory.gather import gather_in_rank_order
+from fastreid_u.memory.one_call import loss_then_update
+from fastreid_u.ops.cluster_nce import cluster_nce
+from fastreid_u.ops.momentum_update import momentum_update_
+
+RULES = ("sequential", "hard", "mean", "weighted", "index", "push", "push_sequential")
+
+
+class ClusterMemory(nn.Module):
+    """One unit row per cluster; drop-in for the published class of the same name and signature.
+
+    Args:
+        num_features: D, length of a row.
+        num_samples: C, number of clusters (the published argument name is kept).
+        temp: temperature of the softmax, positive.
+        momentum: weight of the OLD row in an update, in [0, 1].
+        use_hard: update a row once a step with its least similar sample, instead of with every sample in turn.
+        rule: any rule of ``momentum_update_`` but "row"; None for what ``use_hard`` says.
+        weight_temperature: of the rule "weighted" (DCCC).
+        push_weight: of the rules "push" and "push_sequential" (BMW).
+
+    The rows are the buffer ``features`` (C, D) float32; fill it before the first step. ``memory(x, targets)`` returns
+    the loss and updates the rows when ``backward`` runs, as published; trainers that may skip a step use
+    ``loss = memory.loss(x, targets)`` and, after backward, ``memory.update_(x, targets, found_inf=...)`` instead.
+    Both give the same numbers, and both take further settings of ``cluster_nce`` for the loss (teacher, smoothing,
+    ...). Source: Dai et al., Cluster Contrast, ACCV 2022.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_samples: int,
+        temp: float = 0.05,
+        momentum: float = 0.2,
+        use_hard: bool = False,
+        *,
+        rule: str | None = None,
+        weight_temperature: float | None = None,
+        push_weight: float = 0.2,
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.num_samples = num_samples
+        self.temp = require_positive("ClusterMemory", "temp", temp)
+        self.momentum = require_in_range("ClusterMemory", "momentum", momentum, 0, 1)
+        if use_hard and rule not in (None, "hard"):
+            raise ValueError(f"ClusterMemory: rule must be 'hard' or None with use_hard, got {rule!r}")
+        self.use_hard = use_hard
+        self.rule = require_choice("ClusterMemory", "rule", rule or ("hard" if use_hard else "sequential"), RULES)
+        self.weight_temperature = weight_temperature
+        self.push_weight = push_weight
+        self.register_buffer("features", torch.zeros(num_samples, num_features))
+
+    @classmethod
+    def from_centroids(cls, centroids: Tensor, **settings) -> "ClusterMemory":
+        """A memory that starts at ``centroids`` (C, D), normalised to unit length."""
+        memory = cls(centroids.shape[1], centroids.shape[0], **settings).to(centroids.device)
+        memory.features.copy_(F.normalize(centroids.float(), dim=1))
+        return memory
+
+    def loss(self, x: Tensor, targets: Tensor, **settings) -> Tensor:
+        """Softmax contrastive loss of ``x`` (B, D), normalised inside, against the rows; targets -1 are ignored."""
+        return cluster_nce(x, targets, self.features, temperature=self.temp, **settings)
+
+    @torch.no_grad()
+    def update_(
+        self, x: Tensor, targets: Tensor, *, index: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> None:
+        """Move the rows towards the batch, in place; on every rank towards the batches of all ranks.
+
+        Args:
+            x: (B, D) the features of the loss. targets: (B,) their rows; -1 for none.
+            index: of the rule "index": (C,) the sample that moves each row, -1 for none. It counts in the batch of all
+                ranks, so ``x`` and ``targets`` must then come from ``gather_in_rank_order``.
+            found_inf: one number as a gradient scaler keeps it, the same on all ranks; nothing moves unless it is 0.
+        """
+        if index is None:
+            x, targets = gather_in_rank_order(x, targets)
+        momentum_update_(
+            self.features, x, targets, momentum=self.momentum, rule=self.rule, index=index, found_inf=found_inf,
+            weight_temperature=self.weight_temperature, push_weight=self.push_weight,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, targets: Tensor, **settings) -> Tensor:
+        if self.rule == "index":
+            raise ValueError(
+                "ClusterMemory: rule must not be 'index' in one call; use loss(...) and update_(..., index)"
+            )
+        return loss_then_update(self, x, targets, **settings)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_features={self.num_features}, num_samples={self.num_samples}, temp={self.temp}, "
+            f"momentum={self.momentum}, rule={self.rule!r}"
+        )

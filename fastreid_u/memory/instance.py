@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One row per image, compared with through the means of their clusters."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastreid_u._checks import (
+    require_1d,
+    require_in_range,
+    require_int_at_least,
+    require_integer,
+    require_positive,
+    require_same_length,
+    require_values_in,
+)
+from fastreid_u.memory.gather import gather_in_rank_order
+from fastreid_u.memory.one_call import loss_then_update
+from fastreid_u.ops.centroids import cluster_centroids
+from fastreid_u.ops.cluster_nce import cluster_nce
+from fastreid_u.ops.momentum_update import momentum_update_
+
+
+class InstanceMemory(nn.Module):
+    """SpCL's hybrid memory: a unit row per image, or before them one per labelled source class; labels per epoch.
+
+    Args:
+        num_features: D, length of a row.
+        num_samples: N, number of rows, source classes included.
+        temp: temperature of the softmax, positive.
+        momentum: weight of the OLD row in an update, in [0, 1].
+        num_source_classes: S, rows 0 .. S - 1 that stand for classes of labelled source data (domain adaptation); each
+            is a cluster of its own. Image i of the target data is row S + i.
+        epsilon: in the softmax and in the logarithm, as in the published loss; see ``cluster_nce``.
+        normalize: scale the features to unit length first; False uses them as they are, as the published class.
+
+    Buffers: ``features`` (N, D) float32 and ``labels`` (N,) int64, both in ``state_dict``; from them
+    ``cluster_means`` (K, D), not unit rows, and ``cluster_sizes`` (K,), which ``set_labels`` makes and updates keep.
+    Memory: 4 (N + K) D bytes; a step reads K D numbers, never N D.
+
+    Once an epoch ``memory.set_labels(labels)``; then ``memory(x, rows)`` returns the loss and updates the rows when
+    backward runs, as published, or ``memory.loss(x, rows)`` and, after backward, ``memory.update_(x, rows)``. Labels
+    need not be dense: those without rows take no part. Several losses in one backward all see the old rows (the
+    published class lets the later one change the rows before the gradient of the earlier).
+    Sources: Ge et al., SpCL, NeurIPS 2020; with ``focal=4`` for the loss CACL, IEEE TIP 2022.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_samples: int,
+        temp: float = 0.05,
+        momentum: float = 0.2,
+        *,
+        num_source_classes: int = 0,
+        epsilon: float = 1e-6,
+        normalize: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.num_samples = num_samples
+        self.temp = require_positive("InstanceMemory", "temp", temp)
+        self.momentum = require_in_range("InstanceMemory", "momentum", momentum, 0, 1)
+        self.num_source_classes = require_int_at_least("InstanceMemory", "num_source_classes", num_source_classes, 0)
+        self.epsilon = require_in_range("InstanceMemory", "epsilon", epsilon, 0, 1, open_high=True)
+        self.normalize = normalize
+        self.register_buffer("features", torch.zeros(num_samples, num_features))
+        self.register_buffer("labels", torch.full((num_samples,), -1))
+        self.register_buffer("cluster_means", torch.zeros(0, num_features), persistent=False)
+        self.register_buffer("cluster_sizes", torch.zeros(0, dtype=torch.int64), persistent=False)
+        self.register_load_state_dict_post_hook(lambda memory, _: memory._gather_clusters())
+
+    @classmethod
+    def from_features(cls, features: Tensor, *, source_centroids: Tensor | None = None, **settings) -> "InstanceMemory":
+        """A memory that starts at ``features`` (N, D), below ``source_centroids`` (S, D), all scaled to unit length."""
+        rows = features if source_centroids is None else torch.cat([source_centroids, features])
+        settings["num_source_classes"] = 0 if source_centroids is None else len(source_centroids)
+        memory = cls(rows.shape[1], rows.shape[0], **settings).to(rows.device)
+        memory.features.copy_(F.normalize(rows.float(), dim=1))
+        return memory
+
+    @torch.no_grad()
+    def set_labels(self, labels: Tensor) -> None:
+        """The clusters of an epoch: ``labels`` (N - S,) integers from 0, one per image; -1 takes the image out.
+
+        Outliers that SpCL keeps are clusters of one. The numbers are shifted by S here: source classes come first.
+        """
+        op, s = "InstanceMemory.set_labels", self.num_source_classes
+        labels = require_integer(op, "labels", require_1d(op, "labels", torch.as_tensor(labels)))
+        require_same_length(op, "labels", labels, "the images' rows", self.features[s:])
+        require_values_in(op, "labels", labels, 0, 2**62, ignore=-1, always=True)
+        labels = labels.to(self.labels)
+        self.labels[:s] = torch.arange(s, device=self.labels.device)
+        self.labels[s:] = torch.where(labels >= 0, labels + s, -1)
+        self._gather_clusters()
+
+    def _gather_clusters(self) -> None:
+        members = self.labels[self.labels >= 0]
+        self.cluster_sizes = torch.bincount(members)
+        self.cluster_means = cluster_centroids(self.features, self.labels, normalize=False)
+
+    def loss(self, x: Tensor, rows: Tensor, **settings) -> Tensor:
+        """Loss of ``x`` (B, D) against the cluster means, each towards the cluster of its row (B,); -1 is ignored.
+
+        ``settings`` are further ones of ``cluster_nce``, as ``focal``.
+        """
+        if len(self.cluster_means) == 0:
+            raise ValueError("InstanceMemory: labels must be set before the first loss, got no cluster")
+        require_values_in("InstanceMemory", "rows", rows, 0, self.num_samples, ignore=-1)
+        clusters = self.labels[rows.clamp(0, self.num_samples - 1)]  # out of range on a GPU: update_ will flag it
+        return cluster_nce(
+            x, torch.where(rows >= 0, clusters, -1), self.cluster_means, temperature=self.temp,
+            normalize=self.normalize, class_mask=self.cluster_sizes > 0, epsilon=self.epsilon, **settings,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def update_(self, x: Tensor, rows: Tensor, *, found_inf: Tensor | None = None) -> None:
+        """Move row ``rows[b]`` towards ``x[b]``, in batch order, in place; on every rank the batches of all ranks.
+
+        ``found_inf``: one number as a gradient scaler keeps it, the same on all ranks; nothing moves unless it is 0.
+        """
+        x, rows = gather_in_rank_order(x, rows)
+        clusters = {} if len(self.cluster_means) == 0 else {
+            "labels": self.labels, "cluster_sizes": self.cluster_sizes, "cluster_means": self.cluster_means,
+        }  # fmt: skip
+        momentum_update_(
+            self.features, x, rows, momentum=self.momentum, rule="row", normalize=self.normalize, found_inf=found_inf,
+            **clusters,
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, rows: Tensor, **settings) -> Tensor:
+        return loss_then_update(self, x, rows, **settings)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_features={self.num_features}, num_samples={self.num_samples}, temp={self.temp}, "
+            f"momentum={self.momentum}, num_source_classes={self.num_source_classes}"
+        )

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One prototype per cluster and camera."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastreid_u._checks import (
+    require_1d,
+    require_features,
+    require_in_range,
+    require_integer,
+    require_positive,
+    require_same_length,
+    require_values_in,
+)
+from fastreid_u.memory.gather import gather_in_rank_order
+from fastreid_u.memory.one_call import loss_then_update
+from fastreid_u.ops.centroids import cluster_centroids
+from fastreid_u.ops.momentum_update import momentum_update_
+from fastreid_u.ops.proxy_nce import proxy_nce
+
+
+class ProxyMemory(nn.Module):
+    """CAP's memory: one unit row for what each camera has seen of each cluster.
+
+    Args:
+        num_features: D, length of a row.
+        num_proxies: Q, pairs of a cluster and a camera that has seen it.
+        temp: temperature of the softmax, positive.
+        momentum: weight of the OLD row in an update, in [0, 1]; 1 keeps the rows as they are (ICE, PPLR).
+        intra_weight: factor of the loss within cameras: each sample among the proxies of its camera.
+        inter_weight: factor of the loss between cameras: towards all proxies of its cluster, away from the
+            ``hard_negatives`` nearest others. CAP keeps it at 0 for five epochs; the attribute may be changed.
+        hard_negatives, positives, reduction, compat: of ``proxy_nce``. CAP as published is reduction="camera".
+
+    Buffers: ``features`` (Q, D) float32, ``clusters`` and ``cameras`` (Q,) int64, rows ascending by (camera, cluster).
+    Make one with ``from_features`` each epoch. Targets are rows, ``memory.rows(labels, cameras)``; a sampler that deals
+    out proxies takes the same numbers. ``memory(x, targets)`` returns the loss and updates the rows when backward runs,
+    or use ``memory.loss(x, targets)`` and, after backward, ``memory.update_(x, targets)``.
+    Source: Wang et al., CAP, AAAI 2021.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_proxies: int,
+        temp: float = 0.07,
+        momentum: float = 0.2,
+        *,
+        intra_weight: float = 1.0,
+        inter_weight: float = 0.5,
+        hard_negatives: int | None = 50,
+        positives: str = "all",
+        reduction: str = "mean",
+        compat: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.num_proxies = num_proxies
+        self.temp = require_positive("ProxyMemory", "temp", temp)
+        self.momentum = require_in_range("ProxyMemory", "momentum", momentum, 0, 1)
+        self.intra_weight = require_in_range("ProxyMemory", "intra_weight", intra_weight, 0, float("inf"))
+        self.inter_weight = require_in_range("ProxyMemory", "inter_weight", inter_weight, 0, float("inf"))
+        self.hard_negatives = hard_negatives
+        self.positives = positives
+        self.reduction = reduction
+        self.compat = compat
+        self.register_buffer("features", torch.zeros(num_proxies, num_features))
+        self.register_buffer("clusters", torch.zeros(num_proxies, dtype=torch.int64))
+        self.register_buffer("cameras", torch.zeros(num_proxies, dtype=torch.int64))
+
+    @classmethod
+    def from_features(cls, features: Tensor, labels: Tensor, cameras: Tensor, **settings) -> "ProxyMemory":
+        """Rows that start at the means of the unit features (N, D) with one label (N,) and camera (N,), scaled to 1.
+
+        Labels and cameras are integers from 0, with gaps or without; images labelled -1 take no part.
+        """
+        op = "ProxyMemory.from_features"
+        features = F.normalize(require_features(op, "features", features), dim=1)
+        labels, cameras = (
+            require_same_length(op, name, require_1d(op, name, torch.as_tensor(ids)), "features", features)
+            for name, ids in (("labels", labels), ("cameras", cameras))
+        )
+        for name, ids, outlier in (("labels", labels, -1), ("cameras", cameras, None)):
+            require_values_in(op, name, require_integer(op, name, ids), 0, 2**31, ignore=outlier, always=True)
+        labels, cameras = labels.long().to(features.device), cameras.long().to(features.device)
+        kept = labels >= 0
+        proxies, row = torch.unique(
+            torch.stack([cameras, labels], dim=1)[kept], dim=0, return_inverse=True
+        )  # ascending
+        memory = cls(features.shape[1], len(proxies), **settings).to(features.device)
+        memory.features.copy_(cluster_centroids(features[kept], row))
+        memory.cameras.copy_(proxies[:, 0])
+        memory.clusters.copy_(proxies[:, 1])
+        return memory
+
+    def rows(self, labels: Tensor, cameras: Tensor) -> Tensor:
+        """The row of each image (N,) int64 by its label and camera; -1 where there is none. Reads nothing back."""
+        labels, cameras = (torch.as_tensor(ids).to(self.cameras) for ids in (labels, cameras))
+        if self.num_proxies == 0:
+            return torch.full_like(labels, -1)
+        known = (self.cameras << 32) + self.clusters  # ascending, as the rows are
+        wanted = (cameras << 32) + labels
+        row = torch.searchsorted(known, wanted).clamp(max=self.num_proxies - 1)
+        return torch.where((known[row] == wanted) & (labels >= 0), row, -1)
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """``intra_weight`` times the loss of ``x`` (B, D) within cameras, plus ``inter_weight`` times that between.
+
+        ``targets`` (B,) are rows; -1 is ignored.
+        """
+        require_values_in("ProxyMemory", "targets", targets, 0, self.num_proxies, ignore=-1)
+        row = targets.clamp(0, max(self.num_proxies - 1, 0))  # out of range on a GPU: update_ will flag it
+        clusters = torch.where(targets >= 0, self.clusters[row], -1)
+        arguments = (x, clusters, self.cameras[row], self.features, self.clusters, self.cameras)
+        settings = {"temperature": self.temp, "reduction": self.reduction, "compat": self.compat}
+        terms = []
+        if self.intra_weight > 0:
+            terms.append(self.intra_weight * proxy_nce(*arguments, scope="camera", **settings))
+        if self.inter_weight > 0:
+            settings |= {"hard_negatives": self.hard_negatives, "positives": self.positives}
+            terms.append(self.inter_weight * proxy_nce(*arguments, **settings))
+        return sum(terms) if terms else (x * 0).sum()
+
+    @torch.no_grad()
+    def update_(self, x: Tensor, targets: Tensor, *, found_inf: Tensor | None = None) -> None:
+        """Move row ``targets[b]`` towards ``x[b]``, in batch order, in place; on every rank the batches of all ranks.
+
+        ``found_inf``: one number as a gradient scaler keeps it, the same on all ranks; nothing moves unless it is 0.
+        """
+        x, targets = gather_in_rank_order(x, targets)
+        momentum_update_(self.features, x, targets, momentum=self.momentum, found_inf=found_inf)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        return loss_then_update(self, x, targets)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_features={self.num_features}, num_proxies={self.num_proxies}, temp={self.temp}, "
+            f"momentum={self.momentum}, intra_weight={self.intra_weight}, inter_weight={self.inter_weight}"
+        )
