@@ -14,7 +14,10 @@ from pathlib import Path
 
 from fastreid_u.recipe import Recipe
 
-_CLASSES = {"cluster_contrast": "ClusterContrast"}
+_CLASSES = {
+    "cluster_contrast": "ClusterContrast",
+    "spcl": "SpCL",
+}
 
 
 def method_names() -> list[str]:
