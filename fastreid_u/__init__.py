@@ -16,17 +16,23 @@ if TYPE_CHECKING:
     from fastreid_u.engine.train import Run, train
     from fastreid_u.engine.trained import evaluate, extract, load_model
     from fastreid_u.memory import ClusterMemory, InstanceMemory, ProxyMemory
-    from fastreid_u.ops.centroids import cluster_centroids
+    from fastreid_u.ops.batch_hard import batch_hard_triplet
+    from fastreid_u.ops.centroids import cluster_centroids, proxy_centroids
     from fastreid_u.ops.cluster_nce import cluster_nce
+    from fastreid_u.ops.cosine_align import cosine_align
     from fastreid_u.ops.dbscan import DBSCAN, dbscan
+    from fastreid_u.ops.ema import ema_update_
     from fastreid_u.ops.jaccard import jaccard_distance, jaccard_graph
     from fastreid_u.ops.k_reciprocal import k_reciprocal_encoding
     from fastreid_u.ops.knn import knn
     from fastreid_u.ops.momentum_update import momentum_update_
+    from fastreid_u.ops.neighbour_overlap import neighbour_overlap
     from fastreid_u.ops.proxy_nce import proxy_nce
     from fastreid_u.ops.pseudo_labels import pseudo_labels
     from fastreid_u.ops.rank_metrics import rank_metrics
     from fastreid_u.ops.rerank import rerank
+    from fastreid_u.ops.segment_attention import segment_attention
+    from fastreid_u.ops.segments import segment_mean, segment_sum
     from fastreid_u.ops.suggest_eps import suggest_eps
     from fastreid_u.recipe import Recipe
 
@@ -48,9 +54,17 @@ _HOME = {
     "DBSCAN": "ops.dbscan",
     "pseudo_labels": "ops.pseudo_labels",
     "cluster_centroids": "ops.centroids",
+    "proxy_centroids": "ops.centroids",
+    "segment_sum": "ops.segments",
+    "segment_mean": "ops.segments",
     "cluster_nce": "ops.cluster_nce",
     "momentum_update_": "ops.momentum_update",
     "proxy_nce": "ops.proxy_nce",
+    "batch_hard_triplet": "ops.batch_hard",
+    "cosine_align": "ops.cosine_align",
+    "ema_update_": "ops.ema",
+    "neighbour_overlap": "ops.neighbour_overlap",
+    "segment_attention": "ops.segment_attention",
     "rank_metrics": "ops.rank_metrics",
     "rerank": "ops.rerank",
     "suggest_eps": "ops.suggest_eps",

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from fastreid_u.ops.centroids import cluster_centroids
+from fastreid_u.ops.centroids import cluster_centroids, proxy_centroids
 from fastreid_u.reference import centroids as reference
 
 
@@ -75,3 +75,46 @@ def test_arrays_and_small_label_types(clustered):
 def test_rejects(x, labels, error, message):
     with pytest.raises(error, match=f"cluster_centroids: {message}"):
         cluster_centroids(x, labels)
+
+
+@pytest.mark.parametrize("name", ["cap_grouping_n240_eps0.6", "cap_grouping_n300_eps0.5"])
+def test_proxies_golden(golden, name):
+    file = golden(name)
+    x = torch.nn.functional.normalize(file.tensor("features_raw"))
+    found, clusters, cameras = proxy_centroids(x, file.tensor("labels"), file.tensor("cams"))
+    for camera in range(file.meta["params"]["cams"]):
+        rows = cameras == camera
+        torch.testing.assert_close(found[rows], file.tensor(f"prototypes_cam{camera}"), atol=1e-6, rtol=0)
+        assert clusters[rows].tolist() == sorted(clusters[rows].tolist())
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("n", "clusters"), [(1, 1), (5, 9), (90, 7)])
+def test_proxies_match_the_reference(n, clusters, normalize):
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, 5, generator=generator)
+    labels = 10 * torch.randint(-1, clusters, (n,), generator=generator)
+    labels[labels < 0] = -1
+    cameras = 7 - 3 * torch.randint(4, (n,), generator=generator)  # some negative, none contiguous
+    found = proxy_centroids(x, labels, cameras, normalize=normalize)
+    expected = reference.proxy_centroids(x, labels, cameras, normalize=normalize)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_no_proxy_at_all():
+    for n in (0, 3):
+        found = proxy_centroids(torch.ones(n, 5), torch.full((n,), -1), torch.arange(n))
+        assert [tuple(each.shape) for each in found] == [(0, 5), (0,), (0,)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "cameras", "error", "message"),
+    [
+        (torch.tensor([0, -2]), torch.tensor([0, 1]), ValueError, "labels must lie in .*, got -2"),
+        (torch.tensor([0, 1]), torch.tensor([0]), ValueError, "cameras must have one entry for each row of x"),
+        (torch.tensor([0, 1]), torch.tensor([0.0, 1.0]), TypeError, "cameras must hold integers"),
+    ],
+)
+def test_proxies_reject(labels, cameras, error, message):
+    with pytest.raises(error, match=f"proxy_centroids: {message}"):
+        proxy_centroids(torch.ones(2, 2), labels, cameras)

@@ -20,6 +20,11 @@ STEP = {
     "_cluster_nce_finish_kernel",
     "_cluster_nce_grad_memory_kernel",
     "_momentum_update_kernel",
+    "_proxy_nce_logits_kernel",
+    "_proxy_nce_select_kernel",
+    "_proxy_nce_gather_kernel",
+    "_proxy_nce_grad_x_kernel",
+    "_proxy_nce_finish_kernel",
 }
 
 
@@ -54,7 +59,7 @@ def test_a_spill_would_be_seen():
 def recorded_launches(tiles: dict) -> list[tuple]:
     import torch
 
-    from fastreid_u.kernels import cluster_nce, momentum_update
+    from fastreid_u.kernels import cluster_nce, momentum_update, proxy_nce
 
     launches = []
 
@@ -65,7 +70,7 @@ def recorded_launches(tiles: dict) -> list[tuple]:
         def __getitem__(self, grid):
             return lambda *args, **kwargs: launches.append((self.kernel, args, kwargs))
 
-    for module in (cluster_nce, momentum_update):
+    for module in (cluster_nce, momentum_update, proxy_nce):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Recorder(getattr(module, name)))
 
@@ -91,6 +96,21 @@ def recorded_launches(tiles: dict) -> list[tuple]:
         momentum_update.momentum_update_(
             memory, x, targets, rule=rule, found_inf=torch.zeros(1, device="meta"), status=status
         )
+
+    def proxy_loss(b, q, d, dtype, **settings):
+        x = torch.zeros(b, d, dtype=dtype, device="meta", requires_grad=True)
+        of_sample, of_proxy = (torch.zeros(n, dtype=torch.int64, device="meta") for n in (b, q))
+        memory = torch.zeros(q, d, dtype=dtype, device="meta")
+        proxy_nce.proxy_nce(
+            x, of_sample, of_sample, memory, of_proxy, of_proxy, reduction="camera", status=status, **settings
+        ).backward()
+
+    for dtype in (torch.float32, torch.float16):
+        proxy_loss(256, 3300, 2048, dtype, compat=True, positives="other_cameras")
+        proxy_loss(256, 3300, 2048, dtype, scope="camera")
+        del launches[-3]  # the logits once more
+    proxy_loss(64, 20_000, 384, torch.float32, scope="camera")
+    del launches[-4:-1]  # the backward splits the proxies and finishes in a kernel of its own
     return launches
 
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mean feature of each cluster: the start of a cluster memory."""
+"""Mean feature of each cluster, or of each camera's share of it: the start of a memory."""
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastreid_u._checks import (
@@ -15,6 +17,7 @@ from fastreid_u._checks import (
     require_values_in,
 )
 from fastreid_u.ops._dispatch import choose
+from fastreid_u.ops.segments import segment_mean
 from fastreid_u.reference import centroids as reference
 
 
@@ -38,9 +41,49 @@ def cluster_centroids(x: Tensor, labels: Tensor, *, normalize: bool = True, back
     """
     op = "cluster_centroids"
     x = require_features(op, "x", x)
-    labels = require_integer(op, "labels", require_1d(op, "labels", as_tensor(op, "labels", labels))).long()
-    require_same_length(op, "labels", labels, "x", x)
-    require_same_device(op, "labels", labels, "x", x)
+    labels = _ids(op, "labels", labels, x)
     require_values_in(op, "labels", labels, -1, 2**62, always=True)
     run = choose(op, x.device, backend, {"reference": reference.cluster_centroids})
     return run(x, labels, normalize=normalize)
+
+
+def proxy_centroids(
+    x: Tensor, labels: Tensor, cameras: Tensor, *, normalize: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean of what each camera saw of each cluster, by default scaled to unit length: the start of a proxy memory.
+
+    Args:
+        x: (N, D) floating point, any device; taken in float32, averaged as given. CAP normalises it before.
+        labels: (N,) integers on the same device, -1 for noise, which is ignored.
+        cameras: (N,) integers, any numbers.
+        normalize: divide each mean by its length; a mean of zero length stays zero.
+
+    Returns:
+        ``(proxies, clusters, cameras)``: (Q, D) float32, (Q,) and (Q,) int64, one row for each pair that occurs,
+        cameras ascending, in each camera the clusters ascending, as CAP and ICE number them. The same bits every time.
+
+    Raises:
+        TypeError, ValueError: wrong type or shape, NaN or infinity, a label below -1.
+
+    Not differentiable. Wang et al., CAP, AAAI 2021; Chen et al., ICE, ICCV 2021.
+    """
+    op = "proxy_centroids"
+    x = require_features(op, "x", x)
+    labels, cameras = _ids(op, "labels", labels, x), _ids(op, "cameras", cameras, x)
+    require_values_in(op, "labels", labels, -1, 2**62, always=True)
+    kept = labels >= 0
+    seen, camera = cameras.unique(return_inverse=True)
+    known, cluster = labels.unique(return_inverse=True)
+    pairs, slot = (camera * len(known) + cluster)[kept].unique(return_inverse=True)
+    slots = torch.full_like(labels, -1)
+    slots[kept] = slot
+    proxies = segment_mean(x, slots, len(pairs))
+    if normalize:
+        proxies = F.normalize(proxies, dim=1, eps=1e-12)
+    return proxies, known[pairs % max(len(known), 1)], seen[pairs // max(len(known), 1)]
+
+
+def _ids(op: str, name: str, ids: Tensor, x: Tensor) -> Tensor:
+    ids = require_integer(op, name, require_1d(op, name, as_tensor(op, name, ids))).long()
+    require_same_length(op, name, ids, "x", x)
+    return require_same_device(op, name, ids, "x", x)

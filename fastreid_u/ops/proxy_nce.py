@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+
+import torch
 from torch import Tensor
 
 from fastreid_u._checks import (
@@ -19,10 +22,12 @@ from fastreid_u._checks import (
     require_same_length,
     require_same_width,
 )
+from fastreid_u.ops._device_flag import flag
 from fastreid_u.ops._dispatch import choose
 from fastreid_u.reference import proxy_nce as reference
 
 OP = "proxy_nce"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def proxy_nce(
@@ -78,16 +83,17 @@ def proxy_nce(
             zeros at samples that take no part. With no sample left all are 0 with zero gradients.
         compat: where fewer than ``hard_negatives`` proxies of other clusters exist, fill up with positives, which are
             then twice in the denominator, as published code does.
-        backend: "auto" or "reference"; anything but "auto" runs there or raises.
+        backend: "auto", "triton" (three launches forward, one or two backward) or "reference"; anything but "auto" runs
+            there or raises.
 
     Returns:
         The loss, float32 (float64 for float64 inputs), on ``x``'s device, differentiable with respect to ``x``.
-        Computed in float32 also under autocast. Memory: the reference a few times B x Q.
+        Computed in float32 also under autocast. Memory: the reference a dozen times B x Q; Triton 4 B Q bytes.
 
     Raises:
         TypeError, ValueError: wrong type, shape or value. A sample of whose cluster there is no proxy (scope "camera":
-            none in its camera) is seen on a CPU, and on a GPU with ``FASTREID_U_CHECK=1``; without it the loss of that
-            sample is NaN.
+        none in its camera) is seen on a CPU, and on a GPU with ``FASTREID_U_CHECK=1``; without it the loss of that
+        sample is NaN, nothing is read back, and ``fastreid_u.ops._device_flag.raise_flagged`` raises later.
 
     Wang et al., CAP, AAAI 2021; Chen et al., ICE, ICCV 2021; Cho et al., PPLR, CVPR 2022.
     """
@@ -114,7 +120,12 @@ def proxy_nce(
     require_choice(op, "reduction", reduction, ("mean", "camera", "sum", "none"))
     _require_proxies(clusters, cameras, proxy_clusters, proxy_cameras, scope, ignore_index)
 
-    run = choose(op, x.device, backend, {"reference": reference.proxy_nce})
+    table = {"triton": _triton, "reference": reference.proxy_nce}
+    if not HAS_TRITON:
+        table["triton"] = "there is no triton for this platform"
+    elif torch.float64 in (x.dtype, memory.dtype):
+        table["triton"] = "the kernel computes in float32, and float64 was given"
+    run = choose(op, x.device, backend, table)
     return run(
         x,
         clusters,
@@ -157,3 +168,97 @@ def _require_proxies(
             f"{OP}: clusters must have a proxy each{' in the camera of the sample' if place else ''}, "
             f"got cluster {int(clusters[b])}{place} without one (sample {b})"
         )
+
+
+def _triton(*tensors: Tensor, **settings) -> Tensor:
+    loss, *_ = _proxy_nce(*tensors, **settings)
+    return loss
+
+
+@torch.library.custom_op("fastreid_u::proxy_nce", mutates_args=())
+def _proxy_nce(
+    x: Tensor,
+    clusters: Tensor,
+    cameras: Tensor,
+    memory: Tensor,
+    proxy_clusters: Tensor,
+    proxy_cameras: Tensor,
+    temperature: float,
+    hard_negatives: int | None,
+    scope: str,
+    positives: str,
+    normalize: bool,
+    ignore_index: int,
+    reduction: str,
+    compat: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and for the backward the logits, statistics of each sample, and which negatives were chosen."""
+    from fastreid_u.kernels.proxy_nce import proxy_nce_fwd
+
+    return proxy_nce_fwd(
+        x, clusters, cameras, memory, proxy_clusters, proxy_cameras, temperature=temperature,
+        hard_negatives=hard_negatives, scope=scope, positives=positives, normalize=normalize,
+        ignore_index=ignore_index, reduction=reduction, compat=compat, status=flag(OP, x.device),
+    )  # fmt: skip
+
+
+@_proxy_nce.register_fake
+def _(
+    x, clusters, cameras, memory, proxy_clusters, proxy_cameras, temperature, hard_negatives, scope, positives,
+    normalize, ignore_index, reduction, compat,
+):  # fmt: skip
+    b, q = x.shape[0], memory.shape[0]  # len() would fix them
+    k = 0 if hard_negatives is None or scope == "camera" else torch.sym_min(hard_negatives, q)
+    loss = x.new_empty((b,) if reduction == "none" else (), dtype=torch.float32)
+    stats, logits = (x.new_empty(shape, dtype=torch.float32) for shape in ((5, b), (b, q)))
+    chosen, counts = (x.new_empty(shape, dtype=torch.int32) for shape in ((b, k), (2, b)))
+    return loss, logits, stats, chosen, counts
+
+
+@torch.library.custom_op("fastreid_u::proxy_nce_backward", mutates_args=())
+def _proxy_nce_backward(
+    grad: Tensor,
+    x: Tensor,
+    clusters: Tensor,
+    cameras: Tensor,
+    memory: Tensor,
+    proxy_clusters: Tensor,
+    proxy_cameras: Tensor,
+    logits: Tensor,
+    stats: Tensor,
+    chosen: Tensor,
+    counts: Tensor,
+    temperature: float,
+    scope: str,
+    positives: str,
+    normalize: bool,
+) -> Tensor:
+    """The gradient to ``x``."""
+    from fastreid_u.kernels.proxy_nce import proxy_nce_bwd
+
+    return proxy_nce_bwd(
+        grad, x, clusters, cameras, memory, proxy_clusters, proxy_cameras, logits, stats, chosen, counts,
+        temperature=temperature, scope=scope, positives=positives, normalize=normalize,
+    )  # fmt: skip
+
+
+@_proxy_nce_backward.register_fake
+def _(grad, x, *_):
+    return x.new_empty(x.shape)
+
+
+def _remember(ctx, inputs, output) -> None:
+    *tensors, ctx.temperature, _, ctx.scope, ctx.positives, ctx.normalize, _, _, _ = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.set_materialize_grads(False)  # the logits get no gradient, not even zeros
+
+
+def _backward(ctx, grad, *_):
+    nothing = (None,) * 13
+    if grad is None:
+        return None, *nothing
+    settings = ctx.temperature, ctx.scope, ctx.positives, ctx.normalize
+    return _proxy_nce_backward(grad, *ctx.saved_tensors, *settings), *nothing
+
+
+_proxy_nce.register_autograd(_backward, setup_context=_remember)

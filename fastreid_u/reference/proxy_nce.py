@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Softmax contrastive loss over camera-aware proxies.
 
-Wang et al., "Camera-aware Proxies for Unsupervised Person Re-Identification" (CAP), AAAI 2021, equations 4 and 6; the
-inter-camera term also in Chen et al., ICE, ICCV 2021, and Cho et al., PPLR, CVPR 2022.
+Wang et al., "Camera-aware Proxies for Unsupervised Person Re-Identification" (CAP), AAAI 2021; the term
+between cameras also in Chen et al., ICE, ICCV 2021, and Cho et al., PPLR, CVPR 2022.
 """
 
 from __future__ import annotations
@@ -51,21 +51,18 @@ def proxy_nce(
         if normalize:
             x = F.normalize(x, dim=1, eps=1e-12)
         logits = x @ memory.T / temperature
-        twice = torch.zeros_like(positive)
+        takes_part = kept & (count > 0)
+        pulled = positive | ~takes_part[:, None]  # a sample that takes no part must not make a NaN
+        terms = [logits.masked_fill(~pulled, -torch.inf), logits.masked_fill(~negative, -torch.inf)]
         if scope == "all" and hard_negatives is not None:
+            terms[1] = terms[1].topk(min(hard_negatives, len(memory)), sorted=False).values
             if compat:
                 missing = hard_negatives - negative.sum(dim=1, keepdim=True)
                 rank_from_the_end = positive.flip(1).cumsum(dim=1).flip(1)
                 twice = positive & (rank_from_the_end <= missing)
-            hardest = logits.detach().masked_fill(~negative, -torch.inf).topk(min(hard_negatives, len(memory))).indices
-            negative = negative & torch.zeros_like(negative).scatter(1, hardest, True)
-        takes_part = kept & (count > 0)
-        summed = positive | negative | ~takes_part[:, None]  # a sample that takes no part must not make a NaN
-        terms = logits.masked_fill(~summed, -torch.inf)
-        if compat:
-            terms = torch.cat([terms, logits.masked_fill(~twice, -torch.inf)], dim=1)
+                terms.append(logits.masked_fill(~twice, -torch.inf))
         mean_positive = logits.masked_fill(~positive, 0).sum(dim=1) / count.clamp(min=1)
-        loss = (terms.logsumexp(dim=1) - mean_positive).where(takes_part, 0)
+        loss = (torch.cat(terms, dim=1).logsumexp(dim=1) - mean_positive).where(takes_part, 0)
         loss = loss.where(known | ~kept, torch.nan)
 
     if reduction == "none":
