@@ -15,6 +15,7 @@ from pathlib import Path
 from fastreid_u.recipe import Recipe
 
 _CLASSES = {
+    "cacl": "CACL",
     "cluster_contrast": "ClusterContrast",
     "spcl": "SpCL",
 }
