@@ -118,7 +118,7 @@ def test_clusters_are_chosen_as_published_and_the_bar_stays(golden, name, monkey
 
 def test_twenty_steps_of_the_published_algorithm(clustered):
     """Two epochs of ten steps with network, Adam and memory, against the step as published, restated plainly."""
-    images = clustered(120, 12, number=3)
+    images = clustered(120, 12, number=3, spread=1.0)
     config = dict(k1=10, k2=4, eps=0.5, eps_gap=0.1, batch_size=16)
     model, recipe = network(), SpCL(SpCLConfig(**config), Images(120))
     recipe.build(network())

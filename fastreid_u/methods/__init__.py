@@ -17,7 +17,9 @@ from fastreid_u.recipe import Recipe
 _CLASSES = {
     "cacl": "CACL",
     "cluster_contrast": "ClusterContrast",
+    "cluster_contrast_uda": "ClusterContrastUDA",
     "spcl": "SpCL",
+    "spcl_uda": "SpCLUDA",
 }
 
 
