@@ -115,6 +115,11 @@ class Recipe(ABC):
         if self.uses_source and (source is None or source.pids is None):
             raise ValueError(f"train: method {self.name!r} needs source, a labelled data set to learn from, got none")
 
+    @classmethod
+    def describe_labels(cls, config: Config) -> str:
+        """How labels are made, for the recipe card."""
+        return f"k1 {config.k1}, k2 {config.k2}, eps {config.eps}, min_samples {config.min_samples}"
+
     # What is trained, and what is looked at
 
     def build(self, model: "ReIDModel") -> None:

@@ -122,3 +122,22 @@ def plant(tmp_path, jpeg):
         return tmp_path / folder
 
     return write
+
+
+@pytest.fixture
+def smoke(tiny_world, tmp_path):
+    """``smoke(method, **settings)`` trains two epochs of three steps on the tiny world and returns the run."""
+    import fastreid_u
+    from fastreid_u.data import load_dataset
+
+    tiny = dict(
+        height=64, width=32, arch="resnet10", weights=None, bn_group=None, batch_size=16, num_instances=4, iters=3,
+        epochs=2, workers=0, k1=8, k2=3, eps=0.6, center_per_camera=True, calibrate_bn=2, amp="off", seed=1,
+        eval_step=1, quiet=True, device="cpu",
+    )  # fmt: skip
+
+    def run(method, folder="run", **settings):
+        dataset = load_dataset("market1501", tiny_world)
+        return fastreid_u.train(dataset, method=method, logs_dir=tmp_path / folder, **{**tiny, **settings})
+
+    return run

@@ -97,7 +97,7 @@ def require_sound(seen: dict, python: Path) -> None:
     assert seen["license"] == "Apache-2.0"
     assert seen["python"] == ">=3.11"
     assert seen["readme"] == "text/markdown"
-    assert {"cupy", "faiss", "faiss-gpu", "timm", "test", "dev"} <= set(seen["extras"])
+    assert {"cupy", "faiss", "faiss-gpu", "infomap", "timm", "test", "dev"} <= set(seen["extras"])
     assert seen["scripts"] == ["fastreid_u.cli:main"]
     declared = next(line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("version"))
     assert f'"{seen["version"]}"' in declared

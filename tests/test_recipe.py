@@ -82,14 +82,13 @@ def test_cameras_are_used_unless_told_otherwise():
 def test_methods_is_a_list_and_a_package():
     import fastreid_u.methods.cluster_contrast  # binds the package to the name, as any training does
 
-    assert fastreid_u.methods() == sorted(fastreid_u.methods())
-    assert {"cluster_contrast", "spcl"} <= set(fastreid_u.methods())
+    assert "cluster_contrast" in fastreid_u.methods()
     assert get_method("cluster_contrast") is ClusterContrast
     assert get_method(ClusterContrast) is ClusterContrast
 
 
 def test_an_unknown_method_lists_the_known():
     with pytest.raises(
-        ValueError, match=r"method must be one of .*cluster_contrast, .*got 'cluster_contrst'.*did you mean"
+        ValueError, match=r"method must be one of .*cluster_contrast.*, got 'cluster_contrst'.*did you mean"
     ):
         get_method("cluster_contrst")

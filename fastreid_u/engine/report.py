@@ -37,7 +37,7 @@ def recipe_card(
         f"{model['num_features']} features, pooling {model['pooling']}, weights {model['weights']}"
     )
     lines.append(
-        f"  labels      k1 {config.k1}, k2 {config.k2}, eps {config.eps}, min_samples {config.min_samples}, "
+        f"  labels      {method.describe_labels(config)}, "
         f"per-camera centring {'ON (ours, not in the published recipe)' if config.center_per_camera else 'off'}"
     )
     lines.append(

@@ -219,8 +219,8 @@ def _build_model(config: Config, device: torch.device) -> "ReIDModel":
 
     model = build_model(
         config.arch, pooling=config.pooling_type, weights=config.weights, bn_group=config.bn_group,
-        bn_running=config.bn_running, stem_relu=config.stem_relu, image_size=(config.height, config.width),
-        seed=config.seed,
+        bn_running=config.bn_running, stem_relu=config.stem_relu, drop_path=config.drop_path,
+        image_size=(config.height, config.width), seed=config.seed,
     )  # fmt: skip
     return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
