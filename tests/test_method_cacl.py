@@ -147,6 +147,8 @@ def test_the_second_view_is_grey_and_drawn_apart():
     std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     levels = [view * std + mean for view in shown]
     assert (levels[0][0] - levels[0][1]).abs().max() > 0.1
+    without = CACL(CACLConfig(height=32, width=16, grey=False), Images(4)).views()
+    assert without[0] == without[1] == colour
     assert (levels[1] - levels[1][:1]).abs().max() < 0.5  # all but an erased patch, whose fill has a colour
     assert ((levels[1] - levels[1][:1]).abs().amax(dim=0) < 1e-5).float().mean() > 0.5
 
@@ -164,8 +166,8 @@ def test_the_grey_memory_starts_from_grey_images_or_as_published(seed):
     shown = SeesGrey(nn.Identity(), normalize)(colour)
     assert (shown - grey).abs().max() < 0.5 / 255 / 0.224 + 1e-5
 
-    for compat in (False, True):
-        recipe = CACL(CACLConfig(compat=compat), Images(4))
+    for settings in ({}, {"compat": True}, {"grey": False}):
+        recipe = CACL(CACLConfig(**settings), Images(4))
         recipe.build(build_model("resnet10", pooling="avg", weights=None, seed=0))
 
         def extract(network):
@@ -174,7 +176,7 @@ def test_the_grey_memory_starts_from_grey_images_or_as_published(seed):
 
         recipe.features(extract, epoch=0)
         same = torch.equal(recipe.networks["memory"].features, recipe.networks["grey_memory"].features)
-        assert same is compat  # both networks start equal, so what differs is what they were shown
+        assert same is bool(settings)  # both networks start equal, so what differs is what they were shown
 
 
 def test_networks_share_no_weight_and_the_predictor_reads_the_pooled_feature():

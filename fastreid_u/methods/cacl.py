@@ -49,6 +49,7 @@ class CACLConfig(Config):
         choices=("official", "mean_to_cluster", "none"),
     )
     ratio: float = option(1.0, "factor on a tight part's score in the refinement; more dissolves more", source=CODE)
+    grey: bool = option(True, "show the second network grey images; without it, another colour view", source=PAPER)
     pair_weight: float = option(1.0, "weight of agreeing with the grey view of the same image", source=PAPER)
     cluster_weight: float = option(1.0, "weight of agreeing with the grey mean of the same cluster", source=PAPER)
     batch_size: int = option(64, "images per step", source=CODE, flags=("-b",))
@@ -138,7 +139,7 @@ class CACL(Recipe):
 
         c = self.config
         shared = dict(erase=c.erase, color_jitter=c.color_jitter, **c.pixel_statistics())
-        return tuple(train_transform(c.height, c.width, grey=grey, **shared) for grey in (0.0, 1.0))
+        return tuple(train_transform(c.height, c.width, grey=grey, **shared) for grey in (0.0, float(c.grey)))
 
     def features(self, extract: Extract, epoch: int) -> Tensor:
         from fastreid_u.data.transforms import Normalize
@@ -146,7 +147,7 @@ class CACL(Recipe):
         rows = self.networks["memory"].features
         if epoch == 0:
             grey = self.networks["grey"]
-            if not self.config.compat:  # published code starts the grey memory from colour images
+            if self.config.grey and not self.config.compat:  # published code starts the grey memory from colour images
                 grey = SeesGrey(grey, Normalize(**self.config.pixel_statistics())).to(rows.device)
             rows.copy_(extract(self.model).nan_to_num(0.0))
             self.networks["grey_memory"].features.copy_(extract(grey).nan_to_num(0.0))
