@@ -103,6 +103,7 @@ class Recipe(ABC):
     Config: ClassVar[type[Config]] = Config
     needs_cameras: ClassVar[bool] = False
     uses_source: ClassVar[bool] = False
+    source_dials: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # of a source's reader, by name, unless the user says
 
     def __init__(self, config: Config, images: Images, source: Images | None = None) -> None:
         self.config = config

@@ -92,6 +92,18 @@ def tiny_world(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory):
+    """Another such world, of other people and cameras, to learn from with labels."""
+    from fastreid_u.data.synthetic import SyntheticConfig, generate
+
+    dials = SyntheticConfig(
+        train_ids=6, test_ids=1, cameras=2, images_per_camera=4, camera_presence=1.0, distractors=0, height=64,
+        width=32, seed=1,
+    )  # fmt: skip
+    return generate(dials, tmp_path_factory.mktemp("source"), workers=1)
+
+
+@pytest.fixture(scope="session")
 def jpeg(tmp_path_factory):
     path = tmp_path_factory.mktemp("jpeg") / "crop.jpg"
     Image.new("RGB", (4, 8), (90, 60, 30)).save(path)

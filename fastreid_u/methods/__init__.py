@@ -16,10 +16,14 @@ from fastreid_u.recipe import Recipe
 
 _CLASSES = {
     "bmw": "BMW",
+    "cacl": "CACL",
     "cluster_contrast": "ClusterContrast",
     "cluster_contrast_infomap": "ClusterContrastInfomap",
+    "cluster_contrast_uda": "ClusterContrastUDA",
     "csa_hps": "CSAHPS",
     "dccc": "DCCC",
+    "spcl": "SpCL",
+    "spcl_uda": "SpCLUDA",
     "vit_cluster_contrast": "ViTClusterContrast",
 }
 
