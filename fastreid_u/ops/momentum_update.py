@@ -82,7 +82,7 @@ def momentum_update_(
     Returns:
         ``memory``. Rows that no target names keep their bits; a row whose new length is 0 becomes zeros. The bits of a
         moved row depend on that row and its own samples only, not on the rest of the batch ("push": and on m').
-        Extra memory: on a GPU none, but for "push" 4 B D + B C / 2 bytes.
+        Extra memory: on a GPU none, but for "push" 4 B D + B C / 4 bytes.
 
     Raises:
         TypeError, ValueError: wrong type, shape or value, a memory that requires grad, an argument of another rule.
