@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64", "int32": "i32"}
+NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64", "int32": "i32", "bool": "i1"}
 STEP = {
     "_cluster_nce_logits_kernel",
     "_cluster_nce_loss_kernel",
@@ -85,6 +85,17 @@ def recorded_launches(tiles: dict) -> list[tuple]:
     del launches[-2]  # the small kernel between the two big ones does not depend on the dtype
     loss(64, 20_000, 384, torch.float32, weight=torch.zeros(64, device="meta"))
     del launches[-4:-2]  # the backward splits the classes and finishes in a kernel of its own
+    for dtype in (torch.float32, torch.float16):
+        b, c, d = 256, 700, 2048
+        every_option = {
+            "teacher": torch.zeros(b, d, dtype=dtype, device="meta"), "teacher_weight": torch.zeros(b, device="meta"),
+            "smoothing": torch.zeros(b, device="meta"), "extra_target": torch.zeros(b, c, device="meta"),
+            "extra_weight": torch.zeros(b, device="meta"), "class_mask": torch.zeros(c, dtype=torch.bool, device="meta"),
+        }  # fmt: skip
+        loss(b, c, d, dtype, trained=True, focal=2.0, weight=torch.zeros(b, device="meta"), **every_option)
+    del launches[-3]  # the small kernel again
+    mask = {"class_mask": torch.zeros(20_000, dtype=torch.bool, device="meta")}
+    loss(64, 20_000, 2048, torch.float32, trained=True, focal=4.0, epsilon=1e-6, **mask)
     for rule in ("sequential", "hard"):
         memory, x = torch.zeros(700, 2048, device="meta"), torch.zeros(256, 2048, device="meta")
         targets = torch.zeros(256, dtype=torch.int64, device="meta")

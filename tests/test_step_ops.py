@@ -17,7 +17,12 @@ from fastreid_u.reference.cluster_nce import cluster_nce as reference_nce
 from fastreid_u.reference.momentum_update import momentum_update_ as reference_update
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DEFAULTS = {"temperature": 0.05, "normalize": True, "weight": None, "ignore_index": -1, "reduction": "mean"}
+DEFAULTS = {
+    "temperature": 0.05, "normalize": True, "teacher": None, "teacher_weight": None, "teacher_temperature": None,
+    "smoothing": 0.0, "extra_target": None, "extra_weight": None, "focal": 0.0, "epsilon": 0.0, "class_mask": None,
+    "weight": None, "ignore_index": -1, "reduction": "mean",
+}  # fmt: skip
+PLAIN = (None,) * 3 + ([0.0, 0.0, 0.0], 0.1, 0.1, 0.0, 0.0, True, -1)
 
 
 def batch(b=9, c=13, d=6, dtype=torch.float32, device=DEVICE):
@@ -40,16 +45,31 @@ def test_opcheck_nce(trained, reduction, lean):
     x, targets, memory = batch()
     x.requires_grad_()
     memory.requires_grad_(trained)
-    arguments = (x, targets, memory, torch.rand(9, device=DEVICE), 0.1, True, -1, reduction, lean)
+    arguments = (x, targets, memory, None, None, None, torch.rand(9, device=DEVICE), *PLAIN, reduction, lean)
     torch.library.opcheck(_cluster_nce, arguments)
 
 
 def test_opcheck_nce_backward():
     x, targets, memory = batch()
-    loss, stats, logits = _cluster_nce(x, targets, memory, None, 0.1, True, -1, "mean", False)
+    loss, stats, logits = _cluster_nce(x, targets, memory, None, None, None, None, *PLAIN, "mean", False)
     for needs in ((True, False), (False, True), (True, True)):
-        arguments = (torch.ones_like(loss), x, targets, memory, stats, logits, 0.1, True, -1, *needs)
-        torch.library.opcheck(_cluster_nce_backward, arguments)
+        arguments = (
+            torch.ones_like(loss),
+            x,
+            targets,
+            memory,
+            None,
+            None,
+            None,
+            stats,
+            logits,
+            0.1,
+            0.1,
+            False,
+            True,
+            -1,
+        )
+        torch.library.opcheck(_cluster_nce_backward, (*arguments, *needs))
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 # What the bits of a flag mean; the kernels know them by the same numbers.
-MEANING = {1: "targets must lie in [0, C), got one outside", 2: "x must be finite, got NaN or infinity"}
+MEANING = {
+    1: "targets must lie in [0, C), got one outside",
+    2: "x must be finite, got NaN or infinity",
+    4: "targets must be True in class_mask, got one that is masked",
+}
 
 _flags: dict[tuple[str, torch.device], Tensor] = {}
 
