@@ -314,3 +314,34 @@ def test_rejects(change, error, message):
     with pytest.raises(error, match=f"momentum_update_: {message}"):
         update.momentum_update_(**arguments)
     assert (arguments["memory"] == 1).all()
+
+
+@pytest.mark.parametrize("rule", update.RULES)
+def test_one_launch_and_nothing_read_back(monkeypatch, rule):
+    """Meta tensors refuse every read by the host; "push" looks for the other rows in a launch of its own."""
+    launched, scratch, empty = [], [], torch.empty
+
+    class Counted:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launched.append(self.name)
+
+    def counted(*args, **kwargs):
+        scratch.append(empty(*args, **kwargs).nbytes)
+        return empty(*args, **kwargs)
+
+    for name in [name for name in vars(update) if name.endswith("_kernel")]:
+        monkeypatch.setattr(update, name, Counted(name))
+    x, memory = torch.zeros(256, 2048, device="meta"), torch.zeros(700, 2048, device="meta")
+    targets, ids = (torch.zeros(n, dtype=torch.int64, device="meta") for n in (256, 700))
+    settings = {"weight_temperature": 0.1, "index": ids, "found_inf": torch.zeros(1, device="meta")}
+    if rule == "row":
+        settings |= {"labels": ids, "cluster_sizes": ids, "cluster_means": torch.zeros(700, 2048, device="meta")}
+    monkeypatch.setattr(torch, "empty", counted)
+    monkeypatch.delattr(torch, "zeros")  # it would be a launch that is not counted
+    update.momentum_update_(memory, x, targets, rule=rule, **settings)
+    kernel = "_row_update_kernel" if rule == "row" else "_momentum_update_kernel"
+    assert launched == (["_nearest_other_kernel", kernel] if rule == "push" else [kernel])
+    assert sum(scratch) == (4 * 256 * 2048 + 8 * 256 * 22 if rule == "push" else 0)
