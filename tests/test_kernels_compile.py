@@ -92,7 +92,8 @@ def recorded_launches(tiles: dict) -> list[tuple]:
         every_option = {
             "teacher": torch.zeros(b, d, dtype=dtype, device="meta"), "teacher_weight": torch.zeros(b, device="meta"),
             "smoothing": torch.zeros(b, device="meta"), "extra_target": torch.zeros(b, c, device="meta"),
-            "extra_weight": torch.zeros(b, device="meta"), "class_mask": torch.zeros(c, dtype=torch.bool, device="meta"),
+            "extra_weight": torch.zeros(b, device="meta"),
+            "class_mask": torch.zeros(c, dtype=torch.bool, device="meta"),
         }  # fmt: skip
         loss(b, c, d, dtype, trained=True, focal=2.0, weight=torch.zeros(b, device="meta"), **every_option)
     del launches[-3]  # the small kernel again
