@@ -320,6 +320,7 @@ ROW = {"rule": "row", "labels": [0, 0, 0, 0, 1, 1], "cluster_sizes": [4, 2], "cl
             "x must be finite",
         ),
         ({"x": torch.ones(2, 5, device="meta")}, ValueError, "x must be on cpu like memory, got meta"),
+        ({"found_inf": torch.zeros(1, device="meta")}, ValueError, "found_inf must be on cpu like memory, got meta"),
         ({"memory": torch.zeros(0, 5)}, ValueError, r"targets must lie in \[0, 0\), got"),
         ({"x": torch.tensor([[1.0] * 5, [torch.nan] * 5])}, ValueError, "x must be finite, .*first: row 1"),
     ],
