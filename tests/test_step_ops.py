@@ -154,6 +154,27 @@ def test_compiles_whole_with_one_recompilation_for_five_shapes(side):
     assert max(counter.frame_count for counter in counters) <= 2
 
 
+@pytest.mark.parametrize("rule", ["weighted", "index", "row", "push"])
+def test_every_rule_compiles_whole(rule):
+    x, targets, memory = batch()
+    settings = {"rule": rule, "found_inf": torch.zeros(1, device=DEVICE)}
+    if rule == "weighted":
+        settings["weight_temperature"] = 0.1
+    if rule == "index":
+        settings["index"] = torch.full((13,), -1, device=DEVICE)
+        settings["index"][targets.max()] = targets.argmax()
+    if rule == "row":
+        labels = torch.arange(13, device=DEVICE) % 4
+        settings |= {"labels": labels, "cluster_sizes": labels.bincount(), "cluster_means": memory[:4].clone()}
+    torch._dynamo.reset()
+    expected = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in settings.items()}
+    rows = momentum_update_(memory.clone(), x, targets, **expected)
+    compiled = torch.compile(lambda *args: momentum_update_(*args, **settings), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(memory, x, targets), rows)
+    if rule == "row":
+        assert torch.equal(settings["cluster_means"], expected["cluster_means"])
+
+
 def test_a_compiled_update_still_checks_its_targets():
     x, targets, memory = batch(device="cpu")
     before = memory.clone()
