@@ -83,6 +83,7 @@ def test_methods_is_a_list_and_a_package():
     import fastreid_u.methods.cluster_contrast  # binds the package to the name, as any training does
 
     assert "cluster_contrast" in fastreid_u.methods()
+    assert fastreid_u.methods() == sorted(fastreid_u.methods())
     assert get_method("cluster_contrast") is ClusterContrast
     assert get_method(ClusterContrast) is ClusterContrast
 

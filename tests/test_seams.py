@@ -2,7 +2,9 @@
 """What a method can ask of the engine beyond one network and one view: tried with a method that asks for all of it."""
 
 import copy
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import fastreid_u
-from fastreid_u.config import option
+from fastreid_u.config import load_toml, option
 from fastreid_u.data import load_dataset, test_transform
 from fastreid_u.engine import fit, loop
 from fastreid_u.methods import get_method
@@ -221,3 +223,18 @@ def test_a_method_in_a_file_of_ones_own(tmp_path):
         get_method(f"{file}:Skaled")
     with pytest.raises(FileNotFoundError, match="must name a file that exists"):
         get_method("nowhere.py:Scaled")
+
+
+def test_the_method_that_the_docs_show_trains_from_the_command_line(tiny_world, tmp_path):
+    from fastreid_u.cli import main
+
+    docs = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", docs[docs.index("## Your own") :], re.DOTALL)
+    (tmp_path / "two_views.py").write_text(code, encoding="utf-8")
+    told = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items() if not isinstance(value, bool)]
+    folder = tmp_path / "run"
+    given = [str(tiny_world), "--method", f"{tmp_path / 'two_views.py'}:TwoViews", "--logs-dir", str(folder), "--quiet"]
+    assert main(["train", *given, "--consistency", "1.0", *told]) == 0
+    stored = load_toml((folder / "config.toml").read_text(encoding="utf-8"))
+    assert stored["config"]["consistency"] == 1.0
+    assert stored["run"]["method"] == "two_views"

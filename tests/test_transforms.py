@@ -188,6 +188,7 @@ def test_views_hold_the_published_steps():
     assert names(grey_transform()) == ["Grey", "Flip", "PadCrop", "Normalize", "Erase"]
     assert names(test_transform()) == ["Normalize"]
     assert strong_transform().steps[-1].p == 0.6
+    assert train_transform(erase_aspect=(0.3, 3.0)).steps[-1].aspect == (0.3, 3.0)
     assert train_transform().steps[-1] == Erase(0.5, (0.02, 0.4), (0.3, 1 / 0.3), IMAGENET_MEAN, 100)
     assert (train_transform().height, train_transform().width) == (256, 128)
 

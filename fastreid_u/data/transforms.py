@@ -180,6 +180,7 @@ def train_transform(
     pad: int = 10,
     erase: float = 0.5,
     erase_area: tuple[float, float] = (0.02, 0.4),
+    erase_aspect: tuple[float, float] = (0.3, 1 / 0.3),
     erase_fill: tuple[float, float, float] = IMAGENET_MEAN,
     color_jitter: float = 0.0,
     grey: float = 0.0,
@@ -195,6 +196,7 @@ def train_transform(
         pad: largest shift in pixels, filled with black.
         erase: probability of random erasing (ICE 0.6).
         erase_area: range of the erased fraction (CAP (0.02, 0.2)).
+        erase_aspect: range of the erased rectangle's height over width (CAP (0.3, 3)).
         erase_fill: what is written, in normalised units; (0, 0, 0) is the data mean.
         color_jitter: strength of brightness, contrast and saturation jitter.
         grey: probability of a grey image.
@@ -217,7 +219,7 @@ def train_transform(
         (pad, PadCrop(pad)),
         (blur, Blur(blur)),
         (1.0, Normalize(mean, std)),
-        (erase, Erase(erase, area=erase_area, fill=erase_fill)),
+        (erase, Erase(erase, area=erase_area, aspect=erase_aspect, fill=erase_fill)),
     ]
     return View(height, width, tuple(step for strength, step in steps if strength > 0))
 

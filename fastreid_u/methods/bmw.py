@@ -9,12 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from fastreid_u.config import RENDERED, option
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
-from fastreid_u.ops.momentum_update import momentum_update_
-from fastreid_u.recipe import Batch
 
 LOG = "published Market-1501 log (79c75fd)"
 CODE = "published code (79c75fd)"
@@ -53,10 +49,7 @@ class BMW(ClusterContrast):
     title = "BMW"
     Config = BMWConfig
 
-    def update(self, x: Tensor, batch: Batch) -> None:
-        config = self.config
+    def update_rule(self) -> dict[str, Any]:
         # Published code moves one row after the other, so that a row may be pushed from one that has moved already.
-        rule = "push_sequential" if config.compat else "push"
-        momentum_update_(
-            self.memory.features, x, batch.targets, momentum=config.momentum, rule=rule, push_weight=config.push_weight
-        )
+        rule = "push_sequential" if self.config.compat else "push"
+        return {"rule": rule, "push_weight": self.config.push_weight}

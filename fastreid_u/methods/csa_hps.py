@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastreid_u.config import RENDERED, option
-from fastreid_u.memory import ClusterMemory
+from fastreid_u.memory.gather import gather_in_rank_order
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
-from fastreid_u.ops.momentum_update import momentum_update_
 from fastreid_u.ops.segment_attention import segment_attention
 from fastreid_u.ops.segments import segment_sum
 from fastreid_u.recipe import Batch
@@ -98,30 +97,27 @@ class CSAHPS(ClusterContrast):
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]  # the attention has its own optimiser
 
-    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> None:
+    def prototypes(self, features: Tensor, labels: Tensor, epoch: int) -> Tensor:
         config, aggregation = self.config, self.networks["aggregation"]
-        kept = labels >= 0
-        features, labels = F.normalize(features[kept], dim=1), labels[kept]
         train_aggregation(
             aggregation, features, labels, steps=config.saa_steps, lr=config.saa_lr, noise=config.saa_noise,
             temperature=config.temp, seed=(config.seed, epoch),
         )  # fmt: skip
         with torch.no_grad():
-            prototypes = aggregation(features, labels)
-        self.memory = ClusterMemory.from_centroids(
-            prototypes, temp=config.temp, momentum=config.momentum, use_hard=config.update_rule == "hard"
-        )
+            return aggregation(features, labels)
+
+    def update_rule(self) -> dict[str, Any]:
+        return {"rule": {"dispersed": "index"}.get(self.config.update_rule, self.config.update_rule)}
 
     def update(self, x: Tensor, batch: Batch) -> None:
         if self.config.update_rule != "dispersed":
             super().update(x, batch)
             return
+        x, targets = gather_in_rank_order(x, batch.targets)
         with torch.no_grad():
-            received = self.networks["aggregation"].received(x, batch.targets).mean(dim=1)
-        index = least_attended(received, batch.targets, len(self.memory.features))
-        momentum_update_(
-            self.memory.features, x, batch.targets, momentum=self.config.momentum, rule="index", index=index
-        )
+            received = self.networks["aggregation"].received(x, targets).mean(dim=1)
+        index = least_attended(received, targets, len(self.memory.features))
+        self.memory.update_(x, targets, index=index)
 
 
 def least_attended(received: Tensor, targets: Tensor, classes: int) -> Tensor:

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 
 from fastreid_u.config import RENDERED, option
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
-from fastreid_u.ops.cluster_nce import cluster_nce
 from fastreid_u.ops.ema import ema_update_
-from fastreid_u.ops.momentum_update import momentum_update_
 from fastreid_u.recipe import Batch
 
 COMMANDS = "published training commands (102d8ef)"
@@ -129,17 +127,17 @@ class DCCC(ClusterContrast):
             teacher = self.networks["teacher"](batch.views[1])
         return self.model(batch.images), teacher
 
+    def update_rule(self) -> dict[str, Any]:
+        weighted = self.config.update_rule == "weighted"
+        return {"rule": self.config.update_rule, "weight_temperature": self.config.tau_w if weighted else None}
+
     def loss(self, x: tuple[Tensor, ...], batch: Batch) -> Tensor:
         student, *teacher = x
         soft = {"teacher": teacher[0], "teacher_weight": self.config.teacher_weight} if teacher else {}
-        return cluster_nce(student, batch.targets, self.memory.features, temperature=self.config.temp, **soft)
+        return self.memory.loss(student, batch.targets, **soft)
 
     def update(self, x: tuple[Tensor, ...], batch: Batch) -> None:
-        config = self.config
-        weighting = {"weight_temperature": config.tau_w} if config.update_rule == "weighted" else {}
-        momentum_update_(
-            self.memory.features, x[0], batch.targets, momentum=config.momentum, rule=config.update_rule, **weighting
-        )
+        super().update(x[0], batch)
 
     def after_step(self) -> None:
         if self.config.teacher_weight:

@@ -3,8 +3,8 @@
 
 Understood: torchvision, IBN-Net and timm files, checkpoints of this library, checkpoints of the Re-ID code bases that
 descend from SpCL (``base.0`` ... ``gap.p``, ``feat_bn``), transformers of DINO and TransReID-SSL; bare or inside a
-``state_dict`` or ``teacher`` entry, with or without the ``module.`` that DataParallel puts before every name. Nothing in
-a file is executed: safetensors, or torch's restricted unpickler.
+``state_dict`` or ``teacher`` entry, with or without the ``module.`` that DataParallel puts before every name. Nothing
+in a file is executed: safetensors, or torch's restricted unpickler.
 """
 
 import pickle

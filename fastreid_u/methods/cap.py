@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CAP: every cluster is split by camera into proxies, and learned within cameras first, then between them.
+
+Wang, Lai, Huang, Gong, Hua: Camera-aware Proxies for Unsupervised Person Re-Identification, AAAI 2021 (arXiv
+2012.10674). What it adds to the family: images of one person differ more from camera to camera than images of one
+camera differ from person to person, so a cluster is remembered as one row per camera, and pulled together across them.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from fastreid_u.config import RENDERED, Config, option
+from fastreid_u.memory import ProxyMemory
+from fastreid_u.recipe import Batch, Recipe
+
+if TYPE_CHECKING:
+    from fastreid_u.data import View
+
+CODE = "published code (4a04fef)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CAPConfig(Config):
+    """Defaults are those of the published code, which runs on one GPU."""
+
+    temp: float = option(0.07, "temperature of the softmax over proxies", source=CODE)
+    momentum: float = option(0.2, "weight of the old proxy in an update", source=CODE)
+    inter_weight: float = option(0.5, "factor of the loss between cameras", source=CODE)
+    inter_start: int = option(5, "first epoch, from 0, with the loss between cameras", source=CODE)
+    hard_negatives: int = option(50, "proxies of other clusters in the loss between cameras", source=CODE)
+    eps: float = option(0.5, "DBSCAN radius in Jaccard distance", source=CODE)
+    k1: int = option(20, "neighbours per k-reciprocal list, itself included", source=CODE)
+    stem_relu: bool = option(False, "ReLU after a ResNet's stem; published runs have none", source=CODE)
+    batch_size: int = option(32, "images per step", source=CODE, flags=("-b",))
+    num_instances: int = option(4, "images per proxy in a batch", source=CODE)
+    iters: int = option(0, "steps per epoch; 0 = as many as the clustered images fill batches", source=CODE)
+    warmup_epochs: int = option(10, "epochs over which the learning rate rises linearly to lr", source=CODE)
+    warmup_factor: float = option(0.01, "share of lr in the first warm-up epoch", source=CODE)
+
+    PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "synthetic": {**RENDERED, "inter_start": 2},
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, holds, words in (
+            ("temp", self.temp > 0, "be positive"),
+            ("momentum", 0 <= self.momentum <= 1, "lie in [0, 1]"),
+            ("inter_weight", self.inter_weight >= 0, "be 0 or more"),
+            ("inter_start", self.inter_start >= 0, "be 0 or more"),
+            ("hard_negatives", self.hard_negatives >= 1, "be at least 1"),
+        ):
+            if not holds:
+                raise ValueError(f"config: {name} must {words}, got {getattr(self, name)!r}")
+
+
+class CAP(Recipe):
+    name = "cap"
+    title = "CAP"
+    Config = CAPConfig
+    needs_cameras = True
+
+    def views(self) -> "tuple[View, ...]":
+        from fastreid_u.data import train_transform
+
+        c = self.config
+        view = train_transform(
+            c.height, c.width, erase=c.erase, erase_area=(0.02, 0.2), erase_aspect=(0.3, 3.0),
+            color_jitter=c.color_jitter, **c.pixel_statistics(),
+        )  # fmt: skip
+        return (view,)
+
+    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> None:
+        c = self.config
+        kept = labels >= 0
+        self.memory = ProxyMemory.from_features(
+            features[kept],
+            labels[kept],
+            self.images.camids.to(labels.device)[kept],
+            temp=c.temp,
+            momentum=c.momentum,
+            inter_weight=c.inter_weight if epoch >= c.inter_start else 0.0,
+            hard_negatives=c.hard_negatives,
+            reduction="camera",
+            compat=c.compat,
+        )
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """Rows of the memory: what is drawn, and what is learned, are proxies."""
+        return self.memory.rows(labels, self.images.camids)
+
+    def order(self, labels: Tensor, epoch: int) -> Iterable[int]:
+        from fastreid_u.data.samplers import ClassUniformly, iterations
+
+        c = self.config
+        sampler = ClassUniformly(labels.tolist(), c.num_instances, seed=c.seed, epoch=epoch)
+        iters = c.iters or max(1, int((labels >= 0).sum()) // c.batch_size)
+        return list(iterations(sampler, iters, c.batch_size))
+
+    def loss(self, x: Tensor, batch: Batch) -> Tensor:
+        return self.memory.loss(x, batch.targets)
+
+    def update(self, x: Tensor, batch: Batch) -> None:
+        self.memory.update_(x, batch.targets)

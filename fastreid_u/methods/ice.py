@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ICE: beside clusters and cameras, the images of a batch teach each other, through an averaged network.
+
+Chen, Lagadec, Bremond: ICE: Inter-instance Contrastive Encoding for Unsupervised Person Re-identification, ICCV 2021
+(arXiv 2103.16364). What it adds to the family: pseudo-labels say what is alike, not how alike. A sample is pulled to
+the hardest of its cluster in the batch, and a distorted view has to relate to the batch as the teacher, an average of
+the network over its steps, relates plain ones.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastreid_u.config import RENDERED, Config, option
+from fastreid_u.losses import consistency_kl, hard_instance_nce
+from fastreid_u.memory import ProxyMemory
+from fastreid_u.ops.centroids import cluster_centroids
+from fastreid_u.ops.cluster_nce import cluster_nce
+from fastreid_u.ops.ema import ema_update_
+from fastreid_u.recipe import Batch, Extract, Images, Recipe
+
+if TYPE_CHECKING:
+    from fastreid_u.data import View
+    from fastreid_u.models import ReIDModel
+
+CODE = "published code (a206eb9)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ICEConfig(Config):
+    """Defaults are those of the published code, on 4 GPUs emulated by ``bn_group``."""
+
+    temp: float = option(0.5, "temperature over clusters, of features that are not scaled to 1", source=CODE)
+    smoothing: float = option(0.1, "share of the target spread over all clusters", source=CODE)
+    hard_weight: float = option(1.0, "factor of the loss towards the hardest image of the own cluster", source=CODE)
+    hard_temp: float = option(0.1, "its temperature", source=CODE)
+    soft_weight: float = option(10.0, "factor of the divergence between strong and weak views", source=CODE)
+    soft_temp: float = option(0.4, "its temperature", source=CODE)
+    camera_weight: float = option(0.5, "factor of the loss between cameras; 0 is the agnostic ICE", source=CODE)
+    camera_temp: float = option(0.07, "its temperature", source=CODE)
+    hard_negatives: int = option(50, "proxies of other clusters in the loss between cameras", source=CODE)
+    alpha: float = option(0.999, "weight of the old teacher after a step", source=CODE)
+    eps: float = option(0.55, "DBSCAN radius in Jaccard distance", source=CODE)
+    erase: float = option(0.6, "probability of random erasing in the strong views", source=CODE)
+    blur: float = option(0.5, "probability of a Gaussian blur in the strong views", source=CODE)
+    bn_group: int | None = option(8, "images per BatchNorm group in training", source="32 images on 4 GPUs")
+    batch_size: int = option(32, "images per step", source=CODE, flags=("-b",))
+    num_instances: int = option(4, "images per cluster in a batch", source=CODE)
+    epochs: int = option(40, "epochs; labels are made anew in each", source=CODE)
+    step_size: int = option(0, "epochs between learning-rate drops; 0 = never", source=CODE)
+    warmup_epochs: int = option(10, "epochs over which the learning rate rises linearly to lr", source=CODE)
+    warmup_factor: float = option(0.1, "share of lr in the first warm-up epoch", source=CODE)
+    eval_step: int = option(1, "epochs between evaluations", source=CODE)
+
+    PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # 540 steps in all: a teacher that takes a thousand to follow would never arrive
+        "synthetic": {**RENDERED, "alpha": 0.98, "blur": 0.0, "warmup_epochs": 0},
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rules = [(f"{name}_temp", lambda v: v > 0, "be positive") for name in ("hard", "soft", "camera")]
+        rules += [(f"{name}_weight", lambda v: v >= 0, "be 0 or more") for name in ("hard", "soft", "camera")]
+        rules += [(name, lambda v: 0 <= v <= 1, "lie in [0, 1]") for name in ("smoothing", "alpha", "blur")]
+        rules += [("temp", lambda v: v > 0, "be positive"), ("hard_negatives", lambda v: v >= 1, "be at least 1")]
+        for name, holds, words in rules:
+            if not holds(getattr(self, name)):
+                raise ValueError(f"config: {name} must {words}, got {getattr(self, name)!r}")
+
+
+class ICE(Recipe):
+    name = "ice"
+    title = "ICE"
+    Config = ICEConfig
+
+    def __init__(self, config: ICEConfig, images: Images, source: Images | None = None) -> None:
+        super().__init__(config, images, source)
+        if config.camera_weight > 0 and images.camids is None:
+            raise ValueError("train: method 'ice' needs camera ids, or camera_weight=0; these data have none")
+
+    def build(self, model: "ReIDModel") -> None:
+        super().build(model)
+        self.networks["teacher"] = copy.deepcopy(model).requires_grad_(False)
+
+    @property
+    def teacher(self) -> "ReIDModel":
+        """The average of the network over the steps so far: what is clustered, ranked and saved."""
+        return self.networks["teacher"]
+
+    def ranked(self) -> dict[str, nn.Module]:
+        return {"teacher": self.teacher}
+
+    def views(self) -> "tuple[View, ...]":
+        from fastreid_u.data import test_transform, train_transform
+
+        c = self.config
+        strong = train_transform(
+            c.height, c.width, erase=c.erase, blur=c.blur, color_jitter=c.color_jitter, **c.pixel_statistics()
+        )
+        return strong, strong, test_transform(c.height, c.width, **c.pixel_statistics())
+
+    def features(self, extract: Extract, epoch: int) -> Tensor:
+        return extract(self.teacher)
+
+    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> None:
+        """Means of the clusters, and one proxy per cluster and camera: both stay as they are all epoch."""
+        c = self.config
+        kept = labels >= 0
+        self.centres = cluster_centroids(features[kept], labels[kept], normalize=False)
+        self.shuffler = np.random.default_rng((c.seed, epoch, 2))
+        self.proxies = None
+        if c.camera_weight > 0:
+            self.proxies = ProxyMemory.from_features(
+                features[kept],
+                labels[kept],
+                self.images.camids.to(labels.device)[kept],
+                temp=c.camera_temp,
+                intra_weight=0.0,
+                inter_weight=c.camera_weight,
+                hard_negatives=c.hard_negatives,
+                reduction="camera",
+                compat=c.compat,
+            )
+            if c.compat:  # the published code scales the columns of the matrix, not its rows
+                self.proxies.features.copy_(F.normalize(self.proxies.features, dim=0))
+
+    def order(self, labels: Tensor, epoch: int) -> Iterable[int]:
+        from fastreid_u.data.samplers import MoreCamera
+
+        c = self.config
+        camids = self.images.camids
+        camids = [0] * len(labels) if c.no_cam or camids is None else camids.tolist()
+        return self.batches(MoreCamera(labels.tolist(), camids, c.num_instances, seed=c.seed, epoch=epoch))
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The network's first strong view, the teacher's second one and its weak one; (B, D) each, of any length."""
+        first, second, weak = batch.views
+        student = _before_scaling(self.model, first)
+        # Another order of the rows for the teacher, so that its BatchNorm groups are not those of the student.
+        order = torch.from_numpy(self.shuffler.permutation(len(first))).to(first.device)
+        back = order.argsort()
+        with torch.no_grad():
+            if self.config.compat:  # published code looks at this view too; only BatchNorm's averages notice
+                _before_scaling(self.teacher, first[order])
+            second, weak = (_before_scaling(self.teacher, view[order])[back] for view in (second, weak))
+        return student, second, weak
+
+    def loss(self, x: tuple[Tensor, Tensor, Tensor], batch: Batch) -> Tensor:
+        c = self.config
+        student, second, weak = x
+        clusters = cluster_nce(
+            student, batch.targets, self.centres, temperature=c.temp, normalize=False, smoothing=c.smoothing
+        )
+        hard = hard_instance_nce(student, second, batch.targets, temperature=c.hard_temp)
+        soft = consistency_kl(student, second, weak, temperature=c.soft_temp)
+        loss = clusters + c.hard_weight * hard + c.soft_weight * soft
+        if self.proxies is not None:
+            loss = loss + self.proxies.loss(student, self.proxies.rows(batch.targets, batch.camids))
+        return loss
+
+    def after_step(self) -> None:
+        ema_update_(self.teacher, self.model, self.config.alpha)
+
+
+def _before_scaling(network: "ReIDModel", images: Tensor) -> Tensor:
+    """(B, D) rows of the neck, not yet scaled to unit length."""
+    return network.neck(network.pool(network.feature_map(images)))
