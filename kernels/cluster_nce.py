@@ -502,6 +502,10 @@ def _cluster_nce_grad_memory_kernel(
 # and by bytes of a number, the largest that keep within the registers of sm_80, sm_90 and sm_100
 FORWARD_TILE = {4: (64, 64, 32, 8), 2: (64, 64, 64, 8)}
 BACKWARD_TILE = {4: (64, 32, 64, 8), 2: (64, 16, 64, 8)}
+# the same with a teacher or an extra target: more numbers to keep for each pair of a sample and a class
+DENSE_FORWARD_TILE = {4: (32, 64, 32, 8), 2: (32, 64, 64, 8)}
+DENSE_BACKWARD_TILE = {4: (64, 16, 64, 8), 2: (64, 16, 64, 8)}
+SUMS_TILE, DENSE_SUMS_TILE = 4096, 2048  # samples times splits that the loss kernel takes at a time
 PRECISIONS = {"fp32": "tf32x3", "tf32": "tf32"}  # tf32x3: three products of rounded halves, as accurate as float32
 
 
@@ -542,7 +546,9 @@ def cluster_nce_fwd(
         return loss.zero_(), stats, logits
     x, memory, targets = _rows(x), _rows(memory), targets.contiguous()
     teacher, extra = _rows(teacher) if has_teacher else x, _rows(extra_target) if has_extra else x
-    block_b, block_c, block_d, warps = FORWARD_TILE[_number_bytes(x, memory)]
+    dense = has_teacher or has_extra
+    tile = DENSE_FORWARD_TILE if dense else FORWARD_TILE
+    block_b, block_c, block_d, warps = tile[_number_bytes(x, memory)]
     tiles = triton.cdiv(triton.cdiv(c, block_c), MAX_SPLITS)
     splits = triton.cdiv(c, tiles * block_c)
     partial = torch.empty(SUMS.value * splits + 1, b, dtype=torch.float32, device=x.device)
@@ -565,7 +571,8 @@ def cluster_nce_fwd(
             TEACHER=has_teacher, UNIFORM=uniform, EXTRA=has_extra, FOCAL=focal > 0, EPSILON=epsilon > 0,
             TEACHER_EACH=isinstance(shares[0], torch.Tensor), SMOOTHING_EACH=isinstance(shares[1], torch.Tensor),
             EXTRA_EACH=isinstance(shares[2], torch.Tensor),
-            BLOCK_B=min(triton.next_power_of_2(b), 4096 // block_s), BLOCK_S=block_s, num_warps=8,
+            BLOCK_B=min(triton.next_power_of_2(b), (DENSE_SUMS_TILE if dense else SUMS_TILE) // block_s),
+            BLOCK_S=block_s, num_warps=8,
         )  # fmt: skip
     return loss, stats, logits
 
@@ -604,13 +611,16 @@ def cluster_nce_bwd(
     x, memory, targets = _rows(x), _rows(memory), targets.contiguous()
     teacher, extra = _rows(teacher) if has_teacher else x, _rows(extra_target) if has_extra else x
     scale, precision, stride_g = 1 / temperature, PRECISIONS[precision], grad.stride(0) if grad.ndim else 0
-    block_b, block_c, block_d, warps = BACKWARD_TILE[_number_bytes(x, memory)]
+    dense = has_teacher or has_extra
+    tile = DENSE_BACKWARD_TILE if dense else BACKWARD_TILE
+    block_b, block_c, block_d, warps = tile[_number_bytes(x, memory)]
     grid = triton.cdiv(b, block_b), triton.cdiv(d, block_d)
 
     lean = logits.shape[1] < c
     width = c
     if lean:
-        tile_b, tile_c, tile_d, tile_warps = FORWARD_TILE[_number_bytes(x, memory)]
+        tile = DENSE_FORWARD_TILE if dense else FORWARD_TILE
+        tile_b, tile_c, tile_d, tile_warps = tile[_number_bytes(x, memory)]
         width = min(c, max(LEAN_BYTES // (4 * len(logits)) // tile_c, 1) * tile_c)
         logits = torch.empty(len(logits), width, dtype=torch.float32, device=x.device)
     splits = min(triton.cdiv(96, grid[0] * grid[1]), triton.cdiv(width, 8 * block_c))

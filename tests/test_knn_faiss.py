@@ -62,6 +62,16 @@ def test_few_rows(n):
 
 
 @needs_faiss
+@pytest.mark.parametrize("kind", KINDS)
+def test_whoever_is_not_named_is_beyond_the_limit(kind):
+    x = data(kind, 300)
+    candidates, limit = module._exact(x.numpy(), None, 9)
+    sq_dist = (x.double()[:, None] - x.double()).square().sum(-1).numpy()
+    np.put_along_axis(sq_dist, candidates, np.inf, axis=1)
+    assert (sq_dist.min(axis=1) >= limit).all()
+
+
+@needs_faiss
 def test_rounding_in_doubt_is_searched_again(monkeypatch):
     asked = []
 

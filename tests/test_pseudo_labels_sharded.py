@@ -113,6 +113,26 @@ def test_shares_cover_the_work_once_and_fairly(work, world):
         assert (work[share.start : share.stop] + 1).sum() <= fair + (work + 1).max(initial=0)
 
 
+def test_collapsed_features_leave_nothing_to_walk(monkeypatch):
+    """Forests are merged before columns are compared: then one set holds all, and no column can tell cores apart."""
+    x = np.ones((240, 8), np.float32)
+    lists = np.concatenate([np.arange(240)[:, None], np.tile(np.arange(29), (240, 1))], axis=1).astype(np.int32)
+    walked = []
+    share = sharded.share_of_work
+
+    def watched(work, ranks):
+        walked.append(work)
+        return share(work, ranks)
+
+    monkeypatch.setattr(sharded, "share_of_work", watched)
+    for labels in Threads(3).run(lambda rank: sharded.pseudo_labels(x, lists, 6, [0.6], 4, rank)):
+        assert (labels == 0).all()
+    asked = [(len(work), int(work.sum()) > 0) for work in walked]
+    for what in ((0, False), (240, True), (240, False)):  # doubtful rows, columns, cores: on each of three ranks
+        assert asked.count(what) == 3
+    assert len(asked) == 9
+
+
 CASES = {
     "identities": dict(n=203),
     "identical": dict(n=50),

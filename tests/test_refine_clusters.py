@@ -107,6 +107,17 @@ def test_equals_the_n_by_n_form(clustered, number, rule):
     )
 
 
+def test_a_part_that_unites_two_whole_clusters(clustered):
+    """Neither is split, but for each point of one the other's are a change."""
+    x = clustered(60, 8)
+    labels = torch.arange(60) % 2
+    tight = torch.zeros_like(labels)
+    expected = refine_clusters(x, labels, tight, k1=15, backend="reference")
+    assert expected.tolist() == list(range(2, 62))
+    assert torch.equal(refine_clusters(x, labels, tight, k1=15), expected)
+    assert torch.equal(refine_clusters(x, labels, tight, k1=15, rule="mean_to_cluster"), labels)
+
+
 def test_sums_are_the_same_bits_on_every_path(clustered):
     """The pairs of a cluster that are beyond eps, and those that share nothing, count with their distance."""
     x = clustered(150, 12, spread=0.9)

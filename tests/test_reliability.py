@@ -79,6 +79,13 @@ def test_equal_quotients_of_different_counts_are_a_tie():
     assert found.labels[39:].tolist() == list(range(3, 9))
 
 
+def test_one_point_more_is_no_tie():
+    a = torch.zeros(1001, dtype=torch.int64)
+    tight = (torch.arange(1001) >= 500).long()
+    found = reliable_clusters(a, tight, a)
+    assert (found.labels == 0).tolist() == [False] * 500 + [True] * 501
+
+
 def test_threshold_is_that_of_the_first_epoch():
     rng = np.random.default_rng(0)
     a, loose = labelling(rng, 200, 10), labelling(rng, 200, 10)

@@ -128,22 +128,17 @@ def refine_clusters(
 
 
 def _wanted(labels: Tensor, tight: Tensor, rule: str) -> Tensor:
-    """Rows of the clusters and the parts that somebody's score depends on; all others stay where they are."""
-    both = shared_sizes(labels, tight)
+    """Rows that are asked about: all of the clusters that come in parts, and of the parts that reach over clusters.
+
+    The others are in a part that is their cluster, which stays.
+    """
     if rule == "none" or len(labels) == 0:
         return labels.new_empty(0)
+    both = shared_sizes(labels, tight)
     split = sizes(labels) != both
     if rule == "official":
         split |= sizes(tight) != both
-        split = _any(tight, split)[tight]
-    return _any(labels, split)[labels].nonzero().flatten()
-
-
-def _any(labels: Tensor, flag: Tensor) -> Tensor:
-    """(C,) whether any point of each class has ``flag``."""
-    found = torch.zeros(int(labels.max()) + 1, dtype=torch.bool, device=labels.device)
-    found[labels[flag]] = True
-    return found
+    return split.nonzero().flatten()
 
 
 def _scores(labels: Tensor, tight: Tensor, inside: Tensor, changed: Tensor, rule: str) -> tuple[Tensor, Tensor]:
