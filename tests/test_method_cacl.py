@@ -25,6 +25,10 @@ def network(width):
     return ReIDModel(backbone, nn.Identity(), arch="linear")
 
 
+def unit(*shape, number):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(number)), dim=-1)
+
+
 def recipe_with_memories(features, labels, **settings):
     recipe = CACL(CACLConfig(**settings), Images(len(features)))
     recipe.build(network(features.shape[1]))
@@ -76,6 +80,40 @@ def test_the_two_terms_between_the_branches_are_the_published_ones(golden):
         loss, gradient = between(*weights)
         assert loss - base == pytest.approx(float(file[f"loss_{name}"]), abs=2e-5)
         np.testing.assert_allclose(gradient, file[f"grad_{name}"], rtol=1e-4, atol=2e-6)
+
+
+def test_each_branch_has_its_own_memory_and_goals():
+    """The stored step shows the same rows to both; here colour, grey and both memories differ."""
+    labels, indices = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([1, 3, 3, 5])
+    images, greys = unit(6, 8, number=1), unit(6, 8, number=2)
+    recipe = recipe_with_memories(images, labels, temp=0.2, momentum=0.3, focal_gamma=2.0)
+    recipe.networks["grey_memory"].features.copy_(greys)
+    recipe.begin_epoch(images, labels, epoch=0)
+    x = Step(*(unit(4, 8, number=n).requires_grad_() for n in (3, 4, 5)))
+    batch = Batch(views=(), indices=indices, targets=labels[indices])
+    loss = recipe.loss(x, batch)
+    loss.backward()
+
+    def own(features, memory):
+        means = torch.stack([memory[labels == c].mean(dim=0) for c in range(3)])
+        p = (features @ means.T / 0.2).softmax(dim=1).gather(1, labels[indices][:, None])
+        return -((1 - p) ** 2 * (p + 1e-6).log()).mean(), F.normalize(means[labels[indices]])
+
+    y = Step(*(rows.detach().requires_grad_() for rows in x))
+    colour, _ = own(y.colour, images)
+    grey, goals = own(y.grey, greys)
+    expected = colour + grey - (y.predicted * (y.grey.detach() + goals)).sum(dim=1).mean()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    torch.testing.assert_close(x.colour.grad, y.colour.grad, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(x.grey.grad, y.grey.grad, atol=1e-5, rtol=1e-4)
+
+    recipe.update(Step(*(rows.detach() for rows in x)), batch)
+    for name, memory, features in (("memory", images, x.colour), ("grey_memory", greys, x.grey)):
+        after = memory.clone()
+        for row, feature in zip(indices.tolist(), features.detach(), strict=True):
+            after[row] = F.normalize(0.3 * after[row] + 0.7 * feature, dim=0)
+        torch.testing.assert_close(recipe.networks[name].features, after)
 
 
 @pytest.mark.parametrize("name", ["n260_eps0.6_gap0.02", "n330_eps0.6_gap0.1"])
@@ -246,6 +284,8 @@ def test_defaults_are_the_published_ones():
     assert (config.lr, config.weight_decay, config.step_size, config.seed) == (3.5e-4, 5e-4, 20, 111)
     assert (config.pooling_type, config.bn_group) == ("avg", None)
     assert get_method("cacl") is CACL
+    assert CACL.describe_labels(config).endswith("min_samples 4, refined by eps 0.58 (official)")
+    assert CACL.describe_labels(CACLConfig(refinement="none")).endswith("min_samples 4")
 
 
 def test_two_epochs(tiny_world, tmp_path):

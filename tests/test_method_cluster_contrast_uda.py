@@ -178,6 +178,9 @@ def test_defaults():
     )  # fmt: skip
     assert ClusterContrastUDAConfig.for_dataset("market1501").iters == 400
     assert get_method("cluster_contrast_uda") is ClusterContrastUDA
+    assert ClusterContrastUDA.describe_labels(config).endswith("min_samples 4")
+    trusting = ClusterContrastUDAConfig(reliability=True)
+    assert ClusterContrastUDA.describe_labels(trusting).endswith("clusters that eps -+ 0.02 agree with")
 
 
 def test_two_epochs_and_a_crash_between_them(tiny_world, tiny_source, tmp_path, monkeypatch):

@@ -165,6 +165,16 @@ def test_unclustered_images_are_classes_of_one_and_shown_once():
     assert sorted(set(once.order(targets, epoch=0)) & {4, 6, 8}) == [4, 6, 8]
 
 
+def test_small_and_few_clusters_fill_a_batch_by_repetition():
+    features = F.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
+    recipe = recipe_with_memory(features, batch_size=16, num_instances=4, iters=2)
+    targets = recipe.targets(torch.tensor([0, 0, 1, 1, -1, -1]))
+    with pytest.warns(RuntimeWarning, match="too few clusters to fill a batch of 16"):
+        shown = list(recipe.order(targets, epoch=0))
+    assert len(shown) == 32
+    assert set(shown) == set(range(6))
+
+
 def test_images_that_cannot_be_read_are_in_no_class():
     features = F.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
     features[2] = torch.nan
@@ -213,6 +223,7 @@ def test_defaults_are_the_published_ones():
     assert config.pooling_type == "avg"
     assert {SpCLConfig.for_dataset(name).iters for name in ("msmt17", "veri", "vehicleid", "vehiclex")} == {800}
     assert get_method("spcl") is SpCL
+    assert SpCL.describe_labels(config).endswith("eps 0.6, min_samples 4, clusters that eps -+ 0.02 agree with")
 
 
 SMALL = dict(

@@ -151,10 +151,11 @@ def test_each_domain_has_its_norms_and_the_target_is_evaluated():
     source = Batch(views=(images[1] + 3,), indices=torch.arange(8), targets=torch.zeros(8, dtype=torch.int64))
     batch = Batch(views=(images[0],), indices=torch.arange(8), targets=torch.zeros(8, dtype=torch.int64), source=source)
     own, labelled = made.forward(batch)
-    alone = build_model("resnet10", pooling="avg", weights=None, bn_group=4, seed=0).train()
-    torch.testing.assert_close(own, alone(images[0]))
-    torch.testing.assert_close(labelled, alone(images[1] + 3))
     neck = made.model.bnneck
+    for x, images_of, norm in ((own, images[0], neck.target), (labelled, images[1] + 3, neck.source)):
+        alone = build_model("resnet10", pooling="avg", weights=None, bn_group=4, seed=0).train()
+        torch.testing.assert_close(x, alone(images_of))
+        torch.testing.assert_close(norm.running_mean, alone.bnneck.running_mean)
     assert not torch.equal(neck.source.running_mean, neck.target.running_mean)
     ranked = made.ranked()["model"]
     assert torch.equal(ranked.bnneck.running_mean, neck.target.running_mean)

@@ -7,7 +7,7 @@ from typing import Any
 from fastreid_u.config import Config
 from fastreid_u.recipe import Recipe
 
-# Fields that say how a machine runs the recipe, not what the recipe is.
+# Fields that say how a machine runs the recipe, or on what, not what the recipe is.
 _MACHINE = {
     "workers",
     "cache_images",
@@ -17,6 +17,7 @@ _MACHINE = {
     "eval_step",
     "eval_initial",
     "eval_batch_size",
+    "source",
 }
 
 

@@ -123,6 +123,11 @@ class CACL(Recipe):
     title = "CACL"
     Config = CACLConfig
 
+    @classmethod
+    def describe_labels(cls, config: CACLConfig) -> str:
+        tight = f", refined by eps {config.eps - config.eps_gap:g} ({config.refinement})"
+        return super().describe_labels(config) + ("" if config.refinement == "none" else tight)
+
     def build(self, model: "ReIDModel") -> None:
         super().build(model)
         c = self.config

@@ -77,6 +77,10 @@ class ClusterContrastUDA(TwoDomains, SelfPaced, ClusterContrast):
     title = "SpCL + Cluster Contrast, domain adaptive"
     Config = ClusterContrastUDAConfig
 
+    @classmethod
+    def describe_labels(cls, config: ClusterContrastUDAConfig) -> str:
+        return super().describe_labels(config) if config.reliability else Recipe.describe_labels(config)
+
     def features(self, extract: Extract, epoch: int) -> Tensor:
         if epoch == 0 or self.config.source_refresh == "every_epoch":
             bn = "target" if self.config.compat else "source"  # OpenUnReID extracts with the target's statistics

@@ -71,6 +71,10 @@ class SelfPaced(Recipe):
 
     threshold: float | None = None  # least independence of a cluster, from the first epoch that has clusters
 
+    @classmethod
+    def describe_labels(cls, config: Config) -> str:
+        return f"{super().describe_labels(config)}, clusters that eps -+ {config.eps_gap} agree with"
+
     def cluster(self, features: Tensor, epoch: int) -> Tensor:
         c, eps = self.config, self.eps(epoch)
         found = reliable_clusters(

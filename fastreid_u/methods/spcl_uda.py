@@ -7,6 +7,7 @@ A source identity is one row of the memory, the target has a row per image, and 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -30,7 +31,7 @@ class TwoDomains(Recipe):
 
     source_dials: ClassVar[Mapping[str, Mapping[str, Any]]] = {"synthetic": {"seed": 50}}  # other people and cameras
 
-    @property
+    @cached_property
     def people(self) -> int:
         """P, how many identities the source has."""
         return int(self.source.pids.max()) + 1
