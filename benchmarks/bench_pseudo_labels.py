@@ -104,10 +104,10 @@ def bench_against_published(benchmark, size: str) -> None:
     x = features(n, d, torch.Generator().manual_seed(0))
     index = knn(x, K1)[1]
     expected, seconds = published(x, index)
-    labels_from(x[:100], index[:100] % 100, "numba")  # compiled before memory is looked at
-    labels, memory = with_peak(lambda: labels_from(x, index, "numba"))
+    labels_from(x[:100], index[:100] % 100, "cpp")  # compiled before memory is looked at
+    labels, memory = with_peak(lambda: labels_from(x, index, "cpp"))
     assert torch.equal(labels, expected)
-    benchmark.pedantic(labels_from, (x, index, "numba"), rounds=5)
+    benchmark.pedantic(labels_from, (x, index, "cpp"), rounds=5)
     benchmark.extra_info |= memory | {
         "n": n,
         "d": d,
@@ -130,8 +130,8 @@ def bench_large(benchmark, size: str) -> None:
         rows = (block == b).nonzero().flatten()
         alone = x[rows], torch.searchsorted(rows, index[rows])
         expected[b] = published(*alone)[0]
-        assert torch.equal(labels_from(*alone, "numba"), expected[b])
-    labels, memory = benchmark.pedantic(with_peak, (lambda: labels_from(x, index, "numba"),), rounds=1)
+        assert torch.equal(labels_from(*alone, "cpp"), expected[b])
+    labels, memory = benchmark.pedantic(with_peak, (lambda: labels_from(x, index, "cpp"),), rounds=1)
     for b, part in expected.items():
         assert torch.equal(renumbered(labels[block == b]), part)
     benchmark.extra_info |= memory | {
