@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastreid_u import _env
+from fastreid_u.ops._core import missing
 from fastreid_u.ops.knn import knn
 from fastreid_u.ops.pseudo_labels import pseudo_labels
 
@@ -142,3 +144,30 @@ def bench_large(benchmark, size: str) -> None:
         "noise": round(float((labels < 0).float().mean()), 3),
     }
     print(benchmark.extra_info)
+
+
+@pytest.mark.benchmark(group="pseudo_labels after knn, on a GPU")
+@pytest.mark.parametrize("name", ["cuda", "cupy", "triton"])
+@pytest.mark.parametrize("size", WITH_PUBLISHED)
+def bench_on_a_gpu(benchmark, size: str, name: str) -> None:
+    """Without a graph in CUDA, by nvcc or by CuPy, and by Triton's graph; labels equal to the CPU's first."""
+    if not _env.gpu().present or (name != "triton" and missing(name)):
+        pytest.skip(_env.gpu().detail if not _env.gpu().present else missing(name))
+    n, d = WITH_PUBLISHED[size]
+    x = features(n, d, torch.Generator().manual_seed(0))
+    index = knn(x, K1)[1]
+    expected = labels_from(x, index, "cpp")
+    on_gpu = x.cuda(), index.cuda(), name
+
+    def run() -> Tensor:
+        labels = labels_from(*on_gpu)
+        torch.cuda.synchronize()
+        return labels
+
+    assert torch.equal(run().cpu(), expected)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    extra = torch.cuda.max_memory_allocated() - before
+    benchmark(run)
+    benchmark.extra_info |= {"n": n, "d": d, "extra_mb": round(extra / 2**20), "clusters": int(expected.max()) + 1}

@@ -54,10 +54,10 @@ def pseudo_labels(
 
     "cpp", "cuda" and "cupy" store no pair within eps, so memory does not depend on how many there are: 25 N k1 bytes
     for neighbour lists (24 N k1 on a GPU), and with m entries in the encoding (50 to 100 a row with the defaults) 16 m
-    and 65 N for the clustering, up to 80 N if ``min_samples`` is above 4, beside blocks of bounded size. Work is bounded
-    by the pairs that share a column few rows hold; if all features collapse to one point, it is m. "triton" and the
-    reference store the graph, 12 bytes for each pair within eps, which is 12 N^2 then. Rows of zeros, as a dead feature
-    extractor makes them, are copies of each other and cluster as copies do (see :func:`fastreid_u.jaccard_graph`).
+    and 65 N for the clustering (80 N if ``min_samples`` is above 4), beside blocks of bounded size. Work is bounded by
+    the pairs that share a rare column; if all features collapse to one point, it is m. "triton" and the reference
+    store the graph, 12 bytes for each pair within eps, which is 12 N^2 then. Rows of zeros, as a dead feature extractor
+    makes them, are copies of each other and cluster as copies do (see :func:`fastreid_u.jaccard_graph`).
     """
     op = "pseudo_labels"
     x = require_features(op, "x", x)
