@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from sklearn.cluster import DBSCAN
 from torch import Tensor
 
+from fastreid_u import _env
+from fastreid_u.ops._core import missing
 from fastreid_u.ops.knn import knn
 from fastreid_u.ops.pseudo_labels import pseudo_labels
 from fastreid_u.reference.jaccard import jaccard_distance
@@ -108,10 +110,10 @@ def bench_against_published(benchmark, size: str) -> None:
     x = features(n, d, torch.Generator().manual_seed(0))
     index = knn(x, K1)[1]
     expected, seconds = published(x, index)
-    labels_from(x[:100], index[:100] % 100, "numba")  # compiled before memory is looked at
-    labels, memory = with_peak(lambda: labels_from(x, index, "numba"))
+    labels_from(x[:100], index[:100] % 100, "cpp")  # compiled before memory is looked at
+    labels, memory = with_peak(lambda: labels_from(x, index, "cpp"))
     assert torch.equal(labels, expected)
-    benchmark.pedantic(labels_from, (x, index, "numba"), rounds=5)
+    benchmark.pedantic(labels_from, (x, index, "cpp"), rounds=5)
     benchmark.extra_info |= memory | {
         "n": n,
         "d": d,
@@ -134,8 +136,8 @@ def bench_large(benchmark, size: str) -> None:
         rows = (block == b).nonzero().flatten()
         alone = x[rows], torch.searchsorted(rows, index[rows])
         expected[b] = published(*alone)[0]
-        assert torch.equal(labels_from(*alone, "numba"), expected[b])
-    labels, memory = benchmark.pedantic(with_peak, (lambda: labels_from(x, index, "numba"),), rounds=1)
+        assert torch.equal(labels_from(*alone, "cpp"), expected[b])
+    labels, memory = benchmark.pedantic(with_peak, (lambda: labels_from(x, index, "cpp"),), rounds=1)
     for b, part in expected.items():
         assert torch.equal(renumbered(labels[block == b]), part)
     benchmark.extra_info |= memory | {
@@ -146,3 +148,30 @@ def bench_large(benchmark, size: str) -> None:
         "noise": round(float((labels < 0).float().mean()), 3),
     }
     print(benchmark.extra_info)
+
+
+@pytest.mark.benchmark(group="pseudo_labels after knn, on a GPU")
+@pytest.mark.parametrize("name", ["cuda", "cupy", "triton"])
+@pytest.mark.parametrize("size", WITH_PUBLISHED)
+def bench_on_a_gpu(benchmark, size: str, name: str) -> None:
+    """Without a graph in CUDA, by nvcc or by CuPy, and by Triton's graph; labels equal to the CPU's first."""
+    if not _env.gpu().present or (name != "triton" and missing(name)):
+        pytest.skip(_env.gpu().detail if not _env.gpu().present else missing(name))
+    n, d = WITH_PUBLISHED[size]
+    x = features(n, d, torch.Generator().manual_seed(0))
+    index = knn(x, K1)[1]
+    expected = labels_from(x, index, "cpp")
+    on_gpu = x.cuda(), index.cuda(), name
+
+    def run() -> Tensor:
+        labels = labels_from(*on_gpu)
+        torch.cuda.synchronize()
+        return labels
+
+    assert torch.equal(run().cpu(), expected)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    extra = torch.cuda.max_memory_allocated() - before
+    benchmark(run)
+    benchmark.extra_info |= {"n": n, "d": d, "extra_mb": round(extra / 2**20), "clusters": int(expected.max()) + 1}
