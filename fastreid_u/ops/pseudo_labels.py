@@ -29,6 +29,7 @@ def pseudo_labels(
     k2: int = 6,
     knn: tuple[Tensor, Tensor] | None = None,
     compat: bool = False,
+    group: object | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """DBSCAN labels of ``x`` in the Jaccard distance of k-reciprocal neighbourhoods.
@@ -39,6 +40,9 @@ def pseudo_labels(
             each, on one encoding.
         min_samples: points within eps, the point itself included, that make a core point.
         k1, k2, knn, compat: as in :func:`fastreid_u.jaccard_graph`.
+        group: a process group of ``torch.distributed``, or "world": every rank of it calls with the same arguments and
+            all N rows, does its share, and gets the same labels (:mod:`fastreid_u.ops.pseudo_labels_sharded`). The
+            backend is then chosen by the device.
         backend: "auto", "cpp" (a CPU, as many threads as ``torch.get_num_threads()``; the encoding by numba), "cuda" (a
             GPU; the encoding by Triton), "cupy" (the same kernels, compiled by CuPy at first use), "triton" (a GPU: the
             graph of that backend, and the DBSCAN core) or "reference" (its graph and its DBSCAN); anything but "auto"
@@ -60,6 +64,14 @@ def pseudo_labels(
     makes them, are copies of each other and cluster as copies do (see :func:`fastreid_u.jaccard_graph`).
     """
     op = "pseudo_labels"
+    if group is not None:
+        from fastreid_u.ops.pseudo_labels_sharded import pseudo_labels_sharded  # which calls this function in turn
+
+        if backend != "auto":
+            raise ValueError(f"{op}: backend must be 'auto' with a group, got {backend!r}")
+        return pseudo_labels_sharded(
+            x, eps=eps, min_samples=min_samples, k1=k1, k2=k2, knn=knn, compat=compat, group=group
+        )
     x = require_features(op, "x", x)
     several = not isinstance(eps, numbers.Real)
     radii = [require_in_range(op, "eps", e, 0, 1, open_low=True, open_high=True) for e in (eps if several else [eps])]
