@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # The one place that pins ruff is pyproject.toml; a test holds the pre-commit hook to it.
 RUFF   := $(shell sed -n 's/.*"\(ruff==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench gpu lint clean
 
 demo: $(VENV)/.installed  ## train on the rendered data set, from nothing to a report
 	$(BIN)/fastreid-u train synthetic
@@ -16,6 +16,13 @@ test: $(VENV)/.installed  ## the whole test suite; no GPU needed
 
 bench: $(VENV)/.installed  ## the benchmarks: equality first, then the clock
 	$(BIN)/python -m pytest --benchmark-only
+
+# On a machine without network: uses the environment of $(PYTHON), and installs this tree into it.
+gpu:  ## on a CUDA machine: build, GPU tests, sanitizer, ceilings, kernels, a training run; JSON, and a table
+	$(PYTHON) benchmarks/gpu.py
+
+gpu-%:  ## one stage of it: gpu-build, gpu-test, gpu-sanitizer, gpu-ceilings, gpu-kernels, gpu-train
+	$(PYTHON) benchmarks/gpu.py $*
 
 lint: $(VENV)/.linter  ## what the pre-commit hook and CI check
 	$(BIN)/ruff check .

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss over proxies and its gradient against the published loop over samples and plain torch, eager and compiled."""
+"""The loss over proxies and its gradient against the published loop and plain torch, eager and compiled."""
 
 import pytest
 import torch

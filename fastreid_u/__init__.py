@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fastreid_u.ops.cosine_align import cosine_align
     from fastreid_u.ops.dbscan import DBSCAN, dbscan
     from fastreid_u.ops.ema import ema_update_
+    from fastreid_u.ops.infomap_labels import infomap_labels
     from fastreid_u.ops.jaccard import jaccard_distance, jaccard_graph
     from fastreid_u.ops.k_reciprocal import k_reciprocal_encoding
     from fastreid_u.ops.knn import knn
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from fastreid_u.ops.proxy_nce import proxy_nce
     from fastreid_u.ops.pseudo_labels import pseudo_labels
     from fastreid_u.ops.rank_metrics import rank_metrics
+    from fastreid_u.ops.refine_clusters import refine_clusters
+    from fastreid_u.ops.reliability import reliable_clusters
     from fastreid_u.ops.rerank import rerank
     from fastreid_u.ops.segment_attention import segment_attention
     from fastreid_u.ops.segments import segment_mean, segment_sum
@@ -53,6 +56,9 @@ _HOME = {
     "dbscan": "ops.dbscan",
     "DBSCAN": "ops.dbscan",
     "pseudo_labels": "ops.pseudo_labels",
+    "infomap_labels": "ops.infomap_labels",
+    "reliable_clusters": "ops.reliability",
+    "refine_clusters": "ops.refine_clusters",
     "cluster_centroids": "ops.centroids",
     "proxy_centroids": "ops.centroids",
     "segment_sum": "ops.segments",

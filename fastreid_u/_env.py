@@ -114,6 +114,12 @@ def faiss() -> Capability:
 
 
 @functools.cache
+def infomap() -> Capability:
+    """Infomap, another way to labels. Only looked for: its licence is the GPL."""
+    return _package("infomap", "infomap", "optional, under the GPL: pip install 'fastreid-u[infomap]'")
+
+
+@functools.cache
 def timm() -> Capability:
     """timm, for backbones beyond ResNet."""
     return _package("timm", "timm", "optional: pip install 'fastreid-u[timm]'")
@@ -135,7 +141,7 @@ def nvcc() -> Capability:
 
 def capabilities() -> tuple[Capability, ...]:
     """Every probe, in the order of the table that ``python -m fastreid_u`` prints."""
-    probes = (python, torch_build, gpu, core, core_cuda, nvcc, triton, numba, torchvision, cupy, faiss, timm)
+    probes = (python, torch_build, gpu, core, core_cuda, nvcc, triton, numba, torchvision, cupy, faiss, infomap, timm)
     return tuple(probe() for probe in probes)
 
 

@@ -72,6 +72,7 @@ class Config:
     arch: str = option("resnet50", "network; see `fastreid_u.models.model_names()`", source=LINEAGE, flags=("-a",))
     pooling_type: str = option("avg", "spatial pooling", source=LINEAGE, choices=("avg", "gem", "max"))
     stem_relu: bool = option(True, "ReLU after a ResNet's stem; published CAP runs without", source=LINEAGE)
+    drop_path: float = option(0.0, "stochastic depth of timm's networks in training", source=LINEAGE)
     weights: str | None = option("imagenet", '"imagenet", a file, or None for random weights', source=LINEAGE)
     bn_group: int | None = option(None, "images per BatchNorm group in training; None = whole batch")
     bn_running: str = option(
@@ -153,6 +154,7 @@ _RULES = (
     (("color_jitter", "weight_decay"), lambda v: 0 <= v < math.inf, "be 0 or more"),
     (("lr", "gamma"), lambda v: 0 < v < math.inf, "be positive"),
     (("eps",), lambda v: 0 < v < 1, "lie in (0, 1)"),
+    (("drop_path",), lambda v: 0 <= v < 1, "lie in [0, 1)"),
 )
 
 

@@ -103,6 +103,7 @@ class Recipe(ABC):
     Config: ClassVar[type[Config]] = Config
     needs_cameras: ClassVar[bool] = False
     uses_source: ClassVar[bool] = False
+    source_dials: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # of a source's reader, by name, unless the user says
 
     def __init__(self, config: Config, images: Images, source: Images | None = None) -> None:
         self.config = config
@@ -113,6 +114,11 @@ class Recipe(ABC):
             raise ValueError(f"train: method {self.name!r} needs camera ids, and these data have none")
         if self.uses_source and (source is None or source.pids is None):
             raise ValueError(f"train: method {self.name!r} needs source, a labelled data set to learn from, got none")
+
+    @classmethod
+    def describe_labels(cls, config: Config) -> str:
+        """How labels are made, for the recipe card."""
+        return f"k1 {config.k1}, k2 {config.k2}, eps {config.eps}, min_samples {config.min_samples}"
 
     # What is trained, and what is looked at
 
@@ -161,7 +167,9 @@ class Recipe(ABC):
         from fastreid_u.ops.pseudo_labels import pseudo_labels
 
         c = self.config
-        return pseudo_labels(features, eps=self.eps(epoch), min_samples=c.min_samples, k1=c.k1, k2=c.k2)
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        ranks = "world" if several and torch.distributed.get_world_size() > 1 else None
+        return pseudo_labels(features, eps=self.eps(epoch), min_samples=c.min_samples, k1=c.k1, k2=c.k2, group=ranks)
 
     def eps(self, epoch: int) -> float:
         """DBSCAN's radius in this epoch."""

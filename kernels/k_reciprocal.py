@@ -184,50 +184,91 @@ def _weigh_kernel(
         tl.store(mass_ptr + begin + t, upto - tl.where(t > 0, before, 0), mask=live)
 
 
+@triton.jit
+def _weigh_float32_kernel(
+    crow_ptr,  # [rows + 1] int64
+    dist_ptr,  # fp64
+    weight_ptr,  # fp32 out
+    BLOCK_W: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    begin = tl.load(crow_ptr + row)
+    length = tl.load(crow_ptr + row + 1) - begin
+    t = tl.arange(0, BLOCK_W)
+    live = t < length
+    if length > 0:
+        dist = tl.load(dist_ptr + begin + t, mask=live, other=float("inf")).to(tl.float32)
+        lowest = tl.min(dist, 0)
+        total = tl.zeros([], tl.float32)
+        for p in range(length):  # one term after the other, in ascending order of columns
+            total += tl.exp(lowest - tl.load(dist_ptr + begin + p).to(tl.float32))
+        tl.store(weight_ptr + begin + t, tl.exp(lowest - dist) / total, mask=live)
+
+
 def bits(k2: int) -> int:
     """A row of V adds up to 2**bits: 28 for k2 up to 7, 24 up to 127; ``k2`` rows together stay below 2**31."""
     return min(28, 31 - k2.bit_length())
 
 
 def k_reciprocal(
-    x: torch.Tensor, index: torch.Tensor, k1: int = 30, k2: int = 6, *, compat: bool = False
+    x: torch.Tensor | None,
+    index: torch.Tensor,
+    k1: int = 30,
+    k2: int = 6,
+    *,
+    compat: bool = False,
+    half: int | None = None,
+    measure=None,
+    fixed: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """Encode every row of ``x``.
 
     Args:
-        x: (N, D) float32.
-        index: (N, at least k1) int32 or int64, neighbours in rank order, the row itself included, no repeats in a row.
+        x: (N, D) float32; not read with ``measure``.
+        index: (N, at least k1 and k2) int32 or int64, neighbours in rank order, the row itself included, no repeats in
+            a row.
         k1: neighbours examined; beyond N clipped.
-        k2: rows summed in query expansion, at most k1; 1 turns it off.
+        k2: rows summed in query expansion; 1 turns it off.
         compat: weigh by 2 - 2 x.y instead of the squared distance.
+        half: entries of the half lists, at most k1; round-half-even(k1 / 2) + 1 if None.
+        measure: a function; ``measure(row, col)``, both (pairs,) int64, gives the float64 distances that weights are
+            made of, in place of those of ``x``.
+        fixed: integers; if not, the published arithmetic: distances are summed in float64 and rounded once, weights and
+            all further sums, those of a softmax by column and those of query expansion by rank, are float32.
 
     Returns:
         ``(crow, col, mass, total)``: a CSR matrix (N, N) of crow (N + 1,) int64, col int32 ascending in each row and
         mass int32 > 0; a row adds up to ``total`` = k2 * 2**bits(k2), less if some of its first k2 rows of V are empty
-        (a row that its own list leaves out can be). The soft membership of the paper is mass / total.
+        (a row that its own list leaves out can be). The soft membership of the paper is mass / total. Without ``fixed``
+        mass is float32, already divided, and total is 1.
     """
+    if measure is not None:
+        x = index.new_empty(len(index), 0, dtype=torch.float32)
     n = len(x)
     k1, k2 = min(k1, n), min(k2, n)
     if x.dtype != torch.float32 or index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"k_reciprocal: want x float32 and index int32 or int64, got {x.dtype} and {index.dtype}")
-    if x.ndim != 2 or index.ndim != 2 or len(index) != n or index.shape[1] < k1:
-        raise ValueError(f"k_reciprocal: index must be (N, >= k1={k1}), got {tuple(index.shape)} for N={n}")
+    if x.ndim != 2 or index.ndim != 2 or len(index) != n or index.shape[1] < max(k1, k2):
+        raise ValueError(f"k_reciprocal: index must be (N, >= {max(k1, k2)}), got {tuple(index.shape)} for N={n}")
     if n == 0:
         empty = torch.zeros(0, dtype=torch.int32, device=x.device)
         return torch.zeros(1, dtype=torch.int64, device=x.device), empty, empty, 1 << bits(1)
     x = x.contiguous()
-    lists = index[:, :k1].to(torch.int32).contiguous()
+    lists = index[:, : max(k1, k2)].to(torch.int32)
+    # Python rounds halves to even, as the published np.around does: k1 = 25 gives 12 + 1
+    half = round(k1 / 2) + 1 if half is None else half
 
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        crow, col, mass = _encode(x, lists, 1 << bits(k2), compat)
+        scale = 1 << bits(k2) if fixed else None
+        crow, col, mass = _encode(x, lists[:, :k1].contiguous(), half, scale, compat, measure)
         if k2 > 1:
-            crow, col, mass = _expand_query(crow, col, mass, lists[:, :k2])
-    return crow, col, mass, k2 << bits(k2)
+            expand = _expand_query if fixed else _average_rows
+            crow, col, mass = expand(crow, col, mass, lists[:, :k2])
+    return crow, col, mass, k2 << bits(k2) if fixed else 1
 
 
-def _encode(x, lists, scale, compat):
+def _encode(x, lists, h, scale, compat, measure):
     n, k = lists.shape
-    h = round(k / 2) + 1  # Python rounds halves to even, as the published np.around does: k = 25 gives 12 + 1
     full, half = torch.empty_like(lists), lists.new_empty(n, h)
     _mutual_kernel[(n, triton.cdiv(k, 32))](lists, full, half, k, h, BLOCK_A=32, BLOCK_P=32, num_warps=1)
 
@@ -259,22 +300,30 @@ def _encode(x, lists, scale, compat):
         col = ordered[kept]
         count = kept.view(rows, width).sum(dim=1)
         crow = _starts(count)
-        dist = torch.empty(len(col), dtype=torch.float64, device=x.device)
-        mass = torch.empty_like(col)
-        _distance_kernel[(rows,)](
-            x,
-            crow,
-            col,
-            dist,
-            first,
-            x.shape[1],
-            BLOCK_E=8,
-            BLOCK_D=min(256, triton.next_power_of_2(x.shape[1])),
-            COMPAT=compat,
-            num_warps=4,
-        )
+        if measure is None:
+            dist = torch.empty(len(col), dtype=torch.float64, device=x.device)
+            _distance_kernel[(rows,)](
+                x,
+                crow,
+                col,
+                dist,
+                first,
+                x.shape[1],
+                BLOCK_E=8,
+                BLOCK_D=min(256, triton.next_power_of_2(x.shape[1])),
+                COMPAT=compat,
+                num_warps=4,
+            )
+        else:
+            row = torch.repeat_interleave(torch.arange(first, first + rows, device=x.device), count)
+            dist = measure(row, col.long())
+        mass = torch.empty_like(col, dtype=torch.int32 if scale else torch.float32)
         block_w = triton.next_power_of_2(max(1, int(count.max())))
-        _weigh_kernel[(rows,)](crow, dist, mass, SCALE=scale, BLOCK_W=block_w, num_warps=1 if block_w <= 128 else 4)
+        warps = 1 if block_w <= 128 else 4
+        if scale:
+            _weigh_kernel[(rows,)](crow, dist, mass, SCALE=scale, BLOCK_W=block_w, num_warps=warps)
+        else:
+            _weigh_float32_kernel[(rows,)](crow, dist, mass, BLOCK_W=block_w, num_warps=warps)
         alive = mass > 0  # a member too far off weighs nothing
         cols.append(col[alive])
         masses.append(mass[alive])
@@ -299,6 +348,31 @@ def _expand_query(crow, col, mass, lists):
         cols.append(ordered[kept])
         masses.append(summed[kept])
         counts.append(_starts(kept)[begin].diff())
+    return _starts(torch.cat(counts)), torch.cat(cols), torch.cat(masses)
+
+
+def _average_rows(crow, col, mass, lists):
+    """Row i becomes the mean of the rows that ``lists[i]`` names, added in that order in float32: a pass for each rank.
+
+    A row holds a column once, so no two terms of a pass meet.
+    """
+    n, k2 = lists.shape
+    sizes = crow.diff()
+    cols, masses, counts = [], [], []
+    for first, last in _row_blocks(sizes[lists].sum(dim=1)):
+        terms = []
+        for source in lists[first:last].unbind(1):
+            length = sizes[source]
+            row = torch.repeat_interleave(torch.arange(last - first, device=col.device), length)
+            where = torch.arange(len(row), device=col.device) + (crow[source] - _starts(length)[:-1])[row]
+            terms.append((row * n + col[where], mass[where]))
+        key = torch.cat([part for part, _ in terms]).unique()
+        total = mass.new_zeros(len(key))
+        for part, term in terms:
+            total[torch.searchsorted(key, part)] += term
+        cols.append((key % n).int())
+        masses.append(total / k2)
+        counts.append((key // n).bincount(minlength=last - first))
     return _starts(torch.cat(counts)), torch.cat(cols), torch.cat(masses)
 
 

@@ -513,9 +513,9 @@ def proxy_nce(
     precision: str = "fp32",
     status: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``-mean over P of log softmax(l2(x) @ memory.T / temperature)``, the softmax over P and Q; gradient to ``x``.
+    """``-mean over P of log softmax(l2(x) @ memory.T / temperature)``, the softmax over P and H; gradient to ``x``.
 
-    P: the proxies of a sample's cluster. Q: the ``hard_negatives`` most similar of the others; of equals at the edge
+    P: the proxies of a sample's cluster. H: the ``hard_negatives`` most similar of the others; of equals at the edge
     the first by index. With scope "camera" a sample sees the proxies of its own camera only, all of them.
 
     Args:
@@ -528,7 +528,7 @@ def proxy_nce(
         scope: "all" or "camera".
         positives: "all", or "other_cameras" to leave out the proxy of the sample's own camera.
         reduction: "mean" over the samples that take part, "camera" (over cameras the sum of means), "sum" or "none".
-        compat: fill up a Q that is too short with the last positives by index.
+        compat: fill up an H that is too short with the last positives by index.
         precision: "fp32" (split products on tensor cores) or "tf32".
         status: (1,) int32, or-ed with ``BAD_CLUSTER`` if a sample has no proxy to go to.
 

@@ -92,6 +92,18 @@ def tiny_world(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory):
+    """Another such world, of other people and cameras, to learn from with labels."""
+    from fastreid_u.data.synthetic import SyntheticConfig, generate
+
+    dials = SyntheticConfig(
+        train_ids=6, test_ids=1, cameras=2, images_per_camera=4, camera_presence=1.0, distractors=0, height=64,
+        width=32, seed=1,
+    )  # fmt: skip
+    return generate(dials, tmp_path_factory.mktemp("source"), workers=1)
+
+
+@pytest.fixture(scope="session")
 def jpeg(tmp_path_factory):
     path = tmp_path_factory.mktemp("jpeg") / "crop.jpg"
     Image.new("RGB", (4, 8), (90, 60, 30)).save(path)
@@ -110,3 +122,22 @@ def plant(tmp_path, jpeg):
         return tmp_path / folder
 
     return write
+
+
+@pytest.fixture
+def smoke(tiny_world, tmp_path):
+    """``smoke(method, **settings)`` trains two epochs of three steps on the tiny world and returns the run."""
+    import fastreid_u
+    from fastreid_u.data import load_dataset
+
+    tiny = dict(
+        height=64, width=32, arch="resnet10", weights=None, bn_group=None, batch_size=16, num_instances=4, iters=3,
+        epochs=2, workers=0, k1=8, k2=3, eps=0.6, center_per_camera=True, calibrate_bn=2, amp="off", seed=1,
+        eval_step=1, quiet=True, device="cpu",
+    )  # fmt: skip
+
+    def run(method, folder="run", **settings):
+        dataset = load_dataset("market1501", tiny_world)
+        return fastreid_u.train(dataset, method=method, logs_dir=tmp_path / folder, **{**tiny, **settings})
+
+    return run

@@ -29,7 +29,7 @@ GROUND = {
     "cpu": {"numpy", "numba"},
 }
 # Backends: known to ops/ alone, but for the probes.
-BACKENDS = {"fastreid_u.kernels", "fastreid_u.cpu", "fastreid_u._ext", "fastreid_u._C", "cupy", "faiss"}
+BACKENDS = {"fastreid_u.kernels", "fastreid_u.cpu", "fastreid_u._ext", "fastreid_u._C", "cupy", "faiss", "infomap"}
 BACKEND_USERS = {"fastreid_u._env": {"fastreid_u._ext"}, "fastreid_u._ext": {"fastreid_u._C"}}
 
 

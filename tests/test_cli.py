@@ -96,7 +96,7 @@ def test_help_shows_defaults_and_their_sources(capsys):
 
 def test_methods_and_capabilities(capsys):
     assert main(["methods"]) == 0
-    assert "cluster_contrast Cluster Contrast" in " ".join(capsys.readouterr().out.split())
+    assert re.search(r"^cluster_contrast +Cluster Contrast$", capsys.readouterr().out, re.MULTILINE)
     assert main([]) == 0
     assert "torch" in capsys.readouterr().out
 

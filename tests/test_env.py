@@ -25,7 +25,7 @@ def fresh() -> Iterator[None]:
 
 def test_every_row_says_something() -> None:
     rows = _env.capabilities()
-    assert len({row.name for row in rows}) == len(rows) == 12
+    assert len({row.name for row in rows}) == len(rows) == 13
     assert all(row.detail for row in rows)
     assert {row.name for row in rows if row.present} >= {"python", "torch", "numba", "torchvision", "_C"}
 

@@ -53,11 +53,10 @@ def test_float64_reference_matches_definition_closely(clustered):
 
 
 def test_two_thirds_exactly_is_not_enough():
-    # 0, 1, 2 see each other; so do 1, 2, 3 in their half lists. H(1) = {1, 2, 3}: two of three lie in R(0)
-    full = np.array([[0, 1, 2], [1, 2, 0], [2, 1, 0], [3, 1, 2]])
-    half = np.array([[0, 0, 0], [1, 2, 3], [2, 1, 3], [3, 1, 2]])
-    sets = reference.k_reciprocal_sets(full, np.unique(half, axis=1)).toarray()
-    assert sets[0].tolist() == [1, 1, 1, 0]
+    # R(0) = {0, 1, 2}, and of H(1) = {1, 2, 3} just two of three lie in it
+    ranking = np.array([[0, 1, 2, 4], [1, 2, 3, 0], [2, 1, 4, 0], [3, 1, 4, 2], [4, 3, 1, 2]])
+    sets = list(reference.reciprocal_sets(ranking, 4, 3))
+    assert sets[0].tolist() == [0, 1, 2]
 
 
 def test_layout(clustered):

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64", "int32": "i32"}
+NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64", "int32": "i32", "bool": "i1"}
 STEP = {
     "_cluster_nce_logits_kernel",
     "_cluster_nce_loss_kernel",
@@ -25,6 +25,8 @@ STEP = {
     "_proxy_nce_gather_kernel",
     "_proxy_nce_grad_x_kernel",
     "_proxy_nce_finish_kernel",
+    "_nearest_other_kernel",
+    "_row_update_kernel",
 }
 
 
@@ -90,12 +92,31 @@ def recorded_launches(tiles: dict) -> list[tuple]:
     del launches[-2]  # the small kernel between the two big ones does not depend on the dtype
     loss(64, 20_000, 384, torch.float32, weight=torch.zeros(64, device="meta"))
     del launches[-4:-2]  # the backward splits the classes and finishes in a kernel of its own
-    for rule in ("sequential", "hard"):
+    for dtype in (torch.float32, torch.float16):
+        b, c, d = 256, 700, 2048
+        every_option = {
+            "teacher": torch.zeros(b, d, dtype=dtype, device="meta"), "teacher_weight": torch.zeros(b, device="meta"),
+            "smoothing": torch.zeros(b, device="meta"), "extra_target": torch.zeros(b, c, device="meta"),
+            "extra_weight": torch.zeros(b, device="meta"),
+            "class_mask": torch.zeros(c, dtype=torch.bool, device="meta"),
+        }  # fmt: skip
+        loss(b, c, d, dtype, trained=True, focal=2.0, weight=torch.zeros(b, device="meta"), **every_option)
+    del launches[-3]  # the small kernel again
+    mask = {"class_mask": torch.zeros(20_000, dtype=torch.bool, device="meta")}
+    loss(64, 20_000, 2048, torch.float32, trained=True, focal=4.0, epsilon=1e-6, **mask)
+    whole = torch.zeros(700, dtype=torch.int64, device="meta")
+    clusters = {"labels": whole, "cluster_sizes": whole, "cluster_means": torch.zeros(700, 2048, device="meta")}
+    rules = {
+        "sequential": {},
+        "hard": {},
+        "mean": {},
+        "weighted": {"weight_temperature": 0.1},
+        "index": {"index": whole},
+    }
+    for rule, settings in (rules | {"push": {}, "row": clusters}).items():
         memory, x = torch.zeros(700, 2048, device="meta"), torch.zeros(256, 2048, device="meta")
-        targets = torch.zeros(256, dtype=torch.int64, device="meta")
-        momentum_update.momentum_update_(
-            memory, x, targets, rule=rule, found_inf=torch.zeros(1, device="meta"), status=status
-        )
+        flags = {"found_inf": torch.zeros(1, device="meta"), "status": status}
+        momentum_update.momentum_update_(memory, x, whole[:256], rule=rule, **settings, **flags)
 
     def proxy_loss(b, q, d, dtype, **settings):
         x = torch.zeros(b, d, dtype=dtype, device="meta", requires_grad=True)
@@ -105,12 +126,14 @@ def recorded_launches(tiles: dict) -> list[tuple]:
             x, of_sample, of_sample, memory, of_proxy, of_proxy, reduction="camera", status=status, **settings
         ).backward()
 
-    for dtype in (torch.float32, torch.float16):
+    # Logits, selection and backward, twice; the selection does not depend on the dtype, the logits not on the scope.
+    for dtype, kept in ((torch.float32, (0, 1, 2, 4, 5)), (torch.float16, (0, 2, 5))):
+        first = len(launches)
         proxy_loss(256, 3300, 2048, dtype, compat=True, positives="other_cameras")
         proxy_loss(256, 3300, 2048, dtype, scope="camera")
-        del launches[-3]  # the logits once more
+        launches[first:] = [launches[first + i] for i in kept]
     proxy_loss(64, 20_000, 384, torch.float32, scope="camera")
-    del launches[-4:-1]  # the backward splits the proxies and finishes in a kernel of its own
+    del launches[-4:-2]  # the backward splits the proxies and finishes in a kernel of its own
     return launches
 
 

@@ -238,8 +238,34 @@ def test_encoding_empty_and_rejects():
     assert (crow.tolist(), len(col), len(mass)) == ([0], 0, 0)
     with pytest.raises(TypeError, match=r"x float32 and index int32 or int64, got torch\.float64"):
         encoded(torch.zeros(4, 3).double(), torch.zeros(4, 3, dtype=torch.int64), 3, 2)
-    with pytest.raises(ValueError, match=r"index must be \(N, >= k1=4\), got \(4, 3\) for N=4"):
+    with pytest.raises(ValueError, match=r"index must be \(N, >= 4\), got \(4, 3\) for N=4"):
         encoded(torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.int64), 5, 2)
+
+
+@pytest.mark.parametrize(("n", "k1", "k2"), [(1, 1, 1), (37, 10, 3), (33, 20, 6)])
+def test_float32_encoding_is_the_published_arithmetic(clustered, n, k1, k2):
+    """The CPU's to the last bits of an exponential; integers are further off."""
+    x = clustered(n, 9, number=n) * torch.linspace(0.7, 1.3, n)[:, None]
+    index = reference_knn(x, k1)[1]
+    crow, col, mass, total = encoded(x, index, k1, k2, compat=True, fixed=False)
+    expected = cpu_encoding.k_reciprocal_encoding(x.numpy(), as_lists(index, k1), k2, compat=True)
+    assert (mass.dtype, total) == (torch.float32, 1)
+    np.testing.assert_array_equal(crow.numpy(), expected.indptr)
+    np.testing.assert_array_equal(col.numpy(), expected.column)
+    np.testing.assert_allclose(mass.numpy(), expected.value, rtol=4e-7, atol=0)
+
+
+def test_float32_sums_run_in_rank_order():
+    """1 + 2^-24 + 2^-24 is 1 in float32, unless the small ones come first."""
+    small = 2.0**-24
+    crow, col = torch.tensor([0, 2, 3, 4, 5]), torch.tensor([0, 3, 0, 0, 1], dtype=torch.int32)
+    mass = torch.tensor([1, 0.5, small, small, 1])
+    lists = torch.tensor([[0, 1, 2], [1, 2, 0], [2, 3, 0], [3, 3, 3]])
+    _, column, mean = k_reciprocal._average_rows(crow, col, mass, lists[:3].repeat(2, 1)[:4])
+    third = torch.tensor(3.0)
+    assert column.tolist() == [0, 3, 0, 3, 0, 1, 3, 0, 3]
+    assert mean[0] == torch.tensor(1.0) / third
+    assert mean[2] == torch.tensor(1 + 2 * small) / third
 
 
 @pytest.mark.parametrize("k2", [1, 2, 6, 7, 8, 100, 127, 128, 1000])

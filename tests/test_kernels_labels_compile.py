@@ -38,6 +38,7 @@ KERNELS = [
     ("k_reciprocal", "_merge_kernel", 1, SORT | {"HAS_MASS": True}, {}),
     ("k_reciprocal", "_distance_kernel", 4, DISTANCE | {"COMPAT": False}, {"dist_ptr": "*fp64"}),
     ("k_reciprocal", "_weigh_kernel", 1, {"SCALE": 1 << 28, "BLOCK_W": 128}, {"dist_ptr": "*fp64"}),
+    ("k_reciprocal", "_weigh_float32_kernel", 1, {"BLOCK_W": 128}, {"dist_ptr": "*fp64", "weight_ptr": "*fp32"}),
     ("k_reciprocal", "_mutual_kernel", 1, {"BLOCK_A": 32, "BLOCK_P": 32, "K": 1, "H": 1}, {}),
     ("k_reciprocal", "_expand_kernel", 1, {"BLOCK_Q": 1, "BLOCK_H": 1, "K": 1, "H": 1, "W": 1}, {}),
     ("k_reciprocal", "_distance_kernel", 4, DISTANCE | {"BLOCK_D": 1, "COMPAT": True, "D": 1}, {"dist_ptr": "*fp64"}),

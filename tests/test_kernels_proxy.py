@@ -175,7 +175,9 @@ def logits_only(logits, k):
         ([7.0] * 20, 4, [0, 1, 2, 3]),
     ],
 )
-def test_which_negatives(logits, k, expected):
+@pytest.mark.parametrize("block", [4, 1024])
+def test_which_negatives(monkeypatch, logits, k, expected, block):
+    monkeypatch.setattr(kernels, "SELECT_BLOCK", block)
     assert logits_only(logits, k) == expected
 
 

@@ -244,6 +244,18 @@ def test_offline_is_an_error_that_names_the_file_and_its_place(monkeypatch, hub,
     assert list(hub.iterdir()) == []
 
 
+def test_the_second_version_is_asked_for_by_name(hub, monkeypatch):
+    """The digits are those in torchvision's file names; BMW's log names the second file."""
+    asked = serve(monkeypatch, None)
+    for weights in ("imagenet", "imagenet_v2"):
+        with pytest.raises(RuntimeError, match="could not download"):
+            build_model("resnet50", weights=weights)
+    assert [url.rpartition("/")[2] for url in asked] == ["resnet50-0676ba61.pth", "resnet50-11ad3fa6.pth"]
+    for arch in ("resnet18", "resnet_ibn50a"):
+        with pytest.raises(ValueError, match=f"weights must be 'imagenet' for {arch}, which has no V2"):
+            build_model(arch, weights="imagenet_v2")
+
+
 @pytest.mark.parametrize(
     ("arch", "file"),
     [("resnet_ibn50a", "resnet50_ibn_a-d9d0bb7b.pth"), ("resnet_ibn101a", "resnet101_ibn_a-59ea0ac6.pth")],

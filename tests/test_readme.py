@@ -82,7 +82,7 @@ def crops(tiny_world, tmp_path, monkeypatch):
 def test_shell_commands(crops, capsys):
     commands = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
     known = {"train": SMALL, "evaluate": ["--data-dir", "home/data", "--device", "cpu"], "extract": ["--device", "cpu"]}
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         program, verb, *arguments = shlex.split(command.replace("~", str(crops / "home")))
         assert program == "fastreid-u"

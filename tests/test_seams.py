@@ -2,7 +2,9 @@
 """What a method can ask of the engine beyond one network and one view: tried with a method that asks for all of it."""
 
 import copy
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import fastreid_u
-from fastreid_u.config import option
+from fastreid_u.config import load_toml, option
 from fastreid_u.data import load_dataset, test_transform
 from fastreid_u.engine import fit, loop
 from fastreid_u.methods import get_method
@@ -82,15 +84,15 @@ class Greedy(ClusterContrast):
         self.steps = state["steps"]
 
 
-def run(world, folder, **changes):
+def run(world, source, folder, **changes):
     dataset = load_dataset("market1501", world)
-    return fastreid_u.train(dataset, logs_dir=folder, method=Greedy, source=str(world), **{**SMALL, **changes})
+    return fastreid_u.train(dataset, logs_dir=folder, method=Greedy, source=str(source), **{**SMALL, **changes})
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_world, tmp_path_factory):
+def finished(tiny_world, tiny_source, tmp_path_factory):
     Greedy.seen.clear()
-    return run(tiny_world, tmp_path_factory.mktemp("greedy") / "run")
+    return run(tiny_world, tiny_source, tmp_path_factory.mktemp("greedy") / "run")
 
 
 def test_a_step_sees_all_views_cameras_and_labelled_images(finished):
@@ -111,7 +113,7 @@ def test_the_better_network_is_saved_as_an_ordinary_one(finished):
     assert saved.keys() == plain.state_dict().keys()
 
 
-def test_teacher_second_domain_and_counter_survive_a_crash(finished, tiny_world, tmp_path, monkeypatch):
+def test_teacher_second_domain_and_counter_survive_a_crash(finished, tiny_world, tiny_source, tmp_path, monkeypatch):
     real = loop.fit_epoch
 
     def fails(*given, **rest):
@@ -121,9 +123,9 @@ def test_teacher_second_domain_and_counter_survive_a_crash(finished, tiny_world,
 
     monkeypatch.setattr(loop, "fit_epoch", fails)
     with pytest.raises(RuntimeError, match="pulled the plug"):
-        run(tiny_world, tmp_path)
+        run(tiny_world, tiny_source, tmp_path)
     monkeypatch.undo()
-    resumed = run(tiny_world, tmp_path, resume=True)
+    resumed = run(tiny_world, tiny_source, tmp_path, resume=True)
     ours, theirs = (load_file(r.folder / "state.safetensors") for r in (resumed, finished))
     assert ours.keys() == theirs.keys()
     assert any(name.startswith("networks.teacher.") for name in ours)
@@ -138,7 +140,32 @@ def test_a_source_is_asked_for_by_name(tiny_world, tmp_path):
         fastreid_u.train(dataset, logs_dir=tmp_path, method=Greedy, **SMALL)
     with pytest.raises(ValueError, match="source_data must be left out for method 'cluster_contrast'"):
         fastreid_u.train(dataset, logs_dir=tmp_path, source_data={"seed": 1}, **SMALL)
+    with pytest.raises(ValueError, match=r"source must hold other images than the set to learn, got .* for both"):
+        run(tiny_world, tiny_world, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_method_may_have_dials_for_its_source(tiny_world, tmp_path, monkeypatch):
+    """What the user gives of ``source_data`` comes over them."""
+
+    class Dialled(Greedy):
+        name, title = "dialled", "With a source of its own"
+        source_dials: ClassVar = {"synthetic": {"seed": 7, "cameras": 3}}
+
+    asked = []
+
+    def load(name, root, **dials):
+        asked.append((name, {key: value for key, value in dials.items() if key != "progress"}))
+        raise FileNotFoundError("nothing is rendered here")
+
+    dataset = load_dataset("market1501", tiny_world)
+    monkeypatch.setattr("fastreid_u.data.load_dataset", load)
+    for source_data in (None, {"cameras": 2}):
+        with pytest.raises(FileNotFoundError, match="nothing is rendered"):
+            fastreid_u.train(
+                dataset, logs_dir=tmp_path, method=Dialled, source="synthetic", source_data=source_data, **SMALL
+            )
+    assert asked == [("synthetic", {"seed": 7, "cameras": 3}), ("synthetic", {"seed": 7, "cameras": 2})]
 
 
 def test_a_method_that_needs_cameras_says_so_before_any_work(plant, tmp_path):
@@ -159,12 +186,12 @@ def test_warm_up_is_linear_then_drops():
     assert rates == pytest.approx([0.01, 0.505, 0.901, 1, 0.1, 0.01])  # part-a's table for CAP
 
 
-def test_optimisers_and_their_reset(tiny_world, tmp_path):
+def test_optimisers_and_their_reset(tiny_world, tiny_source, tmp_path):
     weight = [torch.nn.Parameter(torch.ones(2))]
     assert fit.make_optimizer(weight, ClusterContrastConfig(optimizer="sgd")).defaults["momentum"] == 0.9
     assert isinstance(fit.make_optimizer(weight, ClusterContrastConfig(optimizer="adamw")), torch.optim.AdamW)
-    kept = run(tiny_world, tmp_path / "kept", reset_optimizer=False)
-    reset = run(tiny_world, tmp_path / "reset", reset_optimizer=True)
+    kept = run(tiny_world, tiny_source, tmp_path / "kept", reset_optimizer=False)
+    reset = run(tiny_world, tiny_source, tmp_path / "reset", reset_optimizer=True)
     steps = [load_file(r.folder / "state.safetensors")["optimizer.0.step"].item() for r in (kept, reset)]
     assert steps == [6, 3]
 
@@ -196,3 +223,18 @@ def test_a_method_in_a_file_of_ones_own(tmp_path):
         get_method(f"{file}:Skaled")
     with pytest.raises(FileNotFoundError, match="must name a file that exists"):
         get_method("nowhere.py:Scaled")
+
+
+def test_the_method_that_the_docs_show_trains_from_the_command_line(tiny_world, tmp_path):
+    from fastreid_u.cli import main
+
+    docs = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", docs[docs.index("## Your own") :], re.DOTALL)
+    (tmp_path / "two_views.py").write_text(code, encoding="utf-8")
+    told = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items() if not isinstance(value, bool)]
+    folder = tmp_path / "run"
+    given = [str(tiny_world), "--method", f"{tmp_path / 'two_views.py'}:TwoViews", "--logs-dir", str(folder), "--quiet"]
+    assert main(["train", *given, "--consistency", "1.0", *told]) == 0
+    stored = load_toml((folder / "config.toml").read_text(encoding="utf-8"))
+    assert stored["config"]["consistency"] == 1.0
+    assert stored["run"]["method"] == "two_views"

@@ -30,15 +30,16 @@ def kernel(function: Callable | None = None, **options: Any) -> Callable:
         return njit(function, nogil=True, **options)
 
 
-def over_rows(run: Callable, n: int, threads: int, *arguments: Any, most: int = 4096) -> list:
-    """``run(begin, end, *arguments)`` on blocks of at most ``most`` of n rows; what it returned, in order of the rows.
+def over_rows(run: Callable, n: int, threads: int, *arguments: Any, most: int = 4096, begin: int = 0) -> list:
+    """``run(first, last, *arguments)`` on blocks of at most ``most`` of the rows ``begin .. n - 1``; what it returned,
+    in order of the rows.
 
     Blocks are small enough to keep all threads busy to the end. How rows fall into blocks must not matter to ``run``.
     """
-    rows = max(1, min(most, n // (8 * threads) + 1))
-    begins = range(0, n, rows)
-    ends = [min(begin + rows, n) for begin in begins]
+    rows = max(1, min(most, (n - begin) // (8 * threads) + 1))
+    begins = range(begin, n, rows)
+    ends = [min(first + rows, n) for first in begins]
     if threads == 1 or len(begins) <= 1:
-        return [run(begin, end, *arguments) for begin, end in zip(begins, ends, strict=True)]
+        return [run(first, last, *arguments) for first, last in zip(begins, ends, strict=True)]
     with ThreadPoolExecutor(min(threads, len(begins))) as pool:
         return list(pool.map(run, begins, ends, *map(itertools.repeat, arguments)))

@@ -108,18 +108,32 @@ def _invert(begin, end, indptr, column, value, stop, at, row, mass):
 
 def build_index(rows: Rows, weight: int, need: int, threads: int) -> Index:
     """Rename the columns of ``rows`` in place and index the prefixes for pairs that overlap by ``need`` or more."""
-    n = len(rows.indptr) - 1
-    count = np.zeros(n, np.int64)
-    _count_columns(rows.column, count)
-    name = np.empty(n, np.int32)
-    name[np.argsort(count, kind="stable")] = np.arange(n, dtype=np.int32)
-    sort_rows(rows, name, threads)
+    sort_rows(rows, rare_first(count_columns(rows)), threads)
+    return index_sorted(rows, weight, need, threads)
 
+
+def count_columns(rows: Rows, n: int | None = None) -> np.ndarray:
+    """(n,) int64: how many of ``rows`` hold each column; as many columns as rows if None."""
+    count = np.zeros(len(rows.indptr) - 1 if n is None else n, np.int64)
+    _count_columns(rows.column, count)
+    return count
+
+
+def rare_first(count: np.ndarray) -> np.ndarray:
+    """(N,) int32: the new name of each column, from 0 for the one that the fewest rows hold."""
+    name = np.empty(len(count), np.int32)
+    name[np.argsort(count, kind="stable")] = np.arange(len(count), dtype=np.int32)
+    return name
+
+
+def index_sorted(rows: Rows, weight: int, need: int, threads: int) -> Index:
+    """:func:`build_index` of rows whose columns have their new names already and ascend."""
+    n = len(rows.indptr) - 1
     # a pair may be so far apart and still near that prefixes are whole rows anyway: then leave nothing to be measured
     tail = int(_TAIL * need) if need > weight // 8 else 0
     stop = np.empty(n, np.int64)
     over_rows(_find_prefixes, n, threads, rows.indptr, rows.value, tail, stop)
-    count[:] = 0
+    count = np.zeros(n, np.int64)
     _count_prefixes(0, n, rows.indptr, rows.column, stop, count)
     start = np.concatenate([np.zeros(1, np.int64), np.cumsum(count)])
     row, mass = np.empty(start[-1], np.int32), np.empty(start[-1], np.int32)
@@ -140,22 +154,6 @@ def overlap(index, i, j):
         p += a <= b
         q += b <= a
     return total
-
-
-@kernel
-def is_near(index, i, j):
-    """Whether T of rows i and j reaches ``need``: as :func:`overlap`, but it stops when that is settled."""
-    p, q = index.indptr[i], index.indptr[j]
-    p_end, q_end = index.indptr[i + 1], index.indptr[j + 1]
-    total, spare = 0, index.weight - index.need  # what row i may hold alone
-    while p < p_end and q < q_end and total < index.need and spare >= 0:
-        a, b = index.column[p], index.column[q]
-        own = index.value[p]
-        total += min(own, index.value[q]) * (a == b)
-        spare -= own * (a < b)
-        p += a <= b
-        q += b <= a
-    return total >= index.need
 
 
 @kernel

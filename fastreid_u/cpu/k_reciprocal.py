@@ -31,8 +31,13 @@ class Rows(NamedTuple):
     value: np.ndarray
 
     @classmethod
-    def put_together(cls, parts: list[tuple]) -> Rows:
-        """Blocks of rows as one; empties ``parts``, so that no more than one of the large arrays exists twice."""
+    def put_together(cls, parts: list[tuple], dtype: type = np.int32) -> Rows:
+        """Blocks of rows as one; empties ``parts``, so that no more than one of the large arrays exists twice.
+
+        ``dtype``: of the values, should there be no block.
+        """
+        if not parts:
+            return cls(np.zeros(1, np.int64), np.empty(0, np.int32), np.empty(0, dtype))
         indptrs, columns, values = map(list, zip(*parts, strict=True))
         parts.clear()
         count = np.concatenate([np.diff(indptr) for indptr in indptrs])
@@ -101,18 +106,22 @@ def _distance(x, i, j, compat):
 
 
 @kernel
-def _measure_mutual(begin, end, x, lists, mutual, compat, distance):
-    """``distance[i, a]`` of mutual neighbours, each pair once: its smaller row writes both places."""
+def _measure_mutual(begin, end, x, lists, mutual, compat, first, last, distance):
+    """``distance[i - first, a]`` of mutual neighbours of the rows ``first .. last - 1``.
+
+    A pair of these rows is measured once: the smaller writes both places.
+    """
     for i in range(begin, end):
         for a in range(lists.shape[1]):
             j = lists[i, a]
-            if mutual[i, a] == 0 or j < i:
+            if mutual[i, a] == 0 or first <= j < i:
                 continue
             found = _distance(x, i, j, compat)
-            for b in range(lists.shape[1]):
-                if lists[j, b] == i:
-                    distance[j, b] = found
-            distance[i, a] = found
+            if i < j < last:
+                for b in range(lists.shape[1]):
+                    if lists[j, b] == i:
+                        distance[j - first, b] = found
+            distance[i - first, a] = found
 
 
 @kernel
@@ -183,8 +192,11 @@ def _weigh_float32(distance, count, out):
 
 
 @kernel
-def _encode(begin, end, x, lists, half, mutual, measured, compat, unit, like):
-    """Rows of V: counts, columns ascending, values of ``like``'s type; in fixed point if ``unit`` is not 0."""
+def _encode(begin, end, x, lists, half, mutual, measured, first, compat, unit, like):
+    """Rows of V: counts, columns ascending, values of ``like``'s type; in fixed point if ``unit`` is not 0.
+
+    ``measured`` begins with row ``first``.
+    """
     widest = lists.shape[1] * (1 + half)
     keys = np.empty(1 << table_bits(widest), np.int32)
     place = np.empty(len(keys), np.int32)
@@ -199,7 +211,7 @@ def _encode(begin, end, x, lists, half, mutual, measured, compat, unit, like):
         count = _expand_set(i, lists, half, mutual, keys, place, members)
         for p in range(count):
             j, a = members[p] >> 32, members[p] & 0xFFFFFFFF
-            distance[p] = measured[i, a] if a < lists.shape[1] else _distance(x, i, j, compat)
+            distance[p] = measured[i - first, a] if a < lists.shape[1] else _distance(x, i, j, compat)
         if count and unit:
             _weigh_fixed(distance, count, unit, weight)
         elif count:
@@ -269,8 +281,59 @@ def _rename(begin, end, indptr, column, value, name):
 
 
 def sort_rows(rows: Rows, name: np.ndarray, threads: int) -> None:
-    """Columns become ``name[column]`` (N,) int32 and ascend within each row; in place."""
-    over_rows(_rename, len(name), threads, *rows, name)
+    """Columns become ``name[column]``, ``name`` (N,) int32, and ascend within each row; in place."""
+    over_rows(_rename, len(rows.indptr) - 1, threads, *rows, name)
+
+
+def half_length(k1: int) -> int:
+    """Entries of the half list. np.around rounds halves to even, as published: k1 = 25 gives 12 + 1."""
+    return int(np.around(k1 / 2)) + 1
+
+
+def mutual_neighbours(lists: np.ndarray, threads: int, rows: range | None = None) -> np.ndarray:
+    """(len(rows), k1) uint8, of all rows if None: 0 if the row is not in its neighbour's list, 1 if it is, 2 if each is
+    in the half list of the other."""
+    rows = range(len(lists)) if rows is None else rows
+    mutual = np.empty(lists.shape, np.uint8)  # memory that nobody writes to is never taken
+    over_rows(_find_mutual, rows.stop, threads, lists, half_length(lists.shape[1]), mutual, begin=rows.start)
+    return mutual[rows.start : rows.stop]
+
+
+def soft_rows(
+    x: np.ndarray,
+    lists: np.ndarray,
+    mutual: np.ndarray,
+    k2: int,
+    *,
+    compat: bool,
+    fixed: bool,
+    threads: int,
+    rows: range | None = None,
+) -> Rows:
+    """The given rows of V, before query expansion; columns ascend. ``mutual`` is of all rows, the rest as in
+    :func:`encode`."""
+    rows = range(len(lists)) if rows is None else rows
+    k1, half = lists.shape[1], half_length(lists.shape[1])
+    like, unit = (np.empty(0, np.int32), 1 << bits(k2)) if fixed else (np.empty(0, np.float32), 0)
+    measured = np.empty((len(rows), k1))
+    given = x, lists, mutual, compat, rows.start, rows.stop, measured
+    over_rows(_measure_mutual, rows.stop, threads, *given, begin=rows.start)
+    most = max(1, 2**20 // (k1 * (1 + half)))  # a block's buffers: 8 MB
+    given = x, lists, half, mutual, measured, rows.start, compat, unit, like
+    parts = over_rows(_encode, rows.stop, threads, *given, most=most, begin=rows.start)
+    del measured, given
+    return Rows.put_together(parts, like.dtype)
+
+
+def average_rows(v: Rows, lists: np.ndarray, k2: int, threads: int, rows: range | None = None) -> Rows:
+    """The given rows of V after query expansion, columns unordered: integers are added, float32 is averaged.
+
+    ``v``: all rows. Not for ``k2`` = 1.
+    """
+    rows = range(len(lists)) if rows is None else rows
+    divisor = v.value.dtype.type(1 if v.value.dtype == np.int32 else k2)
+    parts = over_rows(_average, rows.stop, threads, lists, k2, *v, divisor, begin=rows.start)
+    return Rows.put_together(parts, v.value.dtype)
 
 
 def encode(x: np.ndarray, lists: np.ndarray, k2: int, *, compat: bool, fixed: bool, threads: int) -> Rows:
@@ -286,21 +349,10 @@ def encode(x: np.ndarray, lists: np.ndarray, k2: int, *, compat: bool, fixed: bo
             sums, in rank order, are float32.
         threads: to run on; the result does not depend on them.
     """
-    n, k1 = lists.shape
-    half = int(np.around(k1 / 2)) + 1  # np.around rounds halves to even, as published: k1 = 25 gives 12 + 1
-    mutual = np.empty((n, k1), np.uint8)
-    over_rows(_find_mutual, n, threads, lists, half, mutual)
-    like, unit = (np.empty(0, np.int32), 1 << bits(k2)) if fixed else (np.empty(0, np.float32), 0)
-    most = max(1, 2**20 // (k1 * (1 + half)))  # a block's buffers: 8 MB
-    measured = np.empty((n, k1))
-    over_rows(_measure_mutual, n, threads, x, lists, mutual, compat, measured)
-    parts = over_rows(_encode, n, threads, x, lists, half, mutual, measured, compat, unit, like, most=most)
-    del mutual, measured
-    v = Rows.put_together(parts)
-    if k2 == 1:
-        return v
-    parts = over_rows(_average, n, threads, lists, k2, *v, like.dtype.type(1 if fixed else k2))
-    return Rows.put_together(parts)
+    mutual = mutual_neighbours(lists, threads)
+    v = soft_rows(x, lists, mutual, k2, compat=compat, fixed=fixed, threads=threads)
+    del mutual
+    return v if k2 == 1 else average_rows(v, lists, k2, threads)
 
 
 def k_reciprocal_encoding(x: np.ndarray, lists: np.ndarray, k2: int, *, compat: bool = False, threads: int = 1) -> Rows:

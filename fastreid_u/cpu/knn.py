@@ -11,6 +11,7 @@ shrinks a and b, and with them the doubt, when the features share a large common
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -98,6 +99,87 @@ def _select(begin, end, first, x, y, alone, scores, norm_x, norm_y, doubt, least
             out_index[i, k - others + p] = best[p] & 0xFFFFFFFF
 
 
+@kernel
+def _rank(begin, end, x, y, alone, candidates, out_dist, out_index, found):
+    """The nearest of each row's candidates, in the order of ``knn``; ``found[i]``: how many there were, k at most."""
+    k, far = out_dist.shape[1], np.int64(np.iinfo(np.int64).max)
+    keys = np.empty(candidates.shape[1], np.int64)
+    for i in range(begin, end):
+        count = 0
+        for c in range(candidates.shape[1]):
+            j = candidates[i, c]
+            if j < 0 or (alone and j == i):
+                continue
+            keys[count] = (np.int64(np.float32(sq_dist(x, y, i, j)).view(np.int32)) << 32) | j
+            count += 1
+        ascend(keys[:count])
+        at = 0
+        if alone:
+            out_dist[i, 0], out_index[i, 0] = 0.0, i
+            at = 1
+        before = far
+        for c in range(count):
+            if at < k and keys[c] != before:  # an index may name a row twice
+                out_dist[i, at], out_index[i, at] = np.int32(keys[c] >> 32).view(np.float32), keys[c] & 0xFFFFFFFF
+                at += 1
+            before = keys[c]
+        found[i] = at
+
+
+def rank_candidates(
+    x: np.ndarray, candidates: np.ndarray, k: int, *, gallery: np.ndarray | None = None, threads: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The ``k`` nearest of what somebody else found, measured and ordered as :func:`knn` does.
+
+    Args:
+        x, k, gallery, threads: as in :func:`knn`.
+        candidates: (N, m) int64 rows of the gallery; below 0 for none. A row itself need not be among its own.
+
+    Returns:
+        ``(sq_dist, index, found)``: the first two as :func:`knn`, of which row i holds ``found[i]``, (N,) int64.
+    """
+    out = np.zeros((len(x), k), np.float32), np.full((len(x), k), -1, np.int64)
+    found = np.zeros(len(x), np.int64)
+    y = x if gallery is None else gallery
+    over_rows(_rank, len(x), threads, x, y, gallery is None, candidates, *out, found, most=1024)
+    return *out, found
+
+
+class Centred(NamedTuple):
+    """Both sets of rows less the mean of the searched ones, scaled by a power of two.
+
+    Attributes:
+        x, y: rows; the same array if a set is searched for itself.
+        norm_x, norm_y: their squared lengths in float64.
+        scale: that power of two.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    norm_x: np.ndarray
+    norm_y: np.ndarray
+    scale: float
+
+
+def centre(x: np.ndarray, gallery: np.ndarray | None, dtype: type = np.float32) -> Centred:
+    """Move and scale rows for a product of matrices: distances stay what they are, up to the scale."""
+    y = x if gallery is None else gallery
+    mean = sum(y[part].sum(axis=0, dtype=np.float64) for part in _parts(y)) / len(y)
+    both = (x,) if gallery is None else (x, y)
+    largest = max(np.abs(rows[part] - mean).max(initial=0) for rows in both for part in _parts(rows))
+    # a power of two, which is exact: components of at most 1 neither overflow nor, if they matter, underflow
+    scale = 2.0 ** -int(np.frexp(largest)[1])
+    rows_y, norm_y = _centred(y, mean, scale, dtype)
+    rows_x, norm_x = (rows_y, norm_y) if gallery is None else _centred(x, mean, scale, dtype)
+    return Centred(rows_x, rows_y, norm_x, norm_y, scale)
+
+
+def rounding(width: int, dtype: type = np.float32) -> tuple[float, float]:
+    """How far a distance by a product in ``dtype`` may be off: relative to a^2 + b^2, and by underflow."""
+    bound = (width + 16) * float(np.finfo(dtype).eps) / 2
+    return bound / (1 - bound), (width + 16) * float(np.finfo(np.float32).tiny)
+
+
 def _centred(x: np.ndarray, mean: np.ndarray, scale: float, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     """``(x - mean) * scale`` in ``dtype``, and the squared lengths of these rows in float64."""
     rows, norm = np.empty(x.shape, dtype), np.empty(len(x))
@@ -144,23 +226,14 @@ def knn(
     if len(x) == 0 or k == 0:
         return out
 
-    mean = sum(y[part].sum(axis=0, dtype=np.float64) for part in _parts(y)) / len(y)
-    both = (x,) if alone else (x, y)
-    largest = max(np.abs(rows[part] - mean).max(initial=0) for rows in both for part in _parts(rows))
-    # a power of two, which is exact: components of at most 1 neither overflow nor, if they matter, underflow
-    scale = 2.0 ** -int(np.frexp(largest)[1])
-    rows_y, norm_y = _centred(y, mean, scale, dtype)
-    rows_x, norm_x = (rows_y, norm_y) if alone else _centred(x, mean, scale, dtype)
-
-    bound = (x.shape[1] + 16) * float(np.finfo(dtype).eps) / 2
-    bound /= 1 - bound
-    least = (x.shape[1] + 16) * float(np.finfo(np.float32).tiny)  # what underflow can add to that
+    rows = centre(x, gallery, dtype)
+    bound, least = rounding(x.shape[1], dtype)
     step = max(64, _BLOCK_SCORES // len(y))
     scores = np.empty((min(step, len(x)), len(y)), dtype)
     for first in range(0, len(x), step):
-        block = rows_x[first : first + step]
+        block = rows.x[first : first + step]
         found = scores[: len(block)]
-        product(block, rows_y.T, found)
-        given = (first, x, y, alone, found, norm_x, norm_y, bound, least, *out)
+        product(block, rows.y.T, found)
+        given = (first, x, y, alone, found, rows.norm_x, rows.norm_y, bound, least, *out)
         over_rows(_select, len(block), threads, *given, most=256)
     return out

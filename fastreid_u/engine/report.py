@@ -7,7 +7,7 @@ from typing import Any
 from fastreid_u.config import Config
 from fastreid_u.recipe import Recipe
 
-# Fields that say how a machine runs the recipe, not what the recipe is.
+# Fields that say how a machine runs the recipe, or on what, not what the recipe is.
 _MACHINE = {
     "workers",
     "cache_images",
@@ -17,6 +17,7 @@ _MACHINE = {
     "eval_step",
     "eval_initial",
     "eval_batch_size",
+    "source",
 }
 
 
@@ -37,7 +38,7 @@ def recipe_card(
         f"{model['num_features']} features, pooling {model['pooling']}, weights {model['weights']}"
     )
     lines.append(
-        f"  labels      k1 {config.k1}, k2 {config.k2}, eps {config.eps}, min_samples {config.min_samples}, "
+        f"  labels      {method.describe_labels(config)}, "
         f"per-camera centring {'ON (ours, not in the published recipe)' if config.center_per_camera else 'off'}"
     )
     lines.append(

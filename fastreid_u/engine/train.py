@@ -121,7 +121,11 @@ def train(
     reid = dataset if isinstance(dataset, ReIDDataset) else _load(dataset, root, data, Display(quiet=quiet))
     if not reid.train:
         raise ValueError(f"train: dataset must hold training images, got none in {reid.root}")
+    if recipe_class.uses_source and config.source is not None:
+        source_data = {**recipe_class.source_dials.get(known_name(config.source), {}), **dict(source_data or {})}
     labelled = _load_source(recipe_class, config, root, source_data, display=Display(quiet=quiet))
+    if labelled is not None and not {s.path for s in reid.train}.isdisjoint(s.path for s in labelled.train):
+        raise ValueError(f"train: source must hold other images than the set to learn, got {reid.root} for both")
     recipe = recipe_class(config, _images(reid), _images(labelled, pids=True) if labelled else None)
     model = _build_model(config, device)
     if folder is None:
@@ -215,8 +219,8 @@ def _build_model(config: Config, device: torch.device) -> "ReIDModel":
 
     model = build_model(
         config.arch, pooling=config.pooling_type, weights=config.weights, bn_group=config.bn_group,
-        bn_running=config.bn_running, stem_relu=config.stem_relu, image_size=(config.height, config.width),
-        seed=config.seed,
+        bn_running=config.bn_running, stem_relu=config.stem_relu, drop_path=config.drop_path,
+        image_size=(config.height, config.width), seed=config.seed,
     )  # fmt: skip
     return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 

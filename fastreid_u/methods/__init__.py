@@ -15,13 +15,22 @@ from pathlib import Path
 from fastreid_u.recipe import Recipe
 
 _CLASSES = {
+    "bmw": "BMW",
+    "cacl": "CACL",
     "cap": "CAP",
     "cap_cluster_contrast": "CAPClusterContrast",
     "cap_cluster_contrast_proxy": "CAPClusterContrastProxy",
     "cluster_contrast": "ClusterContrast",
+    "cluster_contrast_infomap": "ClusterContrastInfomap",
+    "cluster_contrast_uda": "ClusterContrastUDA",
+    "csa_hps": "CSAHPS",
+    "dccc": "DCCC",
     "ice": "ICE",
     "pplr": "PPLR",
     "pplr_camera": "PPLRCamera",
+    "spcl": "SpCL",
+    "spcl_uda": "SpCLUDA",
+    "vit_cluster_contrast": "ViTClusterContrast",
 }
 
 

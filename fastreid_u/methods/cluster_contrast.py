@@ -60,14 +60,21 @@ class ClusterContrast(Recipe):
     Config = ClusterContrastConfig
 
     def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> None:
-        config = self.config
         kept = labels >= 0
         self.memory = ClusterMemory.from_centroids(
-            cluster_centroids(features[kept], labels[kept]),
-            temp=config.temp,
-            momentum=config.momentum,
-            use_hard=config.use_hard,
+            self.prototypes(features[kept], labels[kept], epoch),
+            temp=self.config.temp,
+            momentum=self.config.momentum,
+            **self.update_rule(),
         )
+
+    def prototypes(self, features: Tensor, labels: Tensor, epoch: int) -> Tensor:
+        """Where the C rows start: (C, D) from ``features`` (n, D) of clusters ``labels`` (n,) 0 .. C - 1."""
+        return cluster_centroids(features, labels)
+
+    def update_rule(self) -> dict[str, Any]:
+        """What ``ClusterMemory`` is told of how its rows move."""
+        return {"use_hard": self.config.use_hard}
 
     def loss(self, x: Tensor, batch: Batch) -> Tensor:
         return self.memory.loss(x, batch.targets)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an architecture's name to a network with weights."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastreid_u.models.batchnorm import set_bn_group
 from fastreid_u.models.pooling import make_pooling
@@ -28,6 +29,7 @@ def build_model(
     bn_running: str = "first",
     last_stride: int = 1,
     stem_relu: bool = True,
+    drop_path: float = 0.0,
     image_size: tuple[int, int] = (256, 128),
     seed: int | None = None,
 ) -> ReIDModel:
@@ -36,12 +38,14 @@ def build_model(
     Args:
         arch: one of ``model_names()``, an alias ("ibn50a", "ibn101a"), or "timm/<name>".
         pooling: "gem" (learnable exponent, starts at 3), "avg" or "max". Not used by timm's token networks.
-        weights: "imagenet", the path of a file (see :mod:`fastreid_u.models.weights`), or None for random weights.
-            Nothing is replaced silently: weights that cannot be had, or do not fit, are an error.
+        weights: "imagenet", "imagenet_v2" (torchvision's second version), the path of a file (see
+            :mod:`fastreid_u.models.weights`), or None for random weights. Nothing is replaced silently: weights that
+            cannot be had, or do not fit, are an error.
         bn_group: images per BatchNorm group in training, None for the whole batch.
         bn_running: "first" or "mean": the groups that the running statistics come from.
         last_stride: stride of the last stage, 1 or 2. ResNets of ``model_names()`` only.
         stem_relu: False leaves out the ReLU after the stem, as published CAP does. ResNets of ``model_names()`` only.
+        drop_path: stochastic depth of timm's networks in training, in [0, 1).
         image_size: (height, width), for transformers with a fixed grid of positions; other networks take any size.
         seed: of the random weights; torch's global generator is then left as it was. None draws from that generator.
 
@@ -62,7 +66,9 @@ def build_model(
     if not stem_relu and arch not in RESNETS:
         raise ValueError(f"build_model: stem_relu must be True for {arch}, got {stem_relu!r}")
 
-    file = imagenet_file(arch) if weights == "imagenet" and arch in RESNETS else weights
+    if drop_path and arch in RESNETS:
+        raise ValueError(f"build_model: drop_path must be 0 for {arch}, got {drop_path!r}")
+    file = imagenet_file(arch, weights) if weights in ("imagenet", "imagenet_v2") and arch in RESNETS else weights
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which reseeds every GPU as well
@@ -71,7 +77,7 @@ def build_model(
             card = {"pooling": pooling, "last_stride": last_stride, "stem_relu": stem_relu}
             pool = make_pooling(pooling)
         else:
-            backbone = TimmBackbone(arch.removeprefix("timm/"), pretrained=weights == "imagenet")
+            backbone = TimmBackbone(arch.removeprefix("timm/"), pretrained=weights == "imagenet", drop_path=drop_path)
             card = {"pooling": pooling if backbone.gives_map else "the network's own"}
             pool = make_pooling(pooling) if backbone.gives_map else nn.Identity()
     model = ReIDModel(backbone, pool, arch=arch, card=card)
@@ -81,14 +87,20 @@ def build_model(
         _fit_image_size(backbone, image_size)
     else:
         state = read_weights(file)
-        # A checkpoint of ours holds positions for its own image size, a pre-trained backbone for timm's.
-        if is_reid_checkpoint(state):
+        # A checkpoint of ours holds positions for its own image size, a pre-trained backbone for that size or timm's.
+        if is_reid_checkpoint(state) or not _positions_fit(backbone, state):
             _fit_image_size(backbone, image_size)
         source = str(load_weights(model, state, source=Path(file).name))
         _fit_image_size(backbone, image_size)
     model.card["weights"] = source
     set_bn_group(model, bn_group, bn_running)
     return model
+
+
+def _positions_fit(backbone: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """Whether a file's learned positions are as many as the backbone has by itself."""
+    given = state.get("pos_embed")
+    return not isinstance(backbone, TimmBackbone) or given is None or given.shape[1] == backbone.positions
 
 
 def _fit_image_size(backbone: nn.Module, image_size: tuple[int, int]) -> None:

@@ -15,6 +15,7 @@ class TimmBackbone(nn.Module):
     Args:
         name: timm's name, with or without the tag of its weights ("vit_small_patch16_224.dino").
         pretrained: take timm's weights, downloaded on first use.
+        drop_path: stochastic depth of the last block in training, in [0, 1); it rises linearly from the first.
 
     Attributes:
         num_features: D.
@@ -25,7 +26,7 @@ class TimmBackbone(nn.Module):
         ValueError: timm knows no such name.
     """
 
-    def __init__(self, name: str, *, pretrained: bool) -> None:
+    def __init__(self, name: str, *, pretrained: bool, drop_path: float = 0.0) -> None:
         try:
             import timm
         except ImportError as error:
@@ -38,7 +39,8 @@ class TimmBackbone(nn.Module):
             )
         super().__init__()
         try:
-            self.net = timm.create_model(name, pretrained=pretrained, num_classes=0)
+            more = {"drop_path_rate": drop_path} if drop_path else {}
+            self.net = timm.create_model(name, pretrained=pretrained, num_classes=0, **more)
         except (OSError, RuntimeError) as error:
             if not pretrained:
                 raise
@@ -56,6 +58,11 @@ class TimmBackbone(nn.Module):
             self.channels_last_map = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
             self.num_features: int = self.forward(probe).shape[1]
         self.net.train(training)
+
+    @property
+    def positions(self) -> int | None:
+        """Number of learned positions, class token included; None for a network without."""
+        return self.net.pos_embed.shape[1] if getattr(self.net, "pos_embed", None) is not None else None
 
     def set_image_size(self, size: tuple[int, int]) -> None:
         """Fit position embeddings to (height, width) images; nothing to do for a network that takes any size."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading weight files and fitting them to a network.
 
-Understood: torchvision, IBN-Net and timm files, checkpoints of this library, and checkpoints of the Re-ID code bases
-that descend from SpCL (``base.0`` ... ``gap.p``, ``feat_bn``); bare or inside a ``state_dict`` entry, with or without
-the ``module.`` that DataParallel puts before every name. Nothing in a file is executed: safetensors, or torch's
-restricted unpickler.
+Understood: torchvision, IBN-Net and timm files, checkpoints of this library, checkpoints of the Re-ID code bases that
+descend from SpCL (``base.0`` ... ``gap.p``, ``feat_bn``), transformers of DINO and TransReID-SSL; bare or inside a
+``state_dict`` or ``teacher`` entry, with or without the ``module.`` that DataParallel puts before every name. Nothing
+in a file is executed: safetensors, or torch's restricted unpickler.
 """
 
 import pickle
@@ -21,7 +21,7 @@ from fastreid_u.models.reid import ReIDModel
 from fastreid_u.models.resnet import RESNETS
 from fastreid_u.models.timm_backbone import TimmBackbone
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher")
 # What torch.load lets through on a damaged or foreign file, besides its own errors (fuzzed in tests/test_models.py).
 _DAMAGE = (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
 _PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DDP; torch.compile
@@ -70,7 +70,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             found = found[key]
     if not isinstance(found, Mapping):
         raise RuntimeError(f"read_weights: path must hold a dict of tensors, got a {type(found).__name__} in {path}")
-    return {_strip(name): value for name, value in found.items() if isinstance(value, Tensor)}
+    return _bare_transformer({_strip(name): value for name, value in found.items() if isinstance(value, Tensor)})
 
 
 class _Discarded:
@@ -103,6 +103,12 @@ def _strip(name: str) -> str:
     while name.startswith(_PREFIXES):
         name = name.removeprefix("module.").removeprefix("_orig_mod.")
     return name
+
+
+def _bare_transformer(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A transformer that DINO or TransReID-SSL saved inside a larger network, without that network's prefix."""
+    prefix = next((p for p in ("backbone.", "base.") if f"{p}patch_embed.proj.weight" in state), None)
+    return state if prefix is None else {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
 def is_reid_checkpoint(state: Mapping[str, Tensor]) -> bool:
@@ -188,10 +194,11 @@ def _check_head(model: ReIDModel, state: Mapping[str, Tensor], stem_relu: bool |
             raise ValueError(f"load_weights: stem_relu must be {stem_relu} for {source}, got {has_relu}")
 
 
-def imagenet_file(arch: str) -> Path:
+def imagenet_file(arch: str, version: str = "imagenet") -> Path:
     """The file of ImageNet weights of a ResNet, downloaded on first use into torch hub's folder; its hash is checked.
 
-    torchvision's are the first version (V1), which the published runs used; V2 weights give other results.
+    Of torchvision's, "imagenet" is the first version (V1), which nearly all published runs used, and "imagenet_v2" the
+    second, from a longer training; results that start from one are not to be compared with those from the other.
 
     Raises:
         ValueError: none exist for ``arch``.
@@ -199,11 +206,16 @@ def imagenet_file(arch: str) -> Path:
     """
     url = RESNETS[arch].imagenet
     if url is None:
-        raise ValueError(f"build_model: weights must be None or a file for {arch}, which has none, got 'imagenet'")
+        raise ValueError(f"build_model: weights must be None or a file for {arch}, which has none, got {version!r}")
     if url == "torchvision":
         from torchvision.models import get_model_weights
 
-        url = get_model_weights(arch).IMAGENET1K_V1.url
+        wanted = {"imagenet": "IMAGENET1K_V1", "imagenet_v2": "IMAGENET1K_V2"}[version]
+        if wanted not in get_model_weights(arch).__members__:
+            raise ValueError(f"build_model: weights must be 'imagenet' for {arch}, which has no V2, got {version!r}")
+        url = get_model_weights(arch)[wanted].url
+    elif version != "imagenet":
+        raise ValueError(f"build_model: weights must be 'imagenet' for {arch}, which has no V2, got {version!r}")
     name = Path(urlparse(url).path).name
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     if not (folder / name).is_file():

@@ -15,6 +15,7 @@ MEANING = {
     1: "targets must lie in [0, C), got one outside",
     2: "x must be finite, got NaN or infinity",
     4: "clusters must have a proxy each, got one without",
+    8: "targets must be True in class_mask, got one that is masked",
 }
 
 _flags: dict[tuple[str, torch.device], Tensor] = {}

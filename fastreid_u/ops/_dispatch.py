@@ -14,10 +14,11 @@ from fastreid_u._checks import require_choice
 
 log = logging.getLogger(__name__)
 
-# What "auto" tries on each kind of device, fastest first. A backend that a device does not list cannot run there.
+# What "auto" tries on each kind of device, fastest first. A backend that a device does not list cannot run there; what
+# comes after the reference, which always can, runs only when asked for.
 PREFERENCE = {
-    "cpu": ("cpp", "numba", "reference"),
-    "cuda": ("cuda", "cupy", "triton", "reference"),
+    "cpu": ("cpp", "numba", "reference", "faiss"),
+    "cuda": ("cuda", "cupy", "triton", "reference", "faiss"),
 }
 
 
@@ -43,7 +44,8 @@ def choose(op: str, device: torch.device, backend: str, table: Mapping[str, Call
     if backend == "auto":
         name = next(name for name in here if callable(table.get(name)))
         if name == "reference" and not torch.compiler.is_compiling():
-            missing = [table[faster] for faster in here if isinstance(table.get(faster), str)]
+            faster = here[: here.index("reference")]
+            missing = [table[name] for name in faster if isinstance(table.get(name), str)]
             if missing or device.type != "cpu":
                 _warn_slow(op, "; ".join(missing) or f"no {device.type} kernel yet")
     else:

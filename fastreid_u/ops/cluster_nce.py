@@ -153,10 +153,6 @@ def cluster_nce(
         table["triton"] = "there is no triton for this platform"
     elif torch.float64 in (x.dtype, memory.dtype):
         table["triton"] = "the kernel computes in float32, and float64 was given"
-    elif any(
-        (*map(torch.is_tensor, (teacher, extra_target, class_mask)), focal, epsilon, _given(settings["smoothing"]))
-    ):
-        table["triton"] = "the kernel computes the plain cross-entropy"
     return choose(op, x.device, backend, table)(x, targets, memory, **settings)
 
 
@@ -230,27 +226,27 @@ def _share(name: str, share: object, x: Tensor) -> float | Tensor:
     return require_reals_in(OP, name, _per_sample(name, share, x), 0, 1)
 
 
-def _given(share: float | Tensor) -> bool:
-    return isinstance(share, Tensor) or share > 0
+def _given(share: float | Tensor | None) -> bool:
+    """Whether it leaves anything of its part of the target."""
+    return isinstance(share, Tensor) or (share is not None and share > 0)
 
 
-def _triton(
-    x: Tensor,
-    targets: Tensor,
-    memory: Tensor,
-    *,
-    temperature: float,
-    normalize: bool,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    **_: object,
-) -> Tensor:
+def _triton(x: Tensor, targets: Tensor, memory: Tensor, **given) -> Tensor:
     from fastreid_u.kernels.cluster_nce import is_lean
 
+    teacher = given["teacher"] if _given(given["teacher_weight"]) else None
+    extra_target = given["extra_target"] if _given(given["extra_weight"]) else None
+    shares = given["teacher_weight"], given["smoothing"], given["extra_weight"]
+    each = [share if isinstance(share, Tensor) else None for share in shares]
+    one = [0.0 if share is None or isinstance(share, Tensor) else float(share) for share in shares]
     trained = torch.is_grad_enabled() and (x.requires_grad or memory.requires_grad)
-    lean = not trained or is_lean(x.shape[0], memory.shape[0])  # nobody asks for the logits again
-    loss, _, _ = _cluster_nce(x, targets, memory, weight, temperature, normalize, ignore_index, reduction, lean)
+    loss, _, _ = _cluster_nce(
+        x, targets, memory, teacher, extra_target, given["class_mask"], given["weight"], *each, one,
+        given["temperature"], given["teacher_temperature"] or given["temperature"], given["focal"], given["epsilon"],
+        given["normalize"], given["ignore_index"], given["reduction"],
+        # without a gradient nobody asks for the logits again
+        not trained or is_lean(x.shape[0], memory.shape[0], teacher is not None),
+    )  # fmt: skip
     return loss
 
 
@@ -259,27 +255,48 @@ def _cluster_nce(
     x: Tensor,
     targets: Tensor,
     memory: Tensor,
+    teacher: Tensor | None,
+    extra_target: Tensor | None,
+    class_mask: Tensor | None,
     weight: Tensor | None,
+    teacher_each: Tensor | None,
+    smoothing_each: Tensor | None,
+    extra_each: Tensor | None,
+    shares: list[float],
     temperature: float,
+    teacher_temperature: float,
+    focal: float,
+    epsilon: float,
     normalize: bool,
     ignore_index: int,
     reduction: str,
     lean: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and for the backward statistics of each sample and, unless lean, the logits."""
+    """The loss, and for the backward statistics of each sample and, unless lean, the logits.
+
+    ``shares`` are those of the teacher, the uniform and the extra target where samples have none of their own.
+    """
     from fastreid_u.kernels.cluster_nce import cluster_nce_fwd
 
+    each = teacher_each, smoothing_each, extra_each
+    shares = [share if own is None else own for own, share in zip(each, shares, strict=True)]
     return cluster_nce_fwd(
-        x, targets, memory, temperature=temperature, normalize=normalize, weight=weight,
+        x, targets, memory, temperature=temperature, normalize=normalize, teacher=teacher, teacher_weight=shares[0],
+        teacher_temperature=teacher_temperature, smoothing=shares[1], extra_target=extra_target,
+        extra_weight=shares[2], focal=focal, epsilon=epsilon, class_mask=class_mask, weight=weight,
         ignore_index=ignore_index, reduction=reduction, lean=lean, status=flag(OP, x.device),
     )  # fmt: skip
 
 
 @_cluster_nce.register_fake
-def _(x, targets, memory, weight, temperature, normalize, ignore_index, reduction, lean):
+def _(x, targets, memory, teacher, extra_target, class_mask, weight, teacher_each, smoothing_each, extra_each,
+      shares, temperature, teacher_temperature, focal, epsilon, normalize, ignore_index, reduction, lean):  # fmt: skip
+    from fastreid_u.kernels.cluster_nce import STATS
+
     b, c = x.shape[0], memory.shape[0]  # len() would fix them
     loss = x.new_empty((b,) if reduction == "none" else (), dtype=torch.float32)
-    return loss, x.new_empty((4, b), dtype=torch.float32), x.new_empty((b, 0 if lean else c), dtype=torch.float32)
+    logits = x.new_empty((b if teacher is None else 2 * b, 0 if lean else c), dtype=torch.float32)
+    return loss, x.new_empty((STATS, b), dtype=torch.float32), logits
 
 
 @torch.library.custom_op("fastreid_u::cluster_nce_backward", mutates_args=())
@@ -288,9 +305,14 @@ def _cluster_nce_backward(
     x: Tensor,
     targets: Tensor,
     memory: Tensor,
+    teacher: Tensor | None,
+    extra_target: Tensor | None,
+    class_mask: Tensor | None,
     stats: Tensor,
     logits: Tensor,
     temperature: float,
+    teacher_temperature: float,
+    uniform: bool,
     normalize: bool,
     ignore_index: int,
     need_x: bool,
@@ -300,7 +322,8 @@ def _cluster_nce_backward(
     from fastreid_u.kernels.cluster_nce import cluster_nce_bwd
 
     grad_x, grad_memory = cluster_nce_bwd(
-        grad, x, targets, memory, stats, logits, temperature=temperature, normalize=normalize,
+        grad, x, targets, memory, stats, logits, temperature=temperature, normalize=normalize, teacher=teacher,
+        teacher_temperature=teacher_temperature, uniform=uniform, extra_target=extra_target, class_mask=class_mask,
         ignore_index=ignore_index, need_x=need_x, need_memory=need_memory,
     )  # fmt: skip
     return x.new_empty(0, x.shape[1]) if grad_x is None else grad_x, (
@@ -309,26 +332,28 @@ def _cluster_nce_backward(
 
 
 @_cluster_nce_backward.register_fake
-def _(grad, x, targets, memory, stats, logits, temperature, normalize, ignore_index, need_x, need_memory):
+def _(grad, x, targets, memory, *options):
+    *_, need_x, need_memory = options
     (b, d), c = x.shape, memory.shape[0]
     return x.new_empty(b if need_x else 0, d), memory.new_empty(c if need_memory else 0, d)
 
 
 def _remember(ctx, inputs, output) -> None:
-    x, targets, memory, _, ctx.temperature, ctx.normalize, ctx.ignore_index, _, _ = inputs
+    x, targets, memory, teacher, extra_target, class_mask, _, _, smoothing_each, _, shares, *settings = inputs
+    temperature, teacher_temperature, _, _, normalize, ignore_index, *_ = settings
+    uniform = smoothing_each is not None or shares[1] > 0
+    ctx.settings = temperature, teacher_temperature, uniform, normalize, ignore_index
     _, stats, logits = output
-    ctx.save_for_backward(x, targets, memory, stats, logits)
+    ctx.save_for_backward(x, targets, memory, teacher, extra_target, class_mask, stats, logits)
     ctx.set_materialize_grads(False)  # the logits get no gradient, not even zeros
 
 
 def _backward(ctx, grad, *_):
     need_x, _, need_memory, *_ = ctx.needs_input_grad
-    nothing = (None,) * 6
-    if grad is None:
-        return None, None, None, *nothing
-    settings = ctx.temperature, ctx.normalize, ctx.ignore_index, need_x, need_memory
-    grad_x, grad_memory = _cluster_nce_backward(grad, *ctx.saved_tensors, *settings)
-    return grad_x if need_x else None, None, grad_memory if need_memory else None, *nothing
+    grad_x, grad_memory = None, None
+    if grad is not None:
+        grad_x, grad_memory = _cluster_nce_backward(grad, *ctx.saved_tensors, *ctx.settings, need_x, need_memory)
+    return grad_x if need_x else None, None, grad_memory if need_memory else None, *(None,) * 16
 
 
 _cluster_nce.register_autograd(_backward, setup_context=_remember)

@@ -56,7 +56,10 @@ def k_reciprocal_encoding(
     Raises:
         TypeError, ValueError: wrong type, shape or count, NaN or infinity; the message names argument, rule and value.
 
-    k1 and k2 beyond N are clipped to N with one warning. Not differentiable.
+    Every backend follows the published float32 arithmetic here: distances are summed in float64 and rounded once,
+    weights and all further sums are float32, over ascending columns in the softmax and in rank order in the averaging.
+    The Jaccard ops compare integers instead, see :func:`jaccard_graph`. k1 and k2 beyond N are clipped to N with one
+    warning. Not differentiable.
     Zhong et al., CVPR 2017, sections 3.2 to 3.4, with the neighbour counts of the published clustering code.
     """
     op = "k_reciprocal_encoding"
@@ -84,11 +87,9 @@ def _numba(x: Tensor, k1: int, k2: int, *, knn: tuple[Tensor, Tensor], compat: b
 
 
 def _triton(x: Tensor, k1: int, k2: int, *, knn: tuple[Tensor, Tensor], compat: bool) -> Tensor:
-    """The fixed-point rows that the Jaccard kernels compare, divided by what they add up to."""
     from fastreid_u.kernels.k_reciprocal import k_reciprocal
 
-    crow, column, mass, total = k_reciprocal(x, knn[1], k1, k2, compat=compat)
-    return sparse_rows(crow, column, (mass.double() / total).float())
+    return sparse_rows(*k_reciprocal(x, knn[1], k1, k2, compat=compat, fixed=False)[:3])
 
 
 def index_array(knn: tuple[Tensor, Tensor], k1: int) -> np.ndarray:

@@ -51,12 +51,12 @@ def proxy_nce(
     """Every sample towards the proxies of its cluster, away from the hardest others.
 
     A proxy is one row of ``memory``: what one camera saw of one cluster. With ``l = l2(x) @ memory.T / temperature``,
-    the loss of a sample is ``-(1/|P|) sum over p in P of log(exp(l_p) / sum over P and Q of exp(l_q))``, where
+    the loss of a sample is ``-(1/|P|) sum over p in P of log(exp(l_p) / sum over P and H of exp(l_q))``, where
 
         P   the proxies of its cluster, in all cameras or, with positives="other_cameras", in all but its own
-        Q   of the proxies of other clusters the ``hard_negatives`` most similar; all of them if there are fewer
+        H   of the proxies of other clusters the ``hard_negatives`` most similar; all of them if there are fewer
 
-    With scope="camera" only the proxies of the sample's own camera exist for it and Q is all of the others.
+    With scope="camera" only the proxies of the sample's own camera exist for it and H is all of the others.
 
         CAP     proxy_nce(..., scope="camera", reduction="camera") + 0.5 * proxy_nce(..., reduction="camera")
         ICE     0.5 * proxy_nce(..., reduction="camera")
@@ -71,7 +71,7 @@ def proxy_nce(
         proxy_clusters: (Q,) integers, the cluster of each proxy.
         proxy_cameras: (Q,) integers, its camera.
         temperature: divides the similarities; positive.
-        hard_negatives: size of Q; None takes all. Equally similar proxies at the edge may come in or not, whichever;
+        hard_negatives: size of H; None takes all. Equally similar proxies at the edge may come in or not, whichever;
             the loss is the same. Of no effect with scope="camera".
         scope: "all" or "camera".
         positives: "all" or "other_cameras". A sample whose cluster only its own camera has seen then has the loss 0 and

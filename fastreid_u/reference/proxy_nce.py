@@ -29,11 +29,11 @@ def proxy_nce(
     reduction: str = "mean",
     compat: bool = False,
 ) -> Tensor:
-    """``-mean over P of log softmax(l2(x) @ memory.T / temperature)``, the softmax over P and Q, float32 or wider.
+    """``-mean over P of log softmax(l2(x) @ memory.T / temperature)``, the softmax over P and H, float32 or wider.
 
-    P: the proxies of a sample's cluster, with positives "other_cameras" but that of its own camera. Q: of the proxies
+    P: the proxies of a sample's cluster, with positives "other_cameras" but that of its own camera. H: of the proxies
     of other clusters the ``hard_negatives`` most similar. Scope "camera" leaves a sample the proxies of its own camera,
-    and Q is all of them. With ``compat`` the last of P, by index, fill up a Q that is too short, so they count twice.
+    and H is all of them. With ``compat`` the last of P, by index, fill up an H that is too short, so they count twice.
     A sample without any proxy of its cluster (in its camera) gets NaN; one that only its own camera has seen gets 0.
     """
     dtype = torch.promote_types(torch.promote_types(x.dtype, memory.dtype), torch.float32)

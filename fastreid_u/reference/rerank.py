@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""k-reciprocal re-ranking of a gallery, as published.
+"""k-reciprocal re-ranking of a gallery, as published, over matrices of all pairs.
 
 Zhong et al., "Re-ranking Person Re-identification with k-reciprocal Encoding", CVPR 2017.
 """
@@ -9,11 +9,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import sparse
 from torch import Tensor
 
 from .jaccard import shared_mass, to_distance
-from .k_reciprocal import expand_query, k_reciprocal_sets, working_dtype
+from .k_reciprocal import expand_query, reciprocal_sets, working_dtype
 
 
 @torch.no_grad()
@@ -26,49 +25,63 @@ def rerank(
     *,
     distance: str = "sqeuclidean",
     distmats: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> Tensor:
-    """(Q, G) distances ``(1 - lambda_value) * jaccard + lambda_value * original``.
+    top: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(Q, G) distances ``(1 - lambda_value) * jaccard + lambda_value * original``, or the ``top`` smallest of each row.
 
     "original" is the incoming distance squared again and divided by the largest of its column; lists hold k1 + 1
-    entries, self included; weights are exp(-original) over the expanded reciprocal set. Ties rank by index.
+    entries, self included; weights are exp(-original) over the expanded reciprocal set. Ties rank the row itself first,
+    then by index. Takes 20 (Q + G)^2 bytes.
     """
     if distmats is None:
         query, gallery = working_dtype(query), working_dtype(gallery)
         distmats = tuple(_pairwise(a, b, distance) for a, b in ((query, gallery), (query, query), (gallery, gallery)))
     q_g, q_q, g_g = distmats
-    device, num_query = q_g.device, len(q_g)
-    if q_g.numel() == 0:
-        return q_g.clone()
-    whole = torch.cat([torch.cat([q_q, q_g], dim=1), torch.cat([q_g.T, g_g], dim=1)]).cpu().numpy()
-    n = len(whole)
-    original = np.square(whole)
+    final = _rerank(*(part.cpu().numpy() for part in (q_g, q_q, g_g)), k1, k2, lambda_value) if q_g.numel() else q_g
+    final = torch.as_tensor(final, device=q_g.device)
+    if top is None:
+        return final
+    nearest = final.sort(dim=1, stable=True)
+    return nearest.values[:, :top], nearest.indices[:, :top]
+
+
+def _rerank(q_g: np.ndarray, q_q: np.ndarray, g_g: np.ndarray, k1: int, k2: int, lambda_value: float) -> np.ndarray:
+    num_query = len(q_g)
+    original = np.square(np.block([[q_q, q_g], [q_g.T, g_g]]))
     largest = original.max(axis=0)
     # column i scaled by its maximum, then read as row i
     original = np.ascontiguousarray((original / np.where(largest > 0, largest, 1)).T)
 
+    n = len(original)
     k1, k2 = min(k1, n - 1), min(k2, n)
-    ranking = np.stack([row.argsort(kind="stable")[: max(k1 + 1, k2)] for row in original])
-    sets = k_reciprocal_sets(ranking[:, : k1 + 1], ranking[:, : int(np.around(k1 / 2)) + 1])
-    row = np.repeat(np.arange(n), np.diff(sets.indptr))
-    weight = np.exp(-original[row, sets.indices])
-    total = np.zeros(n, weight.dtype)
-    np.add.at(total, row, weight)
-    v = sparse.csr_array((weight / total[row], sets.indices, sets.indptr), shape=(n, n))
+    ranking = np.stack([_ranked(row, i)[: max(k1 + 1, k2)] for i, row in enumerate(original)])
+    v = np.zeros_like(original)
+    for i, members in enumerate(reciprocal_sets(ranking, k1 + 1, int(np.around(k1 / 2)) + 1)):
+        weight = np.exp(-original[i, members])
+        v[i, members] = weight / weight.sum()
     if k2 != 1:
-        v = expand_query(v, ranking[:, :k2])
+        v = expand_query(v, ranking, k2)
 
     jaccard = np.stack([to_distance(mass[num_query:]) for mass in shared_mass(v, range(num_query))])
     mix = original.dtype.type(lambda_value)
-    return torch.from_numpy((1 - mix) * jaccard + mix * original[:num_query, num_query:]).to(device)
+    return (1 - mix) * jaccard + mix * original[:num_query, num_query:]
+
+
+def _ranked(row: np.ndarray, own: int) -> np.ndarray:
+    """Indices by value; of equal ones ``own`` first, then the lower."""
+    index = np.append(own, np.delete(np.arange(len(row)), own))
+    return index[row[index].argsort(kind="stable")]
 
 
 def _pairwise(a: Tensor, b: Tensor, distance: str) -> Tensor:
-    if distance == "cosine":
-        return 1 - F.normalize(a, dim=1, eps=1e-12) @ F.normalize(b, dim=1, eps=1e-12).T
-    b64 = b.double()  # the expanded form cancels between near copies, which float64 can afford
-    norm = b64.square().sum(dim=1)
-    blocks = [a.new_zeros(0, len(b))]
-    for rows in a.double().split(1024):
-        sq_dist = (rows.square().sum(dim=1, keepdim=True) + norm - 2 * (rows @ b64.T)).clamp(min=0)
-        blocks.append((sq_dist if distance == "sqeuclidean" else sq_dist.sqrt()).to(a.dtype))
-    return torch.cat(blocks)
+    """Differences summed in float64: copies are exactly 0 apart."""
+    if distance == "cosine":  # half the squared distance of unit rows
+        a, b = _unit(a), _unit(b)
+    exact = torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    return {"euclidean": exact, "sqeuclidean": exact.square(), "cosine": exact.square() / 2}[distance].to(a.dtype)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of unit length. Zeros have no direction: they get one of their own, at right angles to every other row."""
+    lost = (x == 0).all(dim=1, keepdim=True)
+    return torch.cat([F.normalize(x, dim=1), lost.to(x.dtype)], dim=1)

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does each method do what its paper says it does? Put to the test on rendered people, where the problem has a dial.
+
+    python benchmarks/claims.py                       # every arm, three seeds; what is done already is not done again
+    python benchmarks/claims.py --claim grey --seeds 1
+    python benchmarks/claims.py --table               # only the table of what there is
+
+A claim is a question, the dials that make its problem hard, and arms that differ in the one thing that it is about.
+Each run leaves one JSON file; a broken run goes on after its last finished epoch. Networks are small and start from
+random weights, so what does not hold here may hold on real images, and the reverse.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fastreid_u
+
+RESULTS = Path(__file__).parent / "results" / "claims"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method and what is changed of its settings for the rendered set; ``source_data`` are the source's dials."""
+
+    method: str
+    settings: Mapping[str, Any]
+    source_data: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """``arms`` in the order of the table: those with what the claim is about come last."""
+
+    question: str
+    dials: Mapping[str, Any]
+    arms: Mapping[str, Arm]
+
+
+PLAIN = Arm("cluster_contrast", {})
+NOT_CENTRED = {"center_per_camera": False}
+
+CLAIMS = {
+    "gem": Claim(
+        "GeM pooling beats average pooling (Cluster Contrast, appendix).",
+        {},
+        {"average": Arm("cluster_contrast", {"pooling_type": "avg"}), "GeM": PLAIN},
+    ),
+    "grey": Claim(
+        "A greyscale branch helps where colour cannot tell people apart (CACL).",
+        {"palette": 3},
+        {
+            "cluster_contrast": PLAIN,
+            "CACL, both branches in colour": Arm("cacl", {"grey": False}),
+            "CACL": Arm("cacl", {}),
+        },
+    ),
+    "cameras": Claim(
+        "Proxies per camera withstand strong differences between cameras (CAP, ICE, CAP + Cluster Contrast).",
+        {"shift": 0.8},
+        {
+            "cluster_contrast": PLAIN,
+            "cluster_contrast, not centred": Arm("cluster_contrast", NOT_CENTRED),
+            "CAP": Arm("cap", {}),
+            "CAP, not centred": Arm("cap", NOT_CENTRED),
+            "ICE without cameras": Arm("ice", {"camera_weight": 0.0}),
+            "ICE": Arm("ice", {}),
+            "CAP + Cluster Contrast": Arm("cap_cluster_contrast", {}),
+        },
+    ),
+    "eps": Claim(
+        "A radius that shrinks over the epochs beats a fixed one (DCCC).",
+        {"occlusion": 0.4},
+        {
+            "eps fixed": Arm("dccc", {"eps_scheduler": "fix"}),
+            "eps fixed at its last value": Arm("dccc", {"eps_scheduler": "fix", "eps": 0.46}),
+            "eps falling": Arm("dccc", {}),
+        },
+    ),
+    "intruders": Claim(
+        "Attention over a cluster and the most dispersed positive withstand intruders (CSA + HPS).",
+        {"intruders": 0.2},
+        {
+            "cluster_contrast": PLAIN,
+            "mean, hardest": Arm("cluster_contrast", {"use_hard": True}),
+            "CSA, mean update": Arm("csa_hps", {"update_rule": "sequential"}),
+            "CSA + HPS, attention not trained": Arm("csa_hps", {"saa_steps": 0}),
+            "CSA + HPS": Arm("csa_hps", {}),
+        },
+    ),
+    "source": Claim(
+        "A labelled set of other people and other cameras helps (SpCL, SpCL + Cluster Contrast).",
+        {"shift": 0.5},
+        {
+            "cluster_contrast": PLAIN,
+            "SpCL": Arm("spcl", {}),
+            "SpCL with source": Arm("spcl_uda", {"source": "synthetic"}, {"seed": 50}),
+            "Cluster Contrast with source": Arm("cluster_contrast_uda", {"source": "synthetic"}, {"seed": 50}),
+        },
+    ),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--claim", choices=CLAIMS, action="append", help="default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the training")
+    parser.add_argument("--world", type=int, default=0, help="seed of the rendered people and cameras")
+    parser.add_argument("--epochs", type=int, help="default: those of each method's row for the rendered set")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--logs", type=Path, default=Path("runs/claims"), help="run folders")
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    names = options.claim or list(CLAIMS)
+    if not options.table:
+        for seed in options.seeds:
+            for name in names:
+                for arm in CLAIMS[name].arms:
+                    run(name, arm, seed, options)
+    print(table(options.out, names))
+    return 0
+
+
+def run(name: str, arm: str, seed: int, options: argparse.Namespace) -> None:
+    """One training, unless its result lies there; a run that was broken off goes on."""
+    claim, chosen = CLAIMS[name], CLAIMS[name].arms[arm]
+    place = f"{name}/{_slug(arm)}-world{options.world}-seed{seed}"
+    result, logs = options.out / f"{place}.json", options.logs / place
+    if result.exists():
+        return
+    print(f"{name}: {arm}, seed {seed}", flush=True)
+    settings = {**chosen.settings, "seed": seed} | ({"epochs": options.epochs} if options.epochs else {})
+    dials = {**claim.dials, "seed": options.world}
+    more = {"source_data": {**claim.dials, **chosen.source_data}} if chosen.source_data else {}
+    broken = (logs / "state.safetensors").exists()
+    trained = fastreid_u.train(
+        "synthetic", method=chosen.method, logs_dir=logs, data=dials, quiet=True, resume=broken,
+        overwrite=not broken, **more, **settings,
+    )  # fmt: skip
+    last = trained.last
+    record = {
+        "claim": name,
+        "arm": arm,
+        "method": chosen.method,
+        "settings": settings,
+        "centred": trained.config.center_per_camera,
+        "dials": dials,
+        **more,
+        **{key: last[key] for key in ("mAP", "top1", "ari", "clusters", "unclustered")},
+        "epochs": trained.config.epochs,
+        "seconds": round(sum(sum(r.get("seconds", {}).values()) for r in trained.records)),
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def table(folder: Path, names: list[str]) -> str:
+    """Markdown: mean and standard deviation over seeds, and the difference to the first arm."""
+    lines = []
+    for name in names:
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / name).glob("*.json"))]
+        dials = ", ".join(f"{k} {v}" for k, v in CLAIMS[name].dials.items()) or "default dials"
+        lines += [f"**{CLAIMS[name].question}** ({dials})", ""]
+        lines += ["| arm | centred | runs | mAP % | top-1 % | ARI | to the first |", "|---|---|---|---|---|---|---|"]
+        first = None
+        for arm in CLAIMS[name].arms:
+            own = [r for r in records if r["arm"] == arm]
+            if not own:
+                lines.append(f"| {arm} | | 0 | not run | | | |")
+                continue
+            mean_ap = [100 * r["mAP"] for r in own]
+            first = first or (arm, statistics.mean(mean_ap))
+            centred = "on" if own[0]["centred"] else "off"
+            gain = "" if first[0] == arm else f"{statistics.mean(mean_ap) - first[1]:+.1f}"
+            lines.append(
+                f"| {arm} | {centred} | {len(own)} | {_spread(mean_ap)} | {_spread([100 * r['top1'] for r in own])} | "
+                f"{statistics.mean(r['ari'] for r in own):.2f} | {gain} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in text.lower()).strip("-").replace("--", "-")
+
+
+def _commit() -> str:
+    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CACL: a second network that only sees grey images keeps the first one from living on colour.
+
+Li, Li, Guo: Cluster-guided Asymmetric Contrastive Learning for Unsupervised Person Re-Identification, IEEE TIP 2022
+(arXiv 2106.07846). What it adds to the family: two networks without shared weights, colour and grey views of the same
+image, a predictor by which the first agrees with what the second sees; clusters refined by a tighter clustering.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastreid_u.config import RENDERED, Config, option
+from fastreid_u.memory import InstanceMemory
+from fastreid_u.methods.spcl import own_classes
+from fastreid_u.models import set_bn_group
+from fastreid_u.ops.cosine_align import cosine_align
+from fastreid_u.ops.knn import knn
+from fastreid_u.ops.pseudo_labels import pseudo_labels
+from fastreid_u.ops.refine_clusters import refine_clusters
+from fastreid_u.recipe import Batch, Extract, Recipe
+
+if TYPE_CHECKING:
+    from fastreid_u.data import View
+    from fastreid_u.data.transforms import Normalize
+    from fastreid_u.models import ReIDModel
+
+PAPER = "CACL, arXiv 2106.07846"
+CODE = "published code (c63a31b)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CACLConfig(Config):
+    """Defaults are those of the published code, which departs from its paper in ``focal_gamma`` and ``refinement``."""
+
+    temp: float = option(0.05, "temperature of the softmax over classes", source=PAPER)
+    momentum: float = option(0.2, "weight of an image's old row in an update", source=PAPER)
+    focal_gamma: float = option(4.0, "exponent of the focal factor; the paper says 2", source=CODE)
+    eps_gap: float = option(0.02, "the tighter clustering is at eps - this", source=CODE)
+    refinement: str = option(
+        "official",
+        "which members of a split cluster leave it; mean_to_cluster is how the paper's text reads",
+        source=CODE,
+        choices=("official", "mean_to_cluster", "none"),
+    )
+    ratio: float = option(1.0, "factor on a tight part's score in the refinement; more dissolves more", source=CODE)
+    grey: bool = option(True, "show the second network grey images; without it, another colour view", source=PAPER)
+    pair_weight: float = option(1.0, "weight of agreeing with the grey view of the same image", source=PAPER)
+    cluster_weight: float = option(1.0, "weight of agreeing with the grey mean of the same cluster", source=PAPER)
+    batch_size: int = option(64, "images per step", source=CODE, flags=("-b",))
+    num_instances: int = option(4, "images per cluster in a batch", source=CODE)
+    epochs: int = option(80, "epochs; labels are made anew in each", source=CODE)
+    eval_step: int = option(5, "epochs between evaluations; the last epoch is always evaluated", source=CODE)
+    seed: int = option(111, "seed of everything random in the run", source=CODE)
+
+    PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "synthetic": {**RENDERED, "temp": 0.1},
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("temp", "ratio"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"config: {name} must be positive, got {getattr(self, name)!r}")
+        for name in ("pair_weight", "cluster_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"config: {name} must be 0 or more, got {getattr(self, name)!r}")
+        if not 0 <= self.momentum <= 1:
+            raise ValueError(f"config: momentum must lie in [0, 1], got {self.momentum!r}")
+        if not (self.focal_gamma == 0 or self.focal_gamma >= 1):
+            raise ValueError(f"config: focal_gamma must be 0 or at least 1, got {self.focal_gamma!r}")
+        if not 0 <= self.eps_gap < self.eps:
+            raise ValueError(f"config: eps_gap must keep eps - eps_gap positive, got {self.eps_gap!r}")
+
+
+class Predictor(nn.Module):
+    """(B, D) pooled features of the colour network to (B, D): linear, then BatchNorm without a bias to train."""
+
+    def __init__(self, num_features: int, seed: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(num_features, num_features)
+        nn.init.kaiming_normal_(self.linear.weight, mode="fan_out", generator=torch.Generator().manual_seed(seed))
+        nn.init.zeros_(self.linear.bias)
+        self.norm = nn.BatchNorm1d(num_features)
+        self.norm.bias.requires_grad_(False)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.norm(self.linear(pooled).float())
+
+
+class SeesGrey(nn.Module):
+    """``network`` on the luminance of normalised (B, 3, H, W) images, for features of images as they are."""
+
+    def __init__(self, network: nn.Module, pixels: "Normalize") -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(pixels.mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(pixels.std)[:, None, None])
+        self.register_buffer("luminance", torch.tensor([0.299, 0.587, 0.114])[:, None, None])  # ITU-R BT.601
+
+    def forward(self, images: Tensor) -> Tensor:
+        grey = ((images * self.std + self.mean) * self.luminance).sum(dim=1, keepdim=True)
+        return self.network((grey - self.mean) / self.std)
+
+
+class Step(NamedTuple):
+    """What ``forward`` gives: (B, D) rows."""
+
+    colour: Tensor  # unit rows
+    predicted: Tensor  # by the colour network, of what the grey one sees
+    grey: Tensor  # unit rows
+
+
+class CACL(Recipe):
+    """One memory per network; the colour network's is clustered, and that network is the result."""
+
+    name = "cacl"
+    title = "CACL"
+    Config = CACLConfig
+
+    @classmethod
+    def describe_labels(cls, config: CACLConfig) -> str:
+        tight = f", refined by eps {config.eps - config.eps_gap:g} ({config.refinement})"
+        return super().describe_labels(config) + ("" if config.refinement == "none" else tight)
+
+    def build(self, model: "ReIDModel") -> None:
+        super().build(model)
+        c = self.config
+        self.networks["grey"] = copy.deepcopy(model)
+        self.networks["predictor"] = Predictor(model.num_features, c.seed)
+        set_bn_group(self.networks["predictor"], c.bn_group, c.bn_running)
+        for name in ("memory", "grey_memory"):
+            self.networks[name] = InstanceMemory(
+                model.num_features, self.images.count, c.temp, c.momentum, normalize=False
+            )
+
+    def views(self) -> "tuple[View, ...]":
+        from fastreid_u.data import train_transform
+
+        c = self.config
+        shared = dict(erase=c.erase, color_jitter=c.color_jitter, **c.pixel_statistics())
+        return tuple(train_transform(c.height, c.width, grey=grey, **shared) for grey in (0.0, float(c.grey)))
+
+    def features(self, extract: Extract, epoch: int) -> Tensor:
+        from fastreid_u.data.transforms import Normalize
+
+        rows = self.networks["memory"].features
+        if epoch == 0:
+            grey = self.networks["grey"]
+            if self.config.grey and not self.config.compat:  # published code starts the grey memory from colour images
+                grey = SeesGrey(grey, Normalize(**self.config.pixel_statistics())).to(rows.device)
+            rows.copy_(extract(self.model).nan_to_num(0.0))
+            self.networks["grey_memory"].features.copy_(extract(grey).nan_to_num(0.0))
+        return rows.where(self.readable[:, None], torch.nan)
+
+    @property
+    def readable(self) -> Tensor:
+        """(N,) bool: an image that could not be read has zeros for a row."""
+        return self.networks["memory"].features.any(dim=1)
+
+    def cluster(self, features: Tensor, epoch: int) -> Tensor:
+        c, eps = self.config, self.eps(epoch)
+        settings = {"k1": c.k1, "k2": c.k2, "knn": knn(features, min(c.k1, len(features)))}
+        labels, tight = pseudo_labels(features, eps=[eps, eps - c.eps_gap], min_samples=c.min_samples, **settings)
+        return refine_clusters(features, labels, tight, rule=c.refinement, ratio=c.ratio, singletons=False, **settings)
+
+    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> None:
+        for name in ("memory", "grey_memory"):
+            self.networks[name].set_labels(self.targets(labels))
+
+    def targets(self, labels: Tensor) -> Tensor:
+        return own_classes(labels, self.readable)
+
+    def forward(self, batch: Batch) -> Step:
+        colour, grey = batch.views
+        pooled = self.model.pool(self.model.feature_map(colour))
+        return Step(
+            F.normalize(self.model.neck(pooled)), self.networks["predictor"](pooled), self.networks["grey"](grey)
+        )
+
+    def loss(self, x: Step, batch: Batch) -> Tensor:
+        c, grey_memory = self.config, self.networks["grey_memory"]
+        own = self.networks["memory"].loss(x.colour, batch.indices, focal=c.focal_gamma)
+        other = grey_memory.loss(x.grey, batch.indices, focal=c.focal_gamma)
+        same_image = cosine_align(x.predicted, x.grey)
+        same_cluster = cosine_align(x.predicted, grey_memory.cluster_means, batch.targets)
+        return own + other + c.pair_weight * same_image + c.cluster_weight * same_cluster
+
+    def update(self, x: Step, batch: Batch) -> None:
+        self.networks["memory"].update_(x.colour, batch.indices)
+        self.networks["grey_memory"].update_(x.grey, batch.indices)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SpCL + Cluster Contrast: a labelled source and an unlabelled target in one memory with a row per class.
+
+Described in words in the appendix of Cluster Contrast (arXiv 2103.11568 v3): SpCL's domain-adaptive setting with
+cluster-level rows in place of its hybrid memory. No code was released; what the words leave open is an option here,
+and docs/methods.md says which choice is whose.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastreid_u.config import option
+from fastreid_u.memory import ClusterMemory
+from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
+from fastreid_u.methods.spcl import PAPER as SPCL
+from fastreid_u.methods.spcl import SelfPaced, own_classes, require_paces
+from fastreid_u.methods.spcl_uda import TwoDomains
+from fastreid_u.ops.centroids import cluster_centroids
+from fastreid_u.recipe import Batch, Extract, Recipe
+
+APPENDIX = "Cluster Contrast, appendix"
+SUPER_STRONG = "OpenUnReID's super-strong baseline has the other choice"
+LONG = {"iters": 800}
+VEHICLES = {"height": 224, "width": 224, **LONG}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterContrastUDAConfig(ClusterContrastConfig):
+    """As ``cluster_contrast``; a step takes ``batch_size`` images of each domain, and source rows outlive epochs."""
+
+    source: str | None = option(None, "labelled set to learn from as well: a name, folder or CSV", source=APPENDIX)
+    source_refresh: str = option(
+        "persist",
+        "source rows: made once and moved by their images, or made anew every_epoch",
+        source=SPCL + "; " + SUPER_STRONG,
+        choices=("persist", "every_epoch"),
+    )
+    reliability: bool = option(False, "choose clusters by SpCL's criterion; the rest is un-clustered")
+    eps_gap: float = option(0.02, "with reliability: clusterings compared with are at eps -+ this", source=SPCL)
+    keep: float = option(0.9, "with reliability: share of the first clusters that set the bar", source=SPCL)
+    unclustered: str = option(
+        "drop",
+        "un-clustered target images: sit the epoch out, or have a row each",
+        source="drop: Cluster Contrast; row: SpCL",
+        choices=("drop", "row"),
+    )
+    softmax: str = option(
+        "plain",
+        "plain cross-entropy, or with SpCL's 1e-6 in softmax and logarithm",
+        source="plain: Cluster Contrast; epsilon: SpCL",
+        choices=("plain", "epsilon"),
+    )
+    epochs: int = option(50, "epochs; labels are made anew in each", source=SPCL)
+    iters: int = option(400, "steps per epoch; 0 = one pass of the sampler", source=SPCL)
+
+    PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "msmt17": LONG,
+        "veri": VEHICLES,
+        "vehicleid": VEHICLES,
+        "synthetic": {**ClusterContrastConfig.PER_DATASET["synthetic"], "source": "synthetic"},
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reliability:
+            require_paces(self)
+
+
+class ClusterContrastUDA(TwoDomains, SelfPaced, ClusterContrast):
+    """Rows 0 .. P - 1 of the memory are source identities, then come target clusters, then single target images."""
+
+    name = "cluster_contrast_uda"
+    title = "SpCL + Cluster Contrast, domain adaptive"
+    Config = ClusterContrastUDAConfig
+
+    @classmethod
+    def describe_labels(cls, config: ClusterContrastUDAConfig) -> str:
+        return super().describe_labels(config) if config.reliability else Recipe.describe_labels(config)
+
+    def features(self, extract: Extract, epoch: int) -> Tensor:
+        if epoch == 0 or self.config.source_refresh == "every_epoch":
+            bn = "target" if self.config.compat else "source"  # OpenUnReID extracts with the target's statistics
+            self.source_rows = self.source_centroids(extract, bn)
+        return extract(self.model)
+
+    def cluster(self, features: Tensor, epoch: int) -> Tensor:
+        if self.config.reliability:
+            return super().cluster(features, epoch)
+        return Recipe.cluster(self, features, epoch)
+
+    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> None:
+        c = self.config
+        self.readable = torch.isfinite(features).all(dim=1)
+        targets = self.targets(labels)
+        kept = targets >= 0
+        rows = torch.cat([self.source_rows.to(features.device), cluster_centroids(features[kept], targets[kept])])
+        self.memory = ClusterMemory.from_centroids(rows, temp=c.temp, momentum=c.momentum, use_hard=c.use_hard)
+        self.source_rows = self.memory.features[: self.people]  # a view: it follows the memory's updates
+
+    def targets(self, labels: Tensor) -> Tensor:
+        return own_classes(labels, self.readable) if self.config.unclustered == "row" else labels
+
+    def loss(self, x: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        own, labelled = x
+        epsilon = 1e-6 if self.config.softmax == "epsilon" else 0.0
+        return self.memory.loss(own, batch.targets + self.people, epsilon=epsilon) + self.memory.loss(
+            labelled, batch.source.targets, epsilon=epsilon
+        )
+
+    def update(self, x: tuple[Tensor, Tensor], batch: Batch) -> None:
+        own, labelled = x
+        self.memory.update_(labelled, batch.source.targets)
+        self.memory.update_(own, batch.targets + self.people)
+
+    def state(self) -> dict[str, Tensor]:
+        return {**super().state(), "source_rows": self.source_rows.clone()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        super().load_state(state)
+        self.source_rows = state["source_rows"]

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DCCC: a DBSCAN radius that shrinks, a memory that follows the harder images, targets softened by a teacher.
+
+He et al.: DCCC, Dynamic Clustering and Cluster Contrast, ICASSP 2024 (arXiv 2303.06810). What it adds to Cluster
+Contrast: eps falls over the epochs, because clusters tighten while the network learns; a row of the memory moves to
+the weighted mean of its images, the less similar the heavier; and the target of an image is mixed with what an
+averaged teacher says of another view of it.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastreid_u.config import RENDERED, option
+from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
+from fastreid_u.ops.ema import ema_update_
+from fastreid_u.recipe import Batch
+
+COMMANDS = "published training commands (102d8ef)"
+CODE = "published code (102d8ef)"
+_FLOOR = 0.399  # no schedule goes on below it
+
+
+@dataclass(frozen=True, kw_only=True)
+class DCCCConfig(ClusterContrastConfig):
+    """Defaults are those of the published Market-1501 command."""
+
+    eps: float = option(0.7, "DBSCAN radius in Jaccard distance, before its schedule", source=COMMANDS)
+    eps_scheduler: str = option(
+        "expo", "how eps falls over the epochs", source=COMMANDS, choices=("fix", "step", "linear", "expo", "log")
+    )
+    eps_step: int = option(5, "epochs between drops of the step schedule", source=CODE)
+    update_rule: str = option(
+        "weighted", "which images move a memory row", source=COMMANDS,
+        choices=("weighted", "hard", "mean", "sequential"),
+    )  # fmt: skip
+    tau_w: float = option(0.03, "temperature of the weights in the weighted update", source=COMMANDS)
+    smooth: float = option(0.3, "share of the teacher's distribution in the softened target", source=COMMANDS)
+    soft_ce_weight: float = option(1.0, "weight of the softened loss; the hard one has the rest", source=COMMANDS)
+    ema: float = option(0.999, "weight of the old teacher, once it has averaged over 1,000 steps", source=CODE)
+    pooling_type: str = option("avg", "spatial pooling", source=CODE, choices=("avg", "gem", "max"))
+    epochs: int = option(70, "epochs; labels are made anew in each", source=COMMANDS)
+    iters: int = option(200, "steps per epoch; 0 = one pass of the sampler", source=COMMANDS)
+    step_size: int = option(0, "epochs between learning-rate drops; 0 = never", source=CODE)
+    warmup_epochs: int = option(10, "epochs over which the learning rate rises linearly to lr", source=CODE)
+    seed: int = option(3407, "seed of everything random in the run", source=COMMANDS)
+
+    PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "dukemtmcreid": {"tau_w": 0.07, "smooth": 0.1, "seed": 1},
+        "msmt17": {"eps": 0.8, "epochs": 80, "tau_w": 0.6, "smooth": 0.1, "seed": 1},
+        "synthetic": {
+            **RENDERED, "temp": 0.1, "momentum": 0.8, "eps": 0.55, "warmup_epochs": 0, "smooth": 0.1, "tau_w": 0.6,
+            "pooling_type": "gem",
+        },
+    }  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tau_w > 0:
+            raise ValueError(f"config: tau_w must be positive, got {self.tau_w!r}")
+        if self.eps_step < 1:
+            raise ValueError(f"config: eps_step must be at least 1, got {self.eps_step!r}")
+        for name in ("smooth", "soft_ce_weight", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"config: {name} must lie in [0, 1], got {getattr(self, name)!r}")
+
+    @property
+    def teacher_weight(self) -> float:
+        """(1 - λ) hard cross-entropy + λ softened with share s is one cross-entropy with the share λ s."""
+        return self.soft_ce_weight * self.smooth
+
+
+def scheduled_eps(config: DCCCConfig, epoch: int) -> float:
+    """eps of ``epoch``, by its closed form or by the published steps up to it; the first drop comes before epoch 0."""
+    eps = config.eps
+    if config.eps_scheduler == "log":
+        return eps - eps / 2 * math.log(1 + epoch * (math.e - 1) / config.epochs)
+    for e in range(epoch + 1):
+        if eps <= _FLOOR:
+            break
+        if config.eps_scheduler == "step" and e % config.eps_step == 0:
+            eps -= 0.006 * config.eps_step
+        elif config.eps_scheduler == "linear":
+            eps -= 0.005
+        elif config.eps_scheduler == "expo":
+            eps *= 0.99
+    return eps
+
+
+def teacher_momentum(step: int, limit: float) -> float:
+    """Weight of the old teacher after optimiser step ``step``, counted from 0.
+
+    Up to 98 the limit, at 99 a copy of the student, then the plain mean of the students since, up to the limit.
+    """
+    return limit if step < 99 else min(1 - 1 / (step - 98), limit)
+
+
+class DCCC(ClusterContrast):
+    name = "dccc"
+    title = "DCCC"
+    Config = DCCCConfig
+
+    def build(self, model: nn.Module) -> None:
+        super().build(model)
+        self.steps = 0
+        if self.config.teacher_weight:
+            self.networks["teacher"] = copy.deepcopy(model).requires_grad_(False)
+
+    def ranked(self) -> Mapping[str, nn.Module]:
+        return dict(self.networks)
+
+    def views(self) -> tuple:
+        return super().views() * (2 if self.config.teacher_weight else 1)
+
+    def eps(self, epoch: int) -> float:
+        return scheduled_eps(self.config, epoch)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, ...]:
+        if not self.config.teacher_weight:
+            return (self.model(batch.images),)
+        with torch.no_grad():  # in training mode: its BatchNorm has statistics of its own, of the second view
+            teacher = self.networks["teacher"](batch.views[1])
+        return self.model(batch.images), teacher
+
+    def update_rule(self) -> dict[str, Any]:
+        weighted = self.config.update_rule == "weighted"
+        return {"rule": self.config.update_rule, "weight_temperature": self.config.tau_w if weighted else None}
+
+    def loss(self, x: tuple[Tensor, ...], batch: Batch) -> Tensor:
+        student, *teacher = x
+        soft = {"teacher": teacher[0], "teacher_weight": self.config.teacher_weight} if teacher else {}
+        return self.memory.loss(student, batch.targets, **soft)
+
+    def update(self, x: tuple[Tensor, ...], batch: Batch) -> None:
+        super().update(x[0], batch)
+
+    def after_step(self) -> None:
+        if self.config.teacher_weight:
+            ema_update_(self.networks["teacher"], self.model, teacher_momentum(self.steps, self.config.ema))
+        self.steps += 1
+
+    def state(self) -> dict[str, Tensor]:
+        return {"steps": torch.tensor(self.steps)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.steps = int(state["steps"])

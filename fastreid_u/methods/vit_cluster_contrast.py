@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cluster Contrast on a vision transformer that was pre-trained on unlabelled images of people.
+
+Luo et al.: Self-Supervised Pre-Training for Transformer-Based Person Re-Identification (TransReID-SSL), arXiv
+2111.12084. What it adds: the backbone and its weights; the recipe is Cluster Contrast with the hard update and SGD.
+The weights are its authors'. They are read from a file (``weights=``) and never fetched; results that start from
+millions of images of people are not to be compared with those that start from ImageNet.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from fastreid_u.config import RENDERED, option
+from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
+from fastreid_u.recipe import Images
+
+SCRIPTS = "published fine-tuning scripts (fc39e88)"
+_UNSET = "person"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTClusterContrastConfig(ClusterContrastConfig):
+    """Defaults are those of the published Market-1501 script: ViT-S/16 on 4 GPUs."""
+
+    arch: str = option("timm/vit_small_patch16_224", "network, of timm", source=SCRIPTS, flags=("-a",))
+    weights: str | None = option(
+        _UNSET, 'file of person-pretrained weights, to be given; "imagenet" = timm\'s, None = random', source=SCRIPTS
+    )
+    drop_path: float = option(0.3, "stochastic depth of the last block, rising linearly from 0", source=SCRIPTS)
+    pixel_norm: str = option(
+        "half", "mean and deviation of pixels; half = 0.5 and 0.5", source=SCRIPTS, choices=("imagenet", "half")
+    )
+    use_hard: bool = option(True, "update a row with its least similar sample only", source=SCRIPTS)
+    momentum: float = option(0.2, "weight of the old memory row in an update", source=SCRIPTS)
+    num_instances: int = option(8, "images per cluster in a batch", source=SCRIPTS)
+    optimizer: str = option("sgd", "optimiser; sgd has momentum 0.9", source=SCRIPTS, choices=("adam", "adamw", "sgd"))
+    iters: int = option(200, "steps per epoch; 0 = one pass of the sampler", source=SCRIPTS)
+
+    PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "msmt17": {"eps": 0.7, "bn_group": 128, "eval_step": 50},  # on 2 GPUs, evaluated at the end
+        "synthetic": {
+            **RENDERED, "arch": "timm/vit_tiny_patch16_224", "temp": 0.1, "momentum": 0.8, "use_hard": False,
+            "drop_path": 0.0, "optimizer": "adamw", "lr": 5e-4, "channels_last": False,
+        },
+    }  # fmt: skip
+
+
+class ViTClusterContrast(ClusterContrast):
+    name = "vit_cluster_contrast"
+    title = "Cluster Contrast on a ViT"
+    Config = ViTClusterContrastConfig
+
+    def __init__(self, config: ViTClusterContrastConfig, images: Images, source: Images | None = None) -> None:
+        super().__init__(config, images, source)
+        if config.weights == _UNSET:
+            raise ValueError(
+                "train: weights must name a file of person-pretrained weights for vit_cluster_contrast (they are not "
+                'fetched), or be "imagenet" or None for another start, got none'
+            )

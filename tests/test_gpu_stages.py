@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``make gpu`` without a GPU: its bookkeeping on made-up cases, and its measurements on tiny shapes."""
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="needs a source checkout around it")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setenv("FASTREID_U_COMMIT", "abc")
+    return importlib.import_module("gpu")
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu_report")
+
+
+@pytest.fixture
+def options(gpu, tmp_path):
+    return gpu.Options(results=tmp_path / "results", limit=60, again=False, dry_run=True, target=None)
+
+
+def script(gpu, name, code):
+    return gpu.Case(name, [sys.executable, "-c", code], gpu.last_json)
+
+
+def stored(options, stage="stage"):
+    return json.loads((options.results / f"{stage}.json").read_text())["cases"]
+
+
+def test_writes_what_a_case_found(gpu, options):
+    case = script(gpu, "one", "print('noise'); print('{\"ms\": 2.5}')")
+    assert gpu.run_stage("stage", [case], options)
+    record = stored(options)["one"]
+    assert (record["status"], record["figures"], record["commit"]) == ("ok", {"ms": 2.5}, "abc")
+    assert record["command"].startswith("python -c")
+    assert record["date"].startswith("20")
+    machine = json.loads((options.results / "stage.json").read_text())["machine"]
+    assert machine["torch"] == torch.__version__
+
+
+def test_goes_on_where_it_stopped(gpu, options, tmp_path, monkeypatch, capsys):
+    """What ended well at this commit is kept; what failed, ran out of time or is of another commit runs."""
+    count = tmp_path / "count"
+    code = f"open({str(count)!r}, 'a').write('x'); print('{{}}')"
+    cases = [script(gpu, "good", code), script(gpu, "bad", "raise SystemExit('out of luck')")]
+    assert not gpu.run_stage("stage", cases, options)
+    assert "out of luck" in capsys.readouterr().out
+    assert stored(options)["bad"]["status"] == "failed"
+    cases[1] = script(gpu, "bad", "print('{}')")
+    assert gpu.run_stage("stage", cases, options)
+    assert "kept from" in capsys.readouterr().out
+    assert count.read_text() == "x"
+    assert gpu.run_stage("stage", cases, dataclasses.replace(options, again=True))
+    assert count.read_text() == "xx"
+    monkeypatch.setenv("FASTREID_U_COMMIT", "def")
+    assert gpu.run_stage("stage", cases, options)
+    assert count.read_text() == "xxx"
+
+
+def test_stops_at_its_limit_and_takes_children_along(gpu, options, tmp_path, capsys):
+    child = f"import time; time.sleep(3); open({str(tmp_path / 'late')!r}, 'w')"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    cases = [script(gpu, "quick", "print('{}')"), script(gpu, "long", code), script(gpu, "last", "print('{}')")]
+    begin = time.monotonic()
+    assert not gpu.run_stage("stage", cases, dataclasses.replace(options, limit=1.5))
+    assert time.monotonic() - begin < 3
+    assert {name: case["status"] for name, case in stored(options).items()} == {"quick": "ok", "long": "out of time"}
+    assert "last                         not reached in 1.5 s" in capsys.readouterr().out
+    time.sleep(2.5)
+    assert not (tmp_path / "late").exists()
+    assert gpu.run_stage("stage", [cases[0], script(gpu, "long", "print('{}')"), cases[2]], options)
+
+
+def test_a_case_without_figures_has_failed(gpu, options):
+    assert not gpu.run_stage("stage", [script(gpu, "silent", "")], options)
+    assert stored(options)["silent"]["status"] == "failed"
+
+
+def test_reads_what_the_tools_print(gpu):
+    assert gpu.pytest_counts("2 failed, 31 passed, 4 skipped in 5.2s") == {"failed": 2, "passed": 31, "skipped": 4}
+    assert gpu.sanitizer_errors("========= ERROR SUMMARY: 3 errors") == {"errors": 3}
+    assert gpu.sanitizer_errors("========= RACECHECK SUMMARY: 0 hazards displayed") == {"errors": 0}
+    assert gpu.sanitizer_errors("") == {"errors": None}
+    row = "fastreid_u 0.1.0\n  yes  _C cuda      DBSCAN on the GPU\n  no   faiss        optional: pip install\n"
+    assert gpu.capabilities(row) == {"_C cuda": "DBSCAN on the GPU", "faiss": None}
+    shown = subprocess.run([sys.executable, "-m", "fastreid_u"], capture_output=True, text=True, check=True).stdout
+    assert {"python", "torch", "gpu", "_C cuda", "faiss"} <= set(gpu.capabilities(shown))
+    assert [gpu.folder_name(name) for name in ("NVIDIA H200", "NVIDIA A100-SXM4-40GB")] == ["h200", "a100-sxm4-40gb"]
+
+
+def test_stages_cover_the_repository(gpu, options):
+    """Every benchmark and every file of GPU tests is a case; nothing is listed by hand."""
+    full = dataclasses.replace(options, dry_run=False)
+    assert {case.name for case in gpu.kernels(full)} == {f.stem for f in (ROOT / "benchmarks").glob("bench_*.py")}
+    tests = {case.name for case in gpu.test(full)}
+    assert {f.stem for f in (ROOT / "tests").glob("test_gpu_*.py")} - tests == {"test_gpu_stages"}
+    assert {"test_kernels_step", "test_kernels_labels"} <= tests
+    assert {case.name for case in gpu.sanitizer(full)} == {"plain", *gpu.TOOLS}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the test wants missing")
+def test_says_that_there_is_no_gpu():
+    done = subprocess.run(["make", "gpu", f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "no GPU: torch finds no CUDA device or driver" in done.stderr
+    dry = ["make", "--dry-run", "gpu-kernels", "PYTHON=python3"]
+    assert "benchmarks/gpu.py kernels" in subprocess.run(dry, cwd=ROOT, capture_output=True, text=True).stdout
+
+
+def test_dry_run_from_end_to_end(tmp_path):
+    """All stages in tiny, then again: nothing is run twice."""
+    command = [sys.executable, "-P", str(ROOT / "benchmarks" / "gpu.py"), "--dry-run", "--results", str(tmp_path)]
+    environment = os.environ | {"FASTREID_U_COMMIT": "abc", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "dry-run").glob("*.json")}
+    cases = {stage: list(stored["cases"]) for stage, stored in files.items()}
+    assert cases == {
+        "build": ["probe"], "test": ["test_gpu_labels"], "sanitizer": ["plain"], "ceilings": ["copy", "products"],
+        "kernels": ["bench_rerank"], "train": ["render", "network", "cluster_contrast"],
+    }  # fmt: skip
+    assert {case["status"] for stored in files.values() for case in stored["cases"].values()} == {"ok"}
+    lines = done.stdout.splitlines()
+    assert "| stage | case | ended | seconds | figures |" in lines
+    assert [line for line in lines if line.startswith("| ceilings | products | ok |") and "fp16 TFLOP/s" in line]
+    assert [line for line in lines if line.startswith("| rerank tiny") and "peak_bytes" in line]
+    assert [line for line in lines if "50 x 200 steps" in line]
+    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (again.returncode, again.stdout.count("kept from")) == (0, 9)
+
+
+def test_unknown_stage_is_refused():
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "everything"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "stage must be one of build, test, sanitizer, ceilings, kernels, train, got everything" in done.stderr
+
+
+def test_page_is_what_the_files_say(report, tmp_path):
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert report.page(page, ROOT / "benchmarks" / "results") == page, "run benchmarks/gpu_report.py"
+    assert report.NOTHING in report.page(page, tmp_path / "none")
+    record = {"status": "ok", "seconds": 3.0, "commit": "abc", "date": "2030-01-02T03:04:05", "figures": {}}
+    found = {"bench[a]": {"group": "knn N=5", "ms": 0.123456, "bytes": 10, "share of roofline": 0.5}}
+    for stage, figures in (("ceilings", {"TB/s": 3.14159}), ("kernels", found)):
+        content = {"machine": {"gpu": "A 1", "torch": "9"}, "cases": {"c": {**record, "figures": figures}}}
+        (tmp_path / "a-1").mkdir(exist_ok=True)
+        (tmp_path / "a-1" / f"{stage}.json").write_text(json.dumps(content))
+    made = report.page(page, tmp_path)
+    assert "### a-1\n\n**A 1**: torch 9\nCommit abc; 2030-01-02." in made
+    assert "| ceilings | c | ok | 3 | TB/s 3.142 |" in made
+    assert "| knn N=5 | bench[a] | 0.1235 | bytes 10, share of roofline 0.5 |" in made
+    assert report.page(made, tmp_path) == made
