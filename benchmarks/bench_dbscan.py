@@ -14,10 +14,11 @@ import sklearn.cluster
 import torch
 
 import fastreid_u
-from fastreid_u import _env
+from fastreid_u.ops._core import missing
 
 SIZES = {"small": 2_000, "market1501": 12_936, "msmt17": 32_621}
 EPS, MIN_SAMPLES = 0.6, 4
+ON_GPU = ("cuda", "cupy")
 
 
 @functools.cache
@@ -57,20 +58,20 @@ def contenders(n: int) -> dict[str, Callable[[], np.ndarray]]:
         "cpp": lambda: ours(graph(n), EPS, backend="cpp").numpy(),
         "sklearn": lambda: theirs.fit_predict(graph(n)),
     }
-    if _env.core_cuda().present:
+    for backend in filter(lambda name: missing(name) is None, ON_GPU):
         rows = graph(n)
         parts = (torch.from_numpy(part) for part in (rows.indptr, rows.indices, rows.data))
         on_gpu = torch.sparse_csr_tensor(*parts, size=rows.shape).cuda()
-        found["cuda"] = lambda: ours(on_gpu, EPS, backend="cuda").cpu().numpy()
+        found[backend] = lambda on_gpu=on_gpu, name=backend: ours(on_gpu, EPS, backend=name).cpu().numpy()
     return found
 
 
-@pytest.mark.parametrize("name", ["cpp", "cuda", "sklearn"])
+@pytest.mark.parametrize("name", ["cpp", *ON_GPU, "sklearn"])
 @pytest.mark.parametrize("size", SIZES)
 def bench_dbscan(benchmark, size: str, name: str) -> None:
     n = SIZES[size]
-    if name == "cuda" and not _env.core_cuda().present:
-        pytest.skip(_env.core_cuda().detail)
+    if name in ON_GPU and missing(name):
+        pytest.skip(missing(name))
     run = contenders(n)[name]
     np.testing.assert_array_equal(run(), expected(n))
     labels = benchmark(run)

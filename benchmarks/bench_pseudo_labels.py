@@ -4,7 +4,8 @@
     pytest benchmarks/bench_pseudo_labels.py --benchmark-only -k market1501
     pytest benchmarks/bench_pseudo_labels.py --benchmark-only -k million
 
-The published algorithm is ``fastreid_u/reference`` on one thread. It runs once, in the same process, and must give the
+The published algorithm is ``fastreid_u/reference`` (loops over rows, dense matrices, inverted lists) and scikit-learn's
+DBSCAN, on one thread. It runs once, in the same process, and must give the
 same labels before anything is timed; its seconds and the ratio stand in ``extra_info``. Sizes past its reach get their
 lists from a generator that searches within blocks of rows; no list leaves its block, so a block is a problem of its
 own, on which the reference must agree.
@@ -17,10 +18,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.cluster import DBSCAN
 from torch import Tensor
 
+from fastreid_u import _env
+from fastreid_u.ops._core import missing
 from fastreid_u.ops.knn import knn
 from fastreid_u.ops.pseudo_labels import pseudo_labels
+from fastreid_u.reference.jaccard import jaccard_distance
 
 WITH_PUBLISHED = {"small": (2_000, 256), "5k": (5_000, 2048), "market1501": (12_936, 2048)}
 BLOCKWISE = {"100k": 100_000, "million": 1_000_000}
@@ -65,11 +70,12 @@ def labels_from(x: Tensor, index: Tensor, backend: str) -> Tensor:
 
 
 def published(x: Tensor, index: Tensor) -> tuple[Tensor, float]:
-    """Labels and seconds on one thread."""
+    """Labels and seconds on one thread: the dense distance, then scikit-learn, as the training scripts do it."""
     usual = torch.get_num_threads()
     torch.set_num_threads(1)
     begin = time.perf_counter()
-    labels = labels_from(x, index, "reference")
+    distance = jaccard_distance(x, K1, knn=(index, index))
+    labels = torch.from_numpy(DBSCAN(eps=0.6, min_samples=4, metric="precomputed").fit_predict(distance.numpy()))
     seconds = time.perf_counter() - begin
     torch.set_num_threads(usual)
     return labels, seconds
@@ -104,10 +110,10 @@ def bench_against_published(benchmark, size: str) -> None:
     x = features(n, d, torch.Generator().manual_seed(0))
     index = knn(x, K1)[1]
     expected, seconds = published(x, index)
-    labels_from(x[:100], index[:100] % 100, "numba")  # compiled before memory is looked at
-    labels, memory = with_peak(lambda: labels_from(x, index, "numba"))
+    labels_from(x[:100], index[:100] % 100, "cpp")  # compiled before memory is looked at
+    labels, memory = with_peak(lambda: labels_from(x, index, "cpp"))
     assert torch.equal(labels, expected)
-    benchmark.pedantic(labels_from, (x, index, "numba"), rounds=5)
+    benchmark.pedantic(labels_from, (x, index, "cpp"), rounds=5)
     benchmark.extra_info |= memory | {
         "n": n,
         "d": d,
@@ -130,8 +136,8 @@ def bench_large(benchmark, size: str) -> None:
         rows = (block == b).nonzero().flatten()
         alone = x[rows], torch.searchsorted(rows, index[rows])
         expected[b] = published(*alone)[0]
-        assert torch.equal(labels_from(*alone, "numba"), expected[b])
-    labels, memory = benchmark.pedantic(with_peak, (lambda: labels_from(x, index, "numba"),), rounds=1)
+        assert torch.equal(labels_from(*alone, "cpp"), expected[b])
+    labels, memory = benchmark.pedantic(with_peak, (lambda: labels_from(x, index, "cpp"),), rounds=1)
     for b, part in expected.items():
         assert torch.equal(renumbered(labels[block == b]), part)
     benchmark.extra_info |= memory | {
@@ -142,3 +148,30 @@ def bench_large(benchmark, size: str) -> None:
         "noise": round(float((labels < 0).float().mean()), 3),
     }
     print(benchmark.extra_info)
+
+
+@pytest.mark.benchmark(group="pseudo_labels after knn, on a GPU")
+@pytest.mark.parametrize("name", ["cuda", "cupy", "triton"])
+@pytest.mark.parametrize("size", WITH_PUBLISHED)
+def bench_on_a_gpu(benchmark, size: str, name: str) -> None:
+    """Without a graph in CUDA, by nvcc or by CuPy, and by Triton's graph; labels equal to the CPU's first."""
+    if not _env.gpu().present or (name != "triton" and missing(name)):
+        pytest.skip(_env.gpu().detail if not _env.gpu().present else missing(name))
+    n, d = WITH_PUBLISHED[size]
+    x = features(n, d, torch.Generator().manual_seed(0))
+    index = knn(x, K1)[1]
+    expected = labels_from(x, index, "cpp")
+    on_gpu = x.cuda(), index.cuda(), name
+
+    def run() -> Tensor:
+        labels = labels_from(*on_gpu)
+        torch.cuda.synchronize()
+        return labels
+
+    assert torch.equal(run().cpu(), expected)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    extra = torch.cuda.max_memory_allocated() - before
+    benchmark(run)
+    benchmark.extra_info |= {"n": n, "d": d, "extra_mb": round(extra / 2**20), "clusters": int(expected.max()) + 1}

@@ -2,7 +2,11 @@
 // What bindings.cpp may call: raw pointers, sizes and a stream. No Python here, no framework.
 #pragma once
 
-#include <cstdint>
+#include "integers.h"
+
+#ifndef __CUDACC_RTC__
+#include <string>
+#endif
 
 namespace fastreid_u {
 
@@ -15,6 +19,18 @@ struct Graph {
   int64_t nnz = 0;
   int index_bytes = 8;
   int value_bytes = 4;
+};
+
+// N rows of integers, compressed (fastreid_u/cpu/k_reciprocal.py, kernels/k_reciprocal.py), and their neighbour lists.
+struct Encoding {
+  const int64_t* indptr = nullptr;      // [n + 1]
+  const int32_t* column = nullptr;      // [nnz] in [0, n), strictly ascending within a row
+  const int32_t* mass = nullptr;        // [nnz] positive; a row adds up to at most `weight`
+  const int32_t* neighbours = nullptr;  // [n, k] in [0, n), nearest first: hints, which no label depends on
+  int64_t n = 0;                        // below 2^31
+  int64_t nnz = 0;
+  int64_t k = 0;
+  int64_t weight = 0;  // below 2^31
 };
 
 // What can be wrong with a row of a graph. bindings.cpp hands the names on.
@@ -30,11 +46,40 @@ int64_t check_graph_cpu(const Graph& graph, int64_t* scratch, int threads);
 void dbscan_cpu(const Graph& graph, const double* eps, int64_t n_eps, int64_t min_samples, int64_t* labels,
                 uint8_t* core, int64_t* scratch, int threads);
 
+// Words of int64 scratch that pseudo_labels_* needs: 8 bytes an entry, and about 60 a row.
+int64_t pseudo_labels_scratch_words(int64_t n, int64_t nnz, int64_t min_samples);
+
+// Labels [n_needs, n] of DBSCAN on the graph of the pairs that overlap by `need` >= 1 or more, one row for each.
+void pseudo_labels_cpu(const Encoding& encoding, const int64_t* need, int64_t n_needs, int64_t min_samples,
+                       int64_t* labels, int64_t* scratch, int threads);
+
+#ifndef __CUDACC_RTC__
+// The same on a GPU without CUDA in this build: `launcher` runs kernels that it has compiled from these sources, in order.
+// All pointers but `eps` and `need` are device pointers.
+class Launcher {
+ public:
+  virtual ~Launcher() = default;
+  // The kernel of this C++ name, on blocks * threads threads, with the arguments n and a struct of so many bytes.
+  virtual void launch(const std::string& kernel, unsigned blocks, unsigned threads, int64_t n, const void* functor,
+                      int64_t bytes) = 0;
+  virtual int64_t read(const int64_t* p) = 0;
+  virtual void write(int64_t* p, int64_t value) = 0;
+};
+
+int64_t check_graph_by(Launcher& launcher, const Graph& graph, int64_t* scratch);
+void dbscan_by(Launcher& launcher, const Graph& graph, const double* eps, int64_t n_eps, int64_t min_samples,
+               int64_t* labels, uint8_t* core, int64_t* scratch);
+void pseudo_labels_by(Launcher& launcher, const Encoding& encoding, const int64_t* need, int64_t n_needs,
+                      int64_t min_samples, int64_t* labels, int64_t* scratch);
+#endif
+
 #ifdef FASTREID_U_WITH_CUDA
-// The same on a GPU: all pointers but `eps` are device pointers; `stream` is a cudaStream_t. Both wait for the stream.
+// The same by nvcc's kernels: all pointers but `eps` and `need` are device pointers; `stream` is a cudaStream_t. All wait for it.
 int64_t check_graph_cuda(const Graph& graph, int64_t* scratch, int device, void* stream);
 void dbscan_cuda(const Graph& graph, const double* eps, int64_t n_eps, int64_t min_samples, int64_t* labels,
                  uint8_t* core, int64_t* scratch, int device, void* stream);
+void pseudo_labels_cuda(const Encoding& encoding, const int64_t* need, int64_t n_needs, int64_t min_samples,
+                        int64_t* labels, int64_t* scratch, int device, void* stream);
 #endif
 
 }  // namespace fastreid_u

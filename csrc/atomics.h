@@ -6,7 +6,7 @@
 // std::atomic_ref needs C++20, which older CMake cannot ask of nvcc.
 #pragma once
 
-#include <cstdint>
+#include "integers.h"
 
 #ifdef __CUDACC__
 #define FU_HD __host__ __device__ __forceinline__
@@ -29,6 +29,24 @@ FU_HD void store_relaxed(int64_t* p, int64_t value) {
   *static_cast<volatile int64_t*>(p) = value;
 #else
   __atomic_store_n(p, value, __ATOMIC_RELAXED);
+#endif
+}
+
+// Adds x to *p; returns what was there.
+FU_HD int32_t add_relaxed(int32_t* p, int32_t x) {
+#ifdef __CUDA_ARCH__
+  return atomicAdd(p, x);
+#else
+  return __atomic_fetch_add(p, x, __ATOMIC_RELAXED);
+#endif
+}
+
+FU_HD int64_t add_relaxed(int64_t* p, int64_t x) {
+#ifdef __CUDA_ARCH__
+  using word = unsigned long long;
+  return static_cast<int64_t>(atomicAdd(reinterpret_cast<word*>(p), static_cast<word>(x)));
+#else
+  return __atomic_fetch_add(p, x, __ATOMIC_RELAXED);
 #endif
 }
 

@@ -13,26 +13,22 @@
 // and a phase sees all that the phase before wrote; `read` and `write` move one word.
 #pragma once
 
-#include <cstdint>
-
 #include "graph.h"
+#include "scan.h"
 #include "union_find.h"
 
 namespace fastreid_u {
 
-// Cluster starts are counted and numbered in at most this many runs of consecutive points, one worker each.
-constexpr int64_t kMaxRuns = 1024;
-
 struct Scratch {
   int64_t* parent;  // [n] union-find over core points
   int64_t* first;   // [n] at a root: the smallest core known to reach its component
-  int64_t* number;  // [n] at a cluster's first core: the cluster's label
-  int64_t* counts;  // [kMaxRuns]
+  int64_t* number;  // [n] clusters that start before a point: at a cluster's first core, its label
+  int64_t* sums;    // [kMaxRuns]
   int64_t* flag;    // [1]
 
   static int64_t words(int64_t n) { return 3 * n + kMaxRuns + 1; }
   Scratch(int64_t* p, int64_t n)
-      : parent(p), first(p + n), number(p + 2 * n), counts(p + 3 * n), flag(p + 3 * n + kMaxRuns) {}
+      : parent(p), first(p + n), number(p + 2 * n), sums(p + 3 * n), flag(p + 3 * n + kMaxRuns) {}
 };
 
 template <class View>
@@ -104,40 +100,10 @@ struct PassFirstOn {
   }
 };
 
-// Run r of `runs` holds the points [n * r / runs, n * (r + 1) / runs).
-struct CountStarts {
+struct IsStart {
   Scratch scratch;
   const uint8_t* core;
-  int64_t n, runs;
-  FU_HD bool is_start(int64_t i) const { return core[i] && scratch.parent[i] == i && scratch.first[i] == i; }
-  FU_HD void operator()(int64_t r) const {
-    int64_t count = 0;
-    for (int64_t i = n * r / runs; i < n * (r + 1) / runs; ++i) count += is_start(i);
-    scratch.counts[r] = count;
-  }
-};
-
-struct SumCounts {
-  Scratch scratch;
-  int64_t runs;
-  FU_HD void operator()(int64_t) const {
-    int64_t before = 0;
-    for (int64_t r = 0; r < runs; ++r) {
-      const int64_t count = scratch.counts[r];
-      scratch.counts[r] = before;
-      before += count;
-    }
-  }
-};
-
-struct NumberStarts {
-  CountStarts starts;
-  FU_HD void operator()(int64_t r) const {
-    int64_t number = starts.scratch.counts[r];
-    for (int64_t i = starts.n * r / starts.runs; i < starts.n * (r + 1) / starts.runs; ++i) {
-      if (starts.is_start(i)) starts.scratch.number[i] = number++;
-    }
-  }
+  FU_HD int64_t operator()(int64_t i) const { return core[i] && scratch.parent[i] == i && scratch.first[i] == i; }
 };
 
 // A core takes its cluster's number and offers it to the non-cores in its row, who keep the smallest; -1 is the largest
@@ -191,11 +157,19 @@ void dbscan(Executor& run, View graph, double eps, int64_t min_samples, int64_t*
     run.write(scratch.flag, 0);
     run.each_row(n, PassFirstOn<View>{problem});
   }
-  const CountStarts starts{scratch, core, n, n < kMaxRuns ? n : kMaxRuns};
-  run.each(starts.runs, starts);
-  run.each(1, SumCounts{scratch, starts.runs});
-  run.each(starts.runs, NumberStarts{starts});
+  sum_before(run, n, IsStart{scratch, core}, scratch.number, scratch.sums);
   run.each_row(n, SpreadLabels<View>{problem});
+}
+
+// Labels and core flags [n_eps, n], one row for each eps.
+template <class Executor>
+void dbscan(Executor& run, const Graph& graph, const double* eps, int64_t n_eps, int64_t min_samples, int64_t* labels,
+            uint8_t* core, int64_t* scratch) {
+  with_view(graph, [&](auto view) {
+    for (int64_t e = 0; e < n_eps; ++e) {
+      dbscan(run, view, eps[e], min_samples, labels + e * graph.n, core + e * graph.n, scratch);
+    }
+  });
 }
 
 }  // namespace fastreid_u

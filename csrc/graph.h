@@ -1,23 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Typed views of a distance graph, read one row at a time by a team.
-//
-// A team is what works on one row: a single host thread, or the 32 lanes of a warp. It has `rank`, `size`, `sum`, `any`
-// and `leader`; members stride over the row, so a warp reads neighbouring words together.
 #pragma once
 
-#include <cstdint>
-
 #include "api.h"
-#include "atomics.h"
+#include "team.h"
 
 namespace fastreid_u {
-
-struct SerialTeam {
-  static constexpr int64_t rank = 0, size = 1;
-  static constexpr bool leader = true;
-  FU_HD int64_t sum(int64_t x) const { return x; }
-  FU_HD bool any(bool x) const { return x; }
-};
 
 // Two points are near if their stored distance is <= eps. An entry that is not stored is farther than any eps, except on
 // the diagonal, where it is 0; this is how scikit-learn reads a sparse matrix of distances.

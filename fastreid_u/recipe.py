@@ -167,7 +167,9 @@ class Recipe(ABC):
         from fastreid_u.ops.pseudo_labels import pseudo_labels
 
         c = self.config
-        return pseudo_labels(features, eps=self.eps(epoch), min_samples=c.min_samples, k1=c.k1, k2=c.k2)
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        ranks = "world" if several and torch.distributed.get_world_size() > 1 else None
+        return pseudo_labels(features, eps=self.eps(epoch), min_samples=c.min_samples, k1=c.k1, k2=c.k2, group=ranks)
 
     def eps(self, epoch: int) -> float:
         """DBSCAN's radius in this epoch."""

@@ -15,12 +15,16 @@ from hypothesis import strategies as st
 import fastreid_u
 from fastreid_u import _env
 from fastreid_u.ops import dbscan as op
+from fastreid_u.ops._core import missing
 from fastreid_u.reference import dbscan as reference
 
 BACKENDS = [
     "cpp",
     "reference",
-    pytest.param("cuda", marks=pytest.mark.skipif(not _env.core_cuda().present, reason=_env.core_cuda().detail)),
+    *(
+        pytest.param(name, marks=pytest.mark.skipif(missing(name) is not None, reason=str(missing(name))))
+        for name in ("cuda", "cupy")
+    ),
 ]
 
 
@@ -52,8 +56,8 @@ def sklearn_fit(graph: object, eps: float, min_samples: int) -> sklearn.cluster.
 
 
 def run(graph: object, eps: object, min_samples: int, backend: str) -> np.ndarray:
-    """Labels by one backend; "cuda" gets the graph on the GPU."""
-    if backend == "cuda":
+    """Labels by one backend; those of a GPU get the graph there."""
+    if backend in ("cuda", "cupy"):
         graph = on_gpu(graph)
     return fastreid_u.dbscan(graph, eps, min_samples, backend=backend).cpu().numpy()
 
@@ -401,9 +405,12 @@ def test_refuses_bad_settings() -> None:
 
 
 @pytest.mark.skipif(_env.gpu().present, reason="only where there is no GPU")
-def test_cuda_says_why_it_cannot_run() -> None:
-    with pytest.raises(RuntimeError, match=re.escape(_env.core_cuda().detail)):
-        fastreid_u.dbscan(np.zeros((3, 3)), 0.5, backend="cuda")
+@pytest.mark.parametrize("backend", ["cuda", "cupy"])
+def test_gpu_backends_say_why_they_cannot_run(backend: str) -> None:
+    with pytest.raises(RuntimeError, match=re.escape(str(missing(backend)))):
+        fastreid_u.dbscan(np.zeros((3, 3)), 0.5, backend=backend)
+    with pytest.raises(RuntimeError, match=re.escape(str(missing(backend)))):
+        fastreid_u.pseudo_labels(torch.eye(40), backend=backend)
 
 
 def test_auto_takes_the_compiled_core(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from fastreid_u.ops._core import missing
 from fastreid_u.ops.jaccard import jaccard_distance, jaccard_graph
 from fastreid_u.ops.k_reciprocal import k_reciprocal_encoding
 from fastreid_u.ops.knn import knn
@@ -122,9 +123,75 @@ def test_no_square_of_the_rows(clustered, n):
     assert torch.cuda.max_memory_allocated() - before < 500e6 + 20_000 * n
 
 
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(missing(name) is not None, reason=str(missing(name))))
+    for name in ("cuda", "cupy")
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*clipped to them")
 @pytest.mark.parametrize("n", [1, 2, 65, 1000, 5000])
 def test_pseudo_labels(clustered, n):
     x = clustered(n, 128, number=n)
     expected = pseudo_labels(x, eps=[0.4, 0.6])
     assert torch.equal(pseudo_labels(x.cuda(), eps=[0.4, 0.6], backend="triton").cpu(), expected)
     assert torch.equal(pseudo_labels(x.cuda(), eps=0.6).cpu(), expected[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("min_samples", [1, 4, 25])
+@pytest.mark.parametrize("spread", [0.6, 1.2, 2.0])
+@pytest.mark.parametrize("n", [65, 1000, 12_936])
+def test_pseudo_labels_without_a_graph(clustered, n, spread, min_samples, backend):
+    """Of the CPU's own neighbour lists, so that only the clustering and its encoding may differ."""
+    x = clustered(n, 64, number=n, spread=spread)
+    near = knn(x, 30)
+    options = {"eps": [0.3, 0.6, 0.75], "min_samples": min_samples}
+    found = pseudo_labels(x.cuda(), knn=tuple(part.cuda() for part in near), backend=backend, **options)
+    assert found.is_cuda
+    assert torch.equal(found.cpu(), pseudo_labels(x, knn=near, **options))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", ["all copies", "fifth copies", "hub"])
+def test_pseudo_labels_of_collapsed_data_in_memory_of_o_n(clustered, case, backend):
+    """The graph of 40,000 copies would take 19 GB."""
+    x = clustered(40_000, 32)
+    if case == "all copies":
+        x = x[:1].repeat(40_000, 1)
+    elif case == "fifth copies":
+        x[::5] = x[0]
+    else:
+        x = torch.nn.functional.normalize(x + 3)
+    near = tuple(part.cuda() for part in knn(x, 30))
+    x = x.cuda()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    labels = pseudo_labels(x, knn=near, backend=backend)
+    assert torch.cuda.max_memory_allocated() - before < 600e6 + 5_000 * len(x)
+    assert torch.equal(labels.cpu(), pseudo_labels(x.cpu(), knn=tuple(part.cpu() for part in near)))
+    if case == "all copies":
+        assert (labels == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_labels_do_not_depend_on_the_order_of_atomics(clustered, backend):
+    x = clustered(8000, 32, spread=1.5).cuda()
+    found = [pseudo_labels(x, eps=[0.5, 0.7], backend=backend) for _ in range(5)]
+    assert all(torch.equal(labels, found[0]) for labels in found)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_labels_on_another_stream(clustered, backend):
+    """The kernels follow torch's current stream: features written there just before are seen."""
+    x = clustered(3000, 32)
+    near = tuple(part.cuda() for part in knn(x, 30))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = torch.zeros(3000, 32, device="cuda")
+        torch.cuda._sleep(50_000_000)
+        late.copy_(x)
+        found = pseudo_labels(late, knn=near, backend=backend)
+    stream.synchronize()
+    assert torch.equal(found.cpu(), pseudo_labels(x))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastreid_u.ops.dbscan import dbscan
 from fastreid_u.ops.jaccard import jaccard_distance, jaccard_graph
 from fastreid_u.ops.k_reciprocal import k_reciprocal_encoding
 from fastreid_u.ops.knn import knn
@@ -46,6 +47,27 @@ def test_golden_rows_not_of_unit_length(golden):
     x = file.tensor("features")
     assert_near(jaccard_distance(x), file["dist_fastreid_k30_6"])
     assert_near(jaccard_distance(x, compat=True), file["dist_clustercontrast_k30_6"])
+
+
+def test_golden_half_precision_inside_is_another_distance(golden):
+    """Published code can keep V in float16; nothing turns it on, and it costs three digits."""
+    file = golden("jaccard_edge_float16")
+    found = jaccard_distance(file.tensor("features"))
+    assert_near(found, file["dist_fp32_k30_6"])
+    gap = np.abs(found.numpy() - file["dist_fp16_k30_6"].astype(np.float32)).max()
+    assert 0.001 < gap < 0.006
+
+
+@pytest.mark.parametrize(("k1", "k2"), [(30, 6), (20, 6)])
+def test_golden_distances_of_one_name(golden, k1, k2):
+    """Ours is that of the faiss versions; the torch versions of CAP and ICE are another, up to 0.17 away."""
+    file = golden("jaccard_variants_n180")
+    found = jaccard_distance(file.tensor("features"), k1, k2)
+    assert_near(found, file.matrix(f"dist_clustercontrast_k{k1}_{k2}"))
+    assert np.abs(found.numpy() - file.matrix(f"dist_cap_torch_k{k1}_{k2}")).max() > 0.1
+    labels = file.tensor(f"labels_fastreid_k{k1}_{k2}_eps0.60")
+    assert torch.equal(dbscan(found, 0.6), labels)
+    assert not torch.equal(labels, file.tensor(f"labels_ice_torch_k{k1}_{k2}_eps0.60"))
 
 
 @pytest.mark.parametrize("n", [5, 20])

@@ -25,6 +25,8 @@ STEP = {
     "_proxy_nce_gather_kernel",
     "_proxy_nce_grad_x_kernel",
     "_proxy_nce_finish_kernel",
+    "_nearest_other_kernel",
+    "_row_update_kernel",
 }
 
 
@@ -102,12 +104,19 @@ def recorded_launches(tiles: dict) -> list[tuple]:
     del launches[-3]  # the small kernel again
     mask = {"class_mask": torch.zeros(20_000, dtype=torch.bool, device="meta")}
     loss(64, 20_000, 2048, torch.float32, trained=True, focal=4.0, epsilon=1e-6, **mask)
-    for rule in ("sequential", "hard"):
+    whole = torch.zeros(700, dtype=torch.int64, device="meta")
+    clusters = {"labels": whole, "cluster_sizes": whole, "cluster_means": torch.zeros(700, 2048, device="meta")}
+    rules = {
+        "sequential": {},
+        "hard": {},
+        "mean": {},
+        "weighted": {"weight_temperature": 0.1},
+        "index": {"index": whole},
+    }
+    for rule, settings in (rules | {"push": {}, "row": clusters}).items():
         memory, x = torch.zeros(700, 2048, device="meta"), torch.zeros(256, 2048, device="meta")
-        targets = torch.zeros(256, dtype=torch.int64, device="meta")
-        momentum_update.momentum_update_(
-            memory, x, targets, rule=rule, found_inf=torch.zeros(1, device="meta"), status=status
-        )
+        flags = {"found_inf": torch.zeros(1, device="meta"), "status": status}
+        momentum_update.momentum_update_(memory, x, whole[:256], rule=rule, **settings, **flags)
 
     def proxy_loss(b, q, d, dtype, **settings):
         x = torch.zeros(b, d, dtype=dtype, device="meta", requires_grad=True)

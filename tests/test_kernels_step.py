@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from fastreid_u.kernels import cluster_nce as nce
 from fastreid_u.kernels import momentum_update as update
 from fastreid_u.reference.cluster_nce import cluster_nce as reference_nce
-from fastreid_u.reference.momentum_update import momentum_update_ as reference_update
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GOLDEN = ["cm_all_b50_d48_k23", "cm_random_b50_d48_k23", "cm_one_b64_d96_k40"]
@@ -208,44 +207,6 @@ def test_nce_rejects(change, error, message):
         nce.cluster_nce(**arguments)
 
 
-def updated(memory, x, targets, **settings):
-    memory = memory.clone()
-    update.momentum_update_(memory, x, targets, **settings)
-    return memory
-
-
-def by_mean(memory, x, targets, momentum):
-    """The rule that the reference leaves out: once, by the mean of the unit samples."""
-    memory, x = memory.clone(), F.normalize(x.to(memory.dtype), dim=1)
-    for row in targets.unique().tolist():
-        if row >= 0:
-            memory[row] = F.normalize(momentum * memory[row] + (1 - momentum) * x[targets == row].mean(0), dim=0)
-    return memory
-
-
-@pytest.mark.parametrize("rule", ["sequential", "hard", "mean"])
-@pytest.mark.parametrize(("b", "c", "d"), [(1, 1, 1), (5, 3, 7), (37, 4, 19), (12, 2, 600)])
-def test_update_matches_the_reference(b, c, d, rule):
-    x, targets, memory = batch(b, c, d)
-
-    def expected(memory, x):
-        if rule == "mean":
-            return by_mean(memory, x, targets, 0.3)
-        return reference_update(memory.clone(), x, targets, momentum=0.3, rule=rule)
-
-    found = updated(memory, x, targets, momentum=0.3, rule=rule)
-    assert_as_good(found, expected(memory, x), expected(memory.double(), x.double()), rule)
-
-
-@pytest.mark.parametrize("published", ["cm", "hard"])
-@pytest.mark.parametrize("name", GOLDEN)
-def test_update_golden(golden, name, published):
-    file = golden(name)
-    x, targets, memory = (file.tensor(key).to(DEVICE) for key in ("inputs", "targets", "features_before"))
-    found = updated(memory, x, targets, momentum=0.2, rule=RULES[published]).cpu()
-    torch.testing.assert_close(found, file.tensor(f"features_after_{published}_t0.05_m0.2"), atol=1e-6, rtol=0)
-
-
 @pytest.mark.parametrize("published", ["cm", "hard"])
 def test_ten_steps_golden(golden, published):
     file = golden("cm_trajectory_b32_d64_k24")
@@ -261,138 +222,6 @@ def test_ten_steps_golden(golden, published):
         if step + 1 in after:
             torch.testing.assert_close(memory.cpu(), after[step + 1], atol=5e-6 if step == 9 else 1e-6, rtol=0)
     torch.testing.assert_close(gradient.cpu(), file.tensor(f"grad_last_{published}_m0.1"), rtol=1e-4, atol=2e-6)
-
-
-@pytest.mark.parametrize(
-    ("rule", "momentum", "expected"),
-    [
-        ("sequential", 0.1, (0.653552, 0.057648, 0.754683)),
-        ("sequential", 0.2, (0.710361, 0.107837, 0.695528)),
-        ("hard", 0.1, (0.664364, 0.0, 0.747409)),
-        ("mean", 0.1, (0.851258, 0.314849, 0.419798)),
-    ],
-)
-def test_update_by_hand(rule, momentum, expected):
-    x = torch.tensor([[0.8, 0.6, 0.0], [0.6, 0.0, 0.8]], device=DEVICE)
-    memory, targets = torch.tensor([[1.0, 0.0, 0.0]], device=DEVICE), torch.tensor([0, 0], device=DEVICE)
-    found = updated(memory, x, targets, momentum=momentum, rule=rule)
-    torch.testing.assert_close(found.cpu()[0], torch.tensor(expected), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("rule", ["sequential", "hard", "mean"])
-def test_update_bits_do_not_depend_on_the_company(rule):
-    """Other samples, other rows, gaps in the batch: row 1 sees its own samples in their order, and nothing else."""
-    x, _, memory = batch(6, 5, 40)
-    alone = updated(memory, x, torch.ones(6, dtype=torch.int64, device=DEVICE), rule=rule)[1]
-    mixed = torch.randn(24, 40, generator=torch.Generator().manual_seed(3)).to(DEVICE)
-    targets = torch.tensor([0, 2, 3, -1] * 6, device=DEVICE)
-    mixed[1::4], targets[1::4] = x, 1
-    rows = torch.cat([memory, memory])
-    found = updated(rows, mixed, targets, rule=rule)
-    assert torch.equal(found[1], alone)
-    assert torch.equal(found[4:], rows[4:])
-
-
-def test_update_long_batches(monkeypatch):
-    """The walk over the targets goes a block at a time; a sample may be many blocks away from the next of its row."""
-    x, _, memory = batch(300, 2, 3)
-    targets = torch.full((300,), -1, device=DEVICE)
-    targets[[3, 255, 256, 299]] = 1
-    targets[[0, 290]] = 0
-    found = updated(memory, x, targets)
-    kept = targets >= 0
-    assert torch.equal(found, updated(memory, x[kept], targets[kept]))
-
-
-def test_update_hard_takes_the_first_of_a_tie():
-    memory, targets = torch.tensor([[1.0, 0.0, 0.0]], device=DEVICE), torch.tensor([0, 0, 0], device=DEVICE)
-    found = updated(memory, torch.eye(3, device=DEVICE), targets, momentum=0.0, rule="hard")
-    assert found.tolist() == [[0.0, 1.0, 0.0]]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_update_of_a_half_memory_rounds_once(dtype):
-    x, targets, memory = batch(9, 2, 24)
-    targets, memory = targets.clamp(min=0), memory.to(dtype)
-    truth = reference_update(memory.double(), x.double(), targets)
-    error = (updated(memory, x, targets).double() - truth).abs().max()
-    assert error <= torch.finfo(dtype).eps * truth.abs().max()
-
-
-def test_update_strides_and_dtypes():
-    x, targets, memory = batch(7, 4, 10)
-    expected = updated(memory, x, targets)
-    wide = torch.full((4, 20), 7.0, device=DEVICE)
-    wide[:, ::2] = memory
-    update.momentum_update_(wide[:, ::2], x.T.contiguous().T, torch.stack([targets, targets], 1)[:, 0].int())
-    assert torch.equal(wide[:, ::2], expected)
-    assert (wide[:, 1::2] == 7).all()
-
-
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="reserves 4 GiB and touches none of it, which only a CPU can")
-def test_update_addresses_past_two_to_the_31(monkeypatch):
-    monkeypatch.undo()  # the poison would touch all of it
-    rows = torch.empty(2**20 + 1, 2048, dtype=torch.float16)
-    rows[-1] = 0
-    x = torch.ones(1, 2048)
-    update.momentum_update_(rows, x, torch.tensor([2**20]))
-    torch.testing.assert_close(rows[-1].float(), F.normalize(x)[0], rtol=1e-3, atol=0)
-
-
-@pytest.mark.parametrize("bad", [-2, 4, 2**40])
-def test_update_target_out_of_range_leaves_everything_alone(bad):
-    x, targets, memory = batch(7, 4, 10)
-    status = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    targets[-1] = bad
-    assert torch.equal(updated(memory, x, targets, status=status), memory)
-    assert status.item() == update.BAD_TARGET
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("rule", ["sequential", "hard", "mean"])
-def test_update_not_finite_leaves_its_row_alone(value, rule):
-    x, _, memory = batch(6, 4, 10)
-    targets = torch.tensor([0, 1, 1, 1, -1, 2], device=DEVICE)
-    expected = updated(memory, x, targets, rule=rule)
-    expected[1] = memory[1]
-    status = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    x[2, 3] = x[4, 0] = value
-    assert torch.equal(updated(memory, x, targets, rule=rule, status=status), expected)
-    assert status.item() == update.BAD_FEATURE
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64], ids=str)
-def test_update_found_inf(dtype):
-    x, targets, memory = batch(3, 2, 5)
-    one = torch.ones(1, dtype=dtype, device=DEVICE)
-    assert torch.equal(updated(memory, x, targets, found_inf=one), memory)
-    moved = updated(memory, x, targets, found_inf=torch.zeros_like(one))
-    assert torch.equal(moved, updated(memory, x, targets))
-    assert not torch.equal(moved, memory)
-
-
-def test_update_zero_length_and_nobody_there():
-    memory = torch.tensor([[1.0, 0.0], [0.0, 0.0]], device=DEVICE)
-    x = torch.tensor([[-1.0, 0.0], [0.0, 0.0]], device=DEVICE)
-    assert updated(memory, x, torch.tensor([0, 1], device=DEVICE), momentum=0.5).tolist() == [[0.0, 0.0], [0.0, 0.0]]
-    nobody = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    assert torch.equal(updated(memory, x[:0], nobody), memory)
-    assert torch.equal(updated(memory[:0], x, torch.full((2,), -1, device=DEVICE)), memory[:0])
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"memory": torch.ones(3, 5)}, ValueError, "memory, x, targets must be"),
-        ({"memory": torch.ones(3, 4, dtype=torch.float64)}, TypeError, "memory must be float32, float16 or bfloat16"),
-        ({"rule": "last"}, ValueError, "rule must be one of 'sequential', 'hard', 'mean', got 'last'"),
-    ],
-)
-def test_update_rejects(change, error, message):
-    arguments = {"memory": torch.ones(3, 4), "x": torch.ones(2, 4), "targets": torch.tensor([0, 1]), **change}
-    with pytest.raises(error, match=f"momentum_update_: {message}"):
-        update.momentum_update_(**arguments)
-    assert (arguments["memory"] == 1).all()
 
 
 class Counter:

@@ -82,6 +82,88 @@ def test_two_calls_before_one_backward_both_see_the_old_rows():
     torch.testing.assert_close(torch.stack([x.grad, y.grad]), torch.stack(apart))
 
 
+def test_one_call_copies_no_memory(monkeypatch):
+    """A million rows must not be copied for a batch of four."""
+    memory = ClusterMemory.from_centroids(torch.randn(500, 8))
+    monkeypatch.setattr(torch.Tensor, "clone", lambda *_, **__: pytest.fail("a tensor was cloned"))
+    x = torch.randn(4, 8, requires_grad=True)
+    rows = memory.features.data_ptr()
+    memory(x, torch.tensor([0, 1, 1, 4])).backward()
+    assert memory.features.data_ptr() == rows
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+def test_one_call_in_half_precision_loses_no_small_gradient(scale):
+    """A gradient scaler multiplies the loss so that half precision holds the gradient: it must not be cut before."""
+    torch.manual_seed(0)
+    memory = ClusterMemory.from_centroids(torch.randn(5, 64), momentum=1.0)
+    x, targets = torch.randn(4, 64).half(), torch.tensor([0, 1, 1, 4])
+    grads = []
+    for run in (memory, memory.loss):
+        leaf = x.clone().requires_grad_()
+        (run(leaf, targets) * 1e-6 * scale).backward()
+        assert leaf.grad.dtype == torch.float16
+        grads.append(leaf.grad.float())
+    torch.testing.assert_close(*grads, rtol=2e-3, atol=1e-7)
+    assert (grads[0].abs().sum() > 0.01) == (scale > 1)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_one_call_compiles_whole(backend):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    rows, batch, targets = torch.randn(5, 8), torch.randn(4, 8), torch.tensor([0, 1, -1, 1])
+    results = []
+    for compiled in (False, True):
+        memory = ClusterMemory.from_centroids(rows, rule="push")
+        x = batch.clone().requires_grad_()
+        run = torch.compile(memory, backend=backend, fullgraph=True) if compiled else memory
+        loss = run(x, targets)
+        loss.backward()
+        results.append((loss.detach(), x.grad, memory.features))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(results[1][2], torch.nn.functional.normalize(rows))
+
+
+DCCC = {"wgm_tau0.03_s0.3_m0.1": ("weighted", 0.03), "wgm_tau0.6_s0.1_m0.1": ("weighted", 0.6)}
+DCCC |= {"hard_tau0.09_s0.1_m0.2": ("hard", None), "avg_tau0.09_s0.1_m0.2": ("mean", None)}
+
+
+@pytest.mark.parametrize("tag", DCCC)
+def test_a_teacher_and_another_rule_equal_the_published_dccc(golden, tag):
+    case = golden("dccc_memory_b48_d64_k30")
+    (rule, weight_temperature), (share, momentum) = DCCC[tag], (float(part[1:]) for part in tag.split("_")[2:])
+    rows = case.tensor("features_before")
+    memory = ClusterMemory(64, 30, momentum=momentum, rule=rule, weight_temperature=weight_temperature)
+    memory.features.copy_(rows)
+    x = case.tensor("inputs").requires_grad_()
+    loss = memory(x, case.tensor("targets"), teacher=case.tensor("inputs_ema"), teacher_weight=share)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), case.tensor(f"loss_s_{tag}"), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(x.grad, case.tensor(f"grad_s_{tag}"), rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(memory.features, case.tensor(f"features_after_{tag}"), rtol=0, atol=1e-6)
+
+
+def test_a_loss_per_sample_goes_back_per_sample():
+    memory = ClusterMemory.from_centroids(torch.eye(3), momentum=1.0)
+    targets, upstream = torch.tensor([0, 1, 2, 0]), torch.tensor([1.0, 0.0, 2.0, -1.0])
+    batch, grads = torch.rand(4, 3), []
+    for run in (memory, memory.loss):
+        x = batch.clone().requires_grad_()
+        run(x, targets, reduction="none").backward(upstream)
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_index_is_for_two_calls():
+    memory = ClusterMemory.from_centroids(torch.eye(3), rule="index", momentum=0.0)
+    x, targets = torch.eye(3)[[1, 2]], torch.tensor([0, 0])
+    with pytest.raises(ValueError, match="ClusterMemory: rule must not be 'index' in one call"):
+        memory(x.requires_grad_(), targets)
+    memory.update_(x, targets, index=torch.tensor([1, -1, -1]))
+    assert memory.features.tolist() == [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+
+
 def test_all_state_is_in_the_state_dict():
     memory = ClusterMemory.from_centroids(torch.randn(5, 8), temp=0.1)
     other = ClusterMemory(8, 5)
@@ -90,7 +172,15 @@ def test_all_state_is_in_the_state_dict():
     torch.testing.assert_close(memory.features.norm(dim=1), torch.ones(5))
 
 
-@pytest.mark.parametrize(("settings", "name"), [({"temp": 0.0}, "temp"), ({"momentum": 1.1}, "momentum")])
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"temp": 0.0}, "temp"),
+        ({"momentum": 1.1}, "momentum"),
+        ({"rule": "row"}, "rule"),
+        ({"rule": "mean", "use_hard": True}, "rule"),
+    ],
+)
 def test_refuses(settings, name):
     with pytest.raises(ValueError, match=f"ClusterMemory: {name} must"):
         ClusterMemory(8, 4, **settings)

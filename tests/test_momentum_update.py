@@ -209,6 +209,21 @@ def test_rows_that_nobody_names_keep_their_bits(unit_memory):
     assert not torch.equal(unit_memory[2], before[2])
 
 
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "push_sequential"])
+def test_bits_do_not_depend_on_the_company(rule):
+    """Other samples, other rows, gaps in the batch: row 2 sees its own samples in their order, and nothing else."""
+    generator = torch.Generator().manual_seed(3)
+    rows = F.normalize(torch.randn(5, 40, generator=generator))
+    x, others = torch.randn(6, 40, generator=generator), torch.randn(24, 40, generator=generator)
+    targets = torch.full((6,), 2)
+    alone = momentum_update_(rows.clone(), x, targets, rule=rule, **settings_of(rule, targets, 5))[2]
+    targets = torch.tensor([0, 1, 3, -1] * 6)
+    others[1::4], targets[1::4] = x, 2
+    more = torch.cat([rows, -rows[2].expand(5, 40)])  # the new rows are as far as can be
+    found = momentum_update_(more, others, targets, rule=rule, **settings_of(rule, targets, 10))
+    assert torch.equal(found[2], alone)
+
+
 def test_order_in_the_batch_matters(unit_memory):
     x, targets = torch.eye(5)[:2], torch.tensor([3, 3])
     forward = momentum_update_(unit_memory.clone(), x, targets)
@@ -320,6 +335,7 @@ ROW = {"rule": "row", "labels": [0, 0, 0, 0, 1, 1], "cluster_sizes": [4, 2], "cl
             "x must be finite",
         ),
         ({"x": torch.ones(2, 5, device="meta")}, ValueError, "x must be on cpu like memory, got meta"),
+        ({"found_inf": torch.zeros(1, device="meta")}, ValueError, "found_inf must be on cpu like memory, got meta"),
         ({"memory": torch.zeros(0, 5)}, ValueError, r"targets must lie in \[0, 0\), got"),
         ({"x": torch.tensor([[1.0] * 5, [torch.nan] * 5])}, ValueError, "x must be finite, .*first: row 1"),
     ],

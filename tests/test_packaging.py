@@ -32,6 +32,7 @@ LOOK = """
 import importlib.metadata as metadata, json, torch
 import fastreid_u, fastreid_u.kernels
 from fastreid_u import _ext
+from fastreid_u.ops import _nvrtc
 about = metadata.metadata("fastreid-u")
 line = torch.tensor([0.0, 0.1, 0.2, 5.0])
 print(json.dumps({
@@ -40,6 +41,7 @@ print(json.dumps({
     "cuda": _ext.core().built_with_cuda,
     "kernels": list(fastreid_u.kernels.__path__),
     "kernels_file": getattr(fastreid_u.kernels, "__file__", None),
+    "cuda_source": sorted(path.name for path in _nvrtc.source_folder().iterdir()),
     "labels": fastreid_u.dbscan((line[:, None] - line).abs(), 0.15, 2, backend="cpp").tolist(),
     "version": fastreid_u.__version__,
     "license": about["License-Expression"],
@@ -88,12 +90,24 @@ def look(python: Path, folder: Path) -> dict:
     return json.loads(call(python, "-c", LOOK, cwd=folder).stdout)
 
 
+def device_source() -> list[str]:
+    """Files of csrc/ that the kernels consist of."""
+    found, waiting = set(), ["device.cuh", "pseudo_labels.h"]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += re.findall(r'#include "(.*)"', (ROOT / "csrc" / name).read_text())
+    return sorted(found)
+
+
 def require_sound(seen: dict, python: Path) -> None:
     """What holds for every way of installing."""
     assert Path(seen["core"]).is_relative_to(python.parents[1]), "the compiled module of another install was found"
     assert seen["cuda"] is False
     assert seen["kernels_file"] is None, "kernels/ must stay a namespace package"
     assert seen["labels"] == [0, 0, 0, -1]
+    assert seen["cuda_source"] == device_source(), "CuPy compiles what lies next to the module"
     assert seen["license"] == "Apache-2.0"
     assert seen["python"] == ">=3.11"
     assert seen["readme"] == "text/markdown"
@@ -150,6 +164,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     sources |= {f"fastreid_u/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert sources <= set(names)
     assert "fastreid_u/kernels/__init__.py" not in names
+    assert {f"fastreid_u/csrc/{name}" for name in device_source()} <= set(names)
+    assert not any(name.endswith((".cpp", ".cu")) for name in names), "what is compiled already stays at home"
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
@@ -187,8 +203,8 @@ def test_cuda_build_imports_without_a_driver(work: Path) -> None:
     with zipfile.ZipFile(built) as archive:
         (name,) = (name for name in archive.namelist() if Path(name).name.startswith("_C."))
         core = Path(archive.extract(name, work / "cuda_core"))
-    code = "import _C; print(_C.built_with_cuda, hasattr(_C, 'dbscan_cuda'))"
-    assert call(sys.executable, "-c", code, cwd=core.parent).stdout == "True True\n"
+    code = "import _C; print(_C.built_with_cuda, hasattr(_C, 'dbscan_cuda'), hasattr(_C, 'pseudo_labels_cuda'))"
+    assert call(sys.executable, "-c", code, cwd=core.parent).stdout == "True True True\n"
     needed = call("ldd", core).stdout if shutil.which("ldd") else ""
     assert "libcudart" not in needed
     assert "libcuda." not in needed

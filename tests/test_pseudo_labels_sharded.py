@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from fastreid_u.cpu import pseudo_labels as alone
 from fastreid_u.cpu import pseudo_labels_sharded as sharded
 from fastreid_u.ops.pseudo_labels import pseudo_labels
 from fastreid_u.ops.pseudo_labels_sharded import pseudo_labels_sharded
@@ -81,7 +80,12 @@ def test_every_rank_has_the_labels_of_one(case, world):
     x, lists, k2, min_samples = features(case)
     eps = [0.6, 0.3, 0.85]
     options = {"compat": case % 3 == 0, "threads": 1 + case % 2}
-    expected = alone.pseudo_labels(x, lists, k2, eps, min_samples, **options)
+    index = torch.from_numpy(lists).long()
+    one = pseudo_labels(
+        torch.from_numpy(x), eps=eps, min_samples=min_samples, k1=lists.shape[1], k2=k2,
+        knn=(torch.zeros(lists.shape), index), compat=options["compat"], backend="cpp",
+    )  # fmt: skip
+    expected = one.numpy()
     found = Threads(world).run(lambda rank: sharded.pseudo_labels(x, lists, k2, eps, min_samples, rank, **options))
     for labels in found:
         np.testing.assert_array_equal(labels, expected)
@@ -133,6 +137,11 @@ def test_collapsed_features_leave_nothing_to_walk(monkeypatch):
     assert len(asked) == 9
 
 
+def test_a_backend_of_ones_own_does_not_go_with_a_group():
+    with pytest.raises(ValueError, match=r"backend must be 'auto' with a group, got 'cpp'"):
+        pseudo_labels(torch.eye(40), group="world", backend="cpp")
+
+
 CASES = {
     "identities": dict(n=203),
     "identical": dict(n=50),
@@ -166,7 +175,7 @@ def worker(rank, world, folder):
             found[name, size] = pseudo_labels_sharded(x, eps=[0.5, 0.6], group=group, **options)
     x = make("identities", 203)
     given = torch.cdist(x, x).sort(dim=1)
-    found["lists"] = pseudo_labels_sharded(x, knn=(given.values[:, :30] ** 2, given.indices[:, :30]))
+    found["lists"] = pseudo_labels(x, knn=(given.values[:, :30] ** 2, given.indices[:, :30]), group="world")
     for name, change in {
         "nan": {"x": x.clone().fill_(torch.nan) if rank == 2 else x},
         "other features": {"x": x + 1e-6 * (rank == 3)},

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The seams between engine and methods."""
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import fastreid_u
 from fastreid_u.methods import get_method
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.recipe import Images, center_per_camera
@@ -86,6 +90,18 @@ def test_methods_is_a_list_and_a_package():
     assert fastreid_u.methods() == sorted(fastreid_u.methods())
     assert get_method("cluster_contrast") is ClusterContrast
     assert get_method(ClusterContrast) is ClusterContrast
+
+
+@pytest.mark.parametrize("name", fastreid_u.methods())
+def test_every_method_is_what_it_is_listed_as_and_documented(name):
+    recipe = get_method(name)
+    assert recipe.name == name
+    assert recipe.title
+    for dataset in ("", "market1501", "synthetic"):
+        config = recipe.Config.for_dataset(dataset)
+        assert all(field.metadata["help"] and field.metadata["source"] for field in dataclasses.fields(config))
+    pages = Path(__file__).parents[1] / "docs" / "methods.md"
+    assert f"`{name}`" in pages.read_text()
 
 
 def test_an_unknown_method_lists_the_known():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastreid_u.ops import _device_flag
 from fastreid_u.ops.cluster_nce import _cluster_nce, _cluster_nce_backward, cluster_nce
 from fastreid_u.ops.cluster_nce import _triton as nce_triton
-from fastreid_u.ops.momentum_update import _momentum_update, momentum_update_
+from fastreid_u.ops.momentum_update import RULES, _momentum_update, momentum_update_
 from fastreid_u.ops.momentum_update import _triton as update_triton
 from fastreid_u.reference.cluster_nce import cluster_nce as reference_nce
 from fastreid_u.reference.momentum_update import momentum_update_ as reference_update
@@ -72,12 +72,20 @@ def test_opcheck_nce_backward():
         torch.library.opcheck(_cluster_nce_backward, (*arguments, *needs))
 
 
-@pytest.mark.parametrize("rule", ["sequential", "hard"])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("skip", [None, 0.0, 1.0])
 def test_opcheck_update(rule, skip):
     x, targets, memory = batch()
     found_inf = None if skip is None else torch.tensor([skip], device=DEVICE)
-    torch.library.opcheck(_momentum_update, (memory, x, targets, 0.1, rule, found_inf, "auto"))
+    means = index = labels = sizes = None
+    if rule == "row":
+        labels, means = torch.arange(13, device=DEVICE) % 4, torch.zeros(4, 6, device=DEVICE)
+        sizes = torch.bincount(labels)
+    if rule == "index":
+        index = torch.full((13,), -1, device=DEVICE)
+        index[targets.max()] = targets.argmax()
+    arguments = (0.1, rule, True, 0.1 if rule == "weighted" else None, 0.2, index, labels, sizes, found_inf, "auto")
+    torch.library.opcheck(_momentum_update, (memory, means, x, targets, *arguments))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -146,6 +154,27 @@ def test_compiles_whole_with_one_recompilation_for_five_shapes(side):
     assert max(counter.frame_count for counter in counters) <= 2
 
 
+@pytest.mark.parametrize("rule", ["weighted", "index", "row", "push"])
+def test_every_rule_compiles_whole(rule):
+    x, targets, memory = batch()
+    settings = {"rule": rule, "found_inf": torch.zeros(1, device=DEVICE)}
+    if rule == "weighted":
+        settings["weight_temperature"] = 0.1
+    if rule == "index":
+        settings["index"] = torch.full((13,), -1, device=DEVICE)
+        settings["index"][targets.max()] = targets.argmax()
+    if rule == "row":
+        labels = torch.arange(13, device=DEVICE) % 4
+        settings |= {"labels": labels, "cluster_sizes": labels.bincount(), "cluster_means": memory[:4].clone()}
+    torch._dynamo.reset()
+    expected = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in settings.items()}
+    rows = momentum_update_(memory.clone(), x, targets, **expected)
+    compiled = torch.compile(lambda *args: momentum_update_(*args, **settings), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(memory, x, targets), rows)
+    if rule == "row":
+        assert torch.equal(settings["cluster_means"], expected["cluster_means"])
+
+
 def test_a_compiled_update_still_checks_its_targets():
     x, targets, memory = batch(device="cpu")
     before = memory.clone()
@@ -171,24 +200,17 @@ def test_what_a_kernel_flags_is_raised_when_asked():
         _device_flag.raise_flagged()
 
 
-@pytest.mark.parametrize("rule", ["sequential", "hard"])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("index", "row")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("b", "c", "d"), [(1, 1, 1), (40, 7, 19), (65, 3, 130)])
+@pytest.mark.parametrize(("b", "c", "d"), [(1, 1, 2), (40, 7, 19), (65, 3, 130)])
 def test_numba_update_matches_the_reference(b, c, d, dtype, rule):
     x, targets, memory = batch(b, c, d, dtype, device="cpu")
-    truth = reference_update(memory.double(), x.double(), targets, momentum=0.3, rule=rule)
-    same = reference_update(memory.clone(), x, targets, momentum=0.3, rule=rule)
-    found = momentum_update_(memory.clone(), x, targets, momentum=0.3, rule=rule, backend="numba")
+    settings = {"momentum": 0.3, "rule": rule, "weight_temperature": 0.1 if rule == "weighted" else None}
+    truth = reference_update(memory.double(), x.double(), targets, **settings)
+    same = reference_update(memory.clone(), x, targets, **settings)
+    found = momentum_update_(memory.clone(), x, targets, backend="numba", **settings)
     slack = 4 * torch.finfo(dtype).eps
     assert (found.double() - truth).abs().max() <= 2 * (same.double() - truth).abs().max() + slack
-
-
-def test_numba_update_by_the_mean():
-    from fastreid_u.cpu.momentum_update import momentum_update_ as numba_update
-
-    x, memory = torch.tensor([[0.8, 0.6, 0.0], [0.6, 0.0, 0.8]]), torch.tensor([[1.0, 0.0, 0.0]])
-    numba_update(memory.numpy(), x.numpy(), torch.tensor([0, 0]).numpy(), momentum=0.1, rule="mean")
-    torch.testing.assert_close(memory[0], torch.tensor([0.851258, 0.314849, 0.419798]), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

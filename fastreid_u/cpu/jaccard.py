@@ -157,22 +157,6 @@ def overlap(index, i, j):
 
 
 @kernel
-def is_near(index, i, j):
-    """Whether T of rows i and j reaches ``need``: as :func:`overlap`, but it stops when that is settled."""
-    p, q = index.indptr[i], index.indptr[j]
-    p_end, q_end = index.indptr[i + 1], index.indptr[j + 1]
-    total, spare = 0, index.weight - index.need  # what row i may hold alone
-    while p < p_end and q < q_end and total < index.need and spare >= 0:
-        a, b = index.column[p], index.column[q]
-        own = index.value[p]
-        total += min(own, index.value[q]) * (a == b)
-        spare -= own * (a < b)
-        p += a <= b
-        q += b <= a
-    return total >= index.need
-
-
-@kernel
 def table_for(index, i, keys):
     """Log2 of the table that the rows met by row i fill at most by half; the columns it meets bound them."""
     met = 0

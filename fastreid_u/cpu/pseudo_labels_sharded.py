@@ -16,22 +16,22 @@ from typing import Protocol
 import numpy as np
 
 from ._threads import kernel, over_rows
+from .graph_free import (
+    MIXED,
+    MOST_NEAREST,
+    NEAREST,
+    bridge,
+    compare_columns,
+    find_sets,
+    label_borders,
+    link_nearest,
+    link_pairs,
+    measure_nearest,
+    settle,
+    unite,
+)
 from .jaccard import Index, count_columns, index_sorted, least_overlap, rare_first
 from .k_reciprocal import Rows, average_rows, bits, mutual_neighbours, soft_rows, sort_rows
-from .pseudo_labels import (
-    _MIXED,
-    _MOST_NEAREST,
-    _NEAREST,
-    _bridge,
-    _compare_columns,
-    _find_sets,
-    _label_borders,
-    _link_nearest,
-    _link_pairs,
-    _measure_nearest,
-    _settle,
-    _unite,
-)
 
 
 class Ranks(Protocol):
@@ -68,7 +68,7 @@ def _count_work(begin, end, rows, index, sets, work):
         total = 0
         for e in range(index.indptr[rows[r]], index.stop[rows[r]]):
             c = index.column[e]
-            if len(sets) == 0 or sets[c] == _MIXED:
+            if len(sets) == 0 or sets[c] == MIXED:
                 total += index.start[c + 1] - index.start[c]
         work[r] = total
 
@@ -77,7 +77,7 @@ def _count_work(begin, end, rows, index, sets, work):
 def _merge(forest, parent):
     for i in range(len(parent)):
         if forest[i] != i:
-            _unite(parent, i, forest[i])
+            unite(parent, i, forest[i])
 
 
 def _merged(parent: np.ndarray, ranks: Ranks) -> np.ndarray:
@@ -109,11 +109,11 @@ def encode_sorted(x: np.ndarray, lists: np.ndarray, k2: int, ranks: Ranks, *, co
 def cluster(index: Index, lists: np.ndarray, min_samples: int, ranks: Ranks, threads: int) -> np.ndarray:
     """(N,) int64 labels of the rows of ``index``, the same on every rank; ``lists`` (N, k1) int32 as hints."""
     n, k1 = lists.shape
-    nearest = min(k1, max(_NEAREST, min(2 * min_samples, _MOST_NEAREST - 1)) + 1)
+    nearest = min(k1, max(NEAREST, min(2 * min_samples, MOST_NEAREST - 1)) + 1)
     own = equal_share(n, ranks)
     hits, count = np.zeros(n, np.int64), np.zeros(n, np.int32)
     given = index, lists, nearest, hits, count
-    over_rows(_measure_nearest, own.stop, threads, *given, most=1024, begin=own.start)
+    over_rows(measure_nearest, own.stop, threads, *given, most=1024, begin=own.start)
     core = ranks.gather(count[own.start : own.stop] >= min_samples)
 
     doubtful = np.flatnonzero(~core).astype(np.int32)
@@ -121,15 +121,15 @@ def cluster(index: Index, lists: np.ndarray, min_samples: int, ranks: Ranks, thr
     over_rows(_count_work, len(doubtful), threads, doubtful, index, np.empty(0, np.int32), work)
     part = share_of_work(work, ranks)
     given = index, doubtful, min_samples, core
-    settled = over_rows(_settle, part.stop, threads, *given, most=1024, begin=part.start)
+    settled = over_rows(settle, part.stop, threads, *given, most=1024, begin=part.start)
     core[doubtful] = ranks.gather(core[doubtful[part.start : part.stop]])
 
     parent, group, sets = np.arange(n, dtype=np.int32), np.empty(n, np.int32), np.empty(n, np.int32)
-    _link_nearest(lists, nearest, hits, core, parent)  # rows of other ranks have no hits here
+    link_nearest(lists, nearest, hits, core, parent)  # rows of other ranks have no hits here
     parent = _merged(parent, ranks)
-    over_rows(_find_sets, n, threads, parent, core, group)
+    over_rows(find_sets, n, threads, parent, core, group)
     columns = share_of_work(np.diff(index.start), ranks)
-    over_rows(_compare_columns, columns.stop, threads, index, group, sets, begin=columns.start)
+    over_rows(compare_columns, columns.stop, threads, index, group, sets, begin=columns.start)
     sets = ranks.gather(sets[columns.start : columns.stop])
 
     cores = np.flatnonzero(core).astype(np.int32)
@@ -137,10 +137,10 @@ def cluster(index: Index, lists: np.ndarray, min_samples: int, ranks: Ranks, thr
     over_rows(_count_work, len(cores), threads, cores, index, sets, work)
     part_of_cores = share_of_work(work, ranks)
     first, last = np.append(cores, n)[[part_of_cores.start, part_of_cores.stop]]
-    for pairs in over_rows(_bridge, int(last), threads, index, group, sets, most=1024, begin=int(first)):
-        _link_pairs(pairs, parent)
+    for pairs in over_rows(bridge, int(last), threads, index, group, sets, most=1024, begin=int(first)):
+        link_pairs(pairs, parent)
     parent = _merged(parent, ranks)
-    over_rows(_find_sets, n, threads, parent, core, group)
+    over_rows(find_sets, n, threads, parent, core, group)
 
     number = np.cumsum(group == np.arange(n)) - 1  # of the cluster that starts at a row
     labels = np.where(core, number[group], -1)
@@ -148,7 +148,7 @@ def cluster(index: Index, lists: np.ndarray, min_samples: int, ranks: Ranks, thr
     for indptr, near in settled:
         rows = doubtful[begin : begin + len(indptr) - 1]
         begin += len(rows)
-        _label_borders(rows, indptr, near, group, labels)
+        label_borders(rows, indptr, near, group, labels)
     labels[doubtful] = ranks.gather(labels[doubtful[part.start : part.stop]])
     return labels
 
@@ -164,7 +164,7 @@ def pseudo_labels(
     compat: bool = False,
     threads: int = 1,
 ) -> np.ndarray:
-    """(len(eps), N) int64, what ``fastreid_u.cpu.pseudo_labels`` gives, the same on every rank.
+    """(len(eps), N) int64, those of one process alone, the same on every rank.
 
     Args:
         x, lists, k2, eps, min_samples, compat, threads: as there; the same on every rank, with all N rows.

@@ -26,6 +26,8 @@ _CLASSES = {
     "csa_hps": "CSAHPS",
     "dccc": "DCCC",
     "ice": "ICE",
+    "pplr": "PPLR",
+    "pplr_camera": "PPLRCamera",
     "spcl": "SpCL",
     "spcl_uda": "SpCLUDA",
     "vit_cluster_contrast": "ViTClusterContrast",

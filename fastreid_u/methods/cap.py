@@ -41,7 +41,7 @@ class CAPConfig(Config):
     warmup_factor: float = option(0.01, "share of lr in the first warm-up epoch", source=CODE)
 
     PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "synthetic": {**RENDERED, "inter_start": 2},
+        "synthetic": {**RENDERED, "temp": 0.1, "momentum": 0.8, "inter_start": 2, "warmup_epochs": 0},
     }
 
     def __post_init__(self) -> None:

@@ -6,7 +6,9 @@ its results; no code was published. This is our reading: Cluster Contrast's reci
 cameras. ``cap_cluster_contrast_proxy`` is the more literal one, without the memory of clusters.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -29,6 +31,16 @@ class CAPClusterContrastConfig(ClusterContrastConfig):
     hard_negatives: int = option(50, "proxies of other clusters in the loss between cameras", source=CAP_CODE)
     proxy_temp: float = option(0.07, "temperature of the softmax over proxies", source=CAP_CODE)
     proxy_momentum: float = option(0.2, "weight of the old proxy in an update", source=CAP_CODE)
+
+    PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **ClusterContrastConfig.PER_DATASET,
+        "synthetic": {
+            **ClusterContrastConfig.PER_DATASET["synthetic"],
+            "proxy_temp": 0.1,
+            "proxy_momentum": 0.8,
+            "inter_start": 2,
+        },
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,8 +14,9 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from fastreid_u import _env, _ext
+from fastreid_u import _ext
 from fastreid_u._checks import require_choice, require_positive, require_positive_int
+from fastreid_u.ops._core import entry_point, missing
 from fastreid_u.ops._dispatch import choose
 from fastreid_u.ops._distance_graph import DistanceGraph, read_graph
 from fastreid_u.reference import dbscan as reference
@@ -54,8 +55,9 @@ def dbscan(
             graph's dtype and compared there. A sequence gives one row of labels for each, on one graph.
         min_samples: neighbours that make a core point.
         radius: distance up to which a sparse graph is complete, if known; a larger eps is then refused.
-        backend: "auto", "cpp" (CPU threads, as many as ``torch.get_num_threads()``), "cuda" or "reference"; anything
-            but "auto" runs there or raises. For a graph on a GPU that "cuda" cannot serve, the other two copy it over.
+        backend: "auto", "cpp" (CPU threads, as many as ``torch.get_num_threads()``), "cuda", "cupy" (the same kernels,
+            compiled by CuPy at first use) or "reference"; anything but "auto" runs there or raises. The two for a CPU
+            copy a graph over that is on a GPU, and "auto" does where neither GPU backend is there.
 
     Returns:
         (N,) int64 on the graph's device (CPU for NumPy and SciPy), -1 = noise; (len(eps), N) for a sequence.
@@ -123,38 +125,30 @@ def _cluster(
     if graph.dtype.is_floating_point:  # rounded here, because a float16 graph is widened and still compared as float16
         eps = torch.tensor(eps, dtype=graph.dtype).double().tolist()
 
-    cuda = _env.core_cuda()
     table: dict[str, Callable | str] = {
-        "cpp": _compiled,
-        "cuda": _compiled if cuda.present else cuda.detail,
-        "reference": _reference,
+        name: missing(name) or functools.partial(_compiled, backend=name) for name in ("cpp", "cuda", "cupy")
     }
+    table["reference"] = _reference
     home = graph.device
-    if home.type != "cpu" and backend != "cuda" and not (backend == "auto" and cuda.present):
+    on_gpu = backend in ("cuda", "cupy") or (backend == "auto" and (callable(table["cuda"]) or callable(table["cupy"])))
+    if home.type != "cpu" and not on_gpu:
         graph = graph.to("cpu")
-    run = choose(_OP, graph.device, backend, table)
-    labels, core = run(_checked(graph), eps, min_samples)
+    labels, core = choose(_OP, graph.device, backend, table)(graph, eps, min_samples)
     return labels.to(home), core.to(home)
 
 
-def _compiled(graph: DistanceGraph, eps: list[float], min_samples: int) -> tuple[Tensor, Tensor]:
-    """The C++ or CUDA core, whichever the graph's device asks for."""
+def _compiled(graph: DistanceGraph, eps: list[float], min_samples: int, *, backend: str) -> tuple[Tensor, Tensor]:
+    graph = _checked(graph, backend)
     labels = torch.empty(len(eps), graph.n, dtype=torch.int64, device=graph.device)
     core = torch.empty(len(eps), graph.n, dtype=torch.bool, device=graph.device)
     scratch = _scratch(graph)
-    _, cluster = _entry_points(graph.device)
-    cluster(
-        _pointers(graph),
-        eps=eps,
-        min_samples=min_samples,
-        labels=labels.data_ptr(),
-        core=core.data_ptr(),
-        scratch=scratch.data_ptr(),
-    )
+    cluster = entry_point(_OP, backend, scratch)
+    cluster(_pointers(graph), eps=eps, min_samples=min_samples, labels=labels.data_ptr(), core=core.data_ptr())
     return labels, core
 
 
 def _reference(graph: DistanceGraph, eps: list[float], min_samples: int) -> tuple[Tensor, Tensor]:
+    graph = _checked(graph, "cpp")
     plain = graph.data.numpy()
     if graph.indptr is not None:
         parts = (plain, graph.indices.numpy(), graph.indptr.numpy())
@@ -163,28 +157,18 @@ def _reference(graph: DistanceGraph, eps: list[float], min_samples: int) -> tupl
     return reference.dbscan(plain, eps, min_samples), core
 
 
-def _checked(graph: DistanceGraph) -> DistanceGraph:
+def _checked(graph: DistanceGraph, backend: str) -> DistanceGraph:
     """The graph with ascending columns, or an error that names the first faulty row."""
-    check, _ = _entry_points(graph.device)
     scratch = _scratch(graph)
+    check = entry_point("check_graph", backend, scratch)
     faults = _ext.core().faults
-    code = check(_pointers(graph), scratch=scratch.data_ptr())
+    code = check(_pointers(graph))
     if code >= 0 and faults[code % len(faults)] == "order":
         graph = graph.sorted()
-        code = check(_pointers(graph), scratch=scratch.data_ptr())
+        code = check(_pointers(graph))
     if code >= 0:
         raise ValueError(f"{_OP}: graph must {_RULES[faults[code % len(faults)]]} row {code // len(faults)}")
     return graph
-
-
-def _entry_points(device: torch.device) -> tuple[Callable, Callable]:
-    """The core's check and clustering for this device, bound to its threads or to its current stream."""
-    core = _ext.core()
-    if device.type == "cuda":
-        where = {"device": device.index, "stream": torch.cuda.current_stream(device).cuda_stream}
-        return functools.partial(core.check_graph_cuda, **where), functools.partial(core.dbscan_cuda, **where)
-    threads = {"threads": torch.get_num_threads()}
-    return functools.partial(core.check_graph_cpu, **threads), functools.partial(core.dbscan_cpu, **threads)
 
 
 def _scratch(graph: DistanceGraph) -> Tensor:

@@ -82,7 +82,7 @@ def momentum_update_(
     Returns:
         ``memory``. Rows that no target names keep their bits; a row whose new length is 0 becomes zeros. The bits of a
         moved row depend on that row and its own samples only, not on the rest of the batch ("push": and on m').
-        Extra memory: on a GPU none, but for "push" 4 B D + B C / 2 bytes.
+        Extra memory: on a GPU none, but for "push" 4 B D + B C / 4 bytes.
 
     Raises:
         TypeError, ValueError: wrong type, shape or value, a memory that requires grad, an argument of another rule.
@@ -106,6 +106,8 @@ def momentum_update_(
     require_same_width(op, "x", x, "memory", memory)
     for name, other in (("x", x), ("targets", targets)):
         require_same_device(op, name, other, "memory", memory)
+    if found_inf is not None:
+        require_same_device(op, "found_inf", found_inf, "memory", memory)
     momentum = require_in_range(op, "momentum", momentum, 0, 1)
     require_choice(op, "rule", rule, RULES)
     push_weight = require_in_range(op, "push_weight", push_weight, 0, float("inf"), open_high=True)
@@ -194,11 +196,11 @@ def _momentum_update(
     elif cluster_means is not None and cluster_means.dtype != memory.dtype:
         table["numba"] = f"it wants cluster_means in the memory's {memory.dtype}"
     run = choose(OP, memory.device, backend, table)
-    if found_inf is not None and found_inf.device.type == "cpu" and bool(found_inf.any()):
+    if found_inf is not None and memory.device.type == "cpu" and bool(found_inf.any()):
         return
     if run is not _numba or rule in ("index", "row"):  # numba looks by itself, in passing
         require_values_in(OP, "targets", targets, 0, memory.shape[0], ignore=-1)
-    if run is not _numba and (found_inf is None or found_inf.device.type == "cpu"):  # an overflow is its to skip
+    if run is not _numba and (found_inf is None or memory.device.type == "cpu"):  # an overflow is its to skip
         require_finite(OP, "x", x)
     if index is not None:
         _require_own_samples(index, targets)

@@ -2,18 +2,22 @@
 // The DBSCAN core without Python, for the sanitizers: every phase on several threads against a serial
 // depth-first search. tests/test_dbscan_native.py compiles and runs it. With an argument it plants the fault that the
 // sanitizer must report, which proves that the sanitizer was looking.
+#include <algorithm>
 #include <barrier>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <numeric>
 #include <random>
+#include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #define FU_LET_OTHERS_IN() std::this_thread::yield()
-#include "../../csrc/dbscan.h"
 #include "../../csrc/host_executor.h"
+#include "../../csrc/launch_executor.h"
+#include "../../csrc/pseudo_labels.h"
 
 namespace fu = fastreid_u;
 
@@ -45,6 +49,83 @@ struct StridedExecutor {
   template <class F>
   void each_row(int64_t n, F f) {
     each(n, [&f](int64_t i) { f(i, fu::SerialTeam{}); });
+  }
+  template <class F>
+  void each_crew(int64_t n, F f) {
+    fu::HostExecutor(4, 1, log2_table).each_crew(n, f);
+  }
+  int64_t read(const int64_t* p) const { return *p; }
+  void write(int64_t* p, int64_t value) const { *p = value; }
+  int32_t log2_table = 14;
+};
+
+// What a GPU does, on threads: a crew of two teams of two, which share a small table. A member that forgets to wait for
+// the others is a data race.
+struct PairTeam {
+  static constexpr int64_t size = 2;
+  int64_t rank;
+  bool leader;
+  std::barrier<>* both;
+  int64_t* words;  // [2] shared
+  template <class Join>
+  int64_t join(int64_t x, Join f) const {
+    words[rank] = x;
+    both->arrive_and_wait();
+    const int64_t joined = f(words[0], words[1]);
+    both->arrive_and_wait();
+    return joined;
+  }
+  int64_t sum(int64_t x) const { return join(x, [](int64_t a, int64_t b) { return a + b; }); }
+  int64_t most(int64_t x) const { return join(x, [](int64_t a, int64_t b) { return std::max(a, b); }); }
+  bool any(bool x) const { return most(x) != 0; }
+};
+
+struct PairsCrew {
+  static constexpr int64_t size = 4, count = 2;
+  int64_t rank, number;
+  bool leader;
+  PairTeam team;
+  std::barrier<>* all;
+  void sync() const { all->arrive_and_wait(); }
+  int32_t read(const int32_t* p) const { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+  int32_t claim(int32_t* p, int32_t expected, int32_t desired) const {
+    std::this_thread::yield();
+    __atomic_compare_exchange_n(p, &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+    return expected;
+  }
+  int32_t add(int32_t* p, int32_t x) const { return __atomic_fetch_add(p, x, __ATOMIC_RELAXED); }
+};
+
+struct CrewExecutor {
+  int32_t log2_table = 3;  // the least that four members may fill
+  template <class Work>
+  void crew(Work work) {
+    std::barrier<> all(4), first(2), second(2);
+    int64_t words[4] = {};
+    std::vector<std::thread> threads;
+    for (int64_t t = 0; t < 4; ++t) {
+      threads.emplace_back([&, t] {
+        work(PairsCrew{t, t / 2, t == 0, {t % 2, t % 2 == 0, t < 2 ? &first : &second, words + t / 2 * 2}, &all});
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+  }
+  template <class F>
+  void each(int64_t n, F f) {
+    StridedExecutor().each(n, f);
+  }
+  template <class F>
+  void each_row(int64_t n, F f) {
+    crew([&](const PairsCrew& member) {
+      for (int64_t i = member.number; i < n; i += 2) f(i, member.team);
+    });
+  }
+  template <class F>
+  void each_crew(int64_t n, F f) {
+    fu::HostTable table(log2_table);
+    crew([&](const PairsCrew& member) {
+      for (int64_t i = 0; i < n; ++i) f(i, member, table.view());
+    });
   }
   int64_t read(const int64_t* p) const { return *p; }
   void write(int64_t* p, int64_t value) const { *p = value; }
@@ -148,6 +229,225 @@ void test_dbscan() {
   }
 }
 
+// An encoding with little hubs, bridges and copies, its dense form, and neighbour lists that may say anything.
+struct EncodedCase {
+  int64_t n, k, min_samples;
+  std::vector<int64_t> indptr{0}, need;
+  std::vector<int32_t> column, mass, lists;
+  std::vector<int64_t> dense;
+  static constexpr int64_t weight = 1000;
+  fu::Encoding encoding() const {
+    return {indptr.data(), column.data(), mass.data(), lists.data(), n, indptr.back(), k, weight};
+  }
+  int64_t overlap(int64_t i, int64_t j) const {
+    int64_t total = 0;
+    for (int64_t c = 0; c < n; ++c) total += std::min(dense[i * n + c], dense[j * n + c]);
+    return total;
+  }
+};
+
+EncodedCase random_encoding(std::mt19937& rng) {
+  EncodedCase c;
+  c.n = 2 + static_cast<int64_t>(rng() % 60);
+  c.k = 1 + static_cast<int64_t>(rng() % std::min<int64_t>(c.n, 20));
+  c.min_samples = 1 + static_cast<int64_t>(rng() % (rng() % 3 ? 5 : 20));
+  const int64_t group = 1 + static_cast<int64_t>(rng() % 12), hubs = 1 + static_cast<int64_t>(rng() % 3);
+  const int64_t hub_part = static_cast<int64_t>(rng() % 3) * 300;
+  c.dense.assign(static_cast<size_t>(c.n * c.n), 0);
+  for (int64_t i = 0; i < c.n; ++i) {
+    int64_t* const row = c.dense.data() + i * c.n;
+    int64_t left = rng() % 10 ? c.weight : c.weight / 2;  // some rows weigh less
+    if (rng() % 20 == 0) left = 0;
+    if (i && rng() % 6 == 0) {
+      std::copy(row - c.n, row, row);  // a copy
+    } else {
+      while (left > 0) {
+        const bool to_hub = static_cast<int64_t>(rng() % 1000) < hub_part;
+        const bool home = rng() % 8 != 0;  // else a bridge to anywhere
+        int64_t at = to_hub ? static_cast<int64_t>(rng()) % hubs : static_cast<int64_t>(rng()) % c.n;
+        if (!to_hub && home) at = i / group * group + static_cast<int64_t>(rng()) % group;
+        at = std::min(at, c.n - 1);
+        const int64_t part = std::min<int64_t>(left, 50 * (1 + static_cast<int64_t>(rng() % 5)));
+        row[at] += part;
+        left -= part;
+      }
+    }
+    for (int64_t j = 0; j < c.n; ++j) {
+      if (row[j] == 0) continue;
+      c.column.push_back(static_cast<int32_t>(j));
+      c.mass.push_back(static_cast<int32_t>(row[j]));
+    }
+    c.indptr.push_back(static_cast<int64_t>(c.column.size()));
+    for (int64_t a = 0; a < c.k; ++a) {  // near ones, anybody, and repeats
+      const int64_t j = rng() % 2 ? std::min(c.n - 1, i / group * group + a) : static_cast<int64_t>(rng()) % c.n;
+      c.lists.push_back(static_cast<int32_t>(j));
+    }
+  }
+  c.column.shrink_to_fit();  // so that the address sanitizer sees one word too many
+  c.need = {571, 1 + static_cast<int64_t>(rng() % 1000), 1000};
+  return c;
+}
+
+// Who is near whom, who is core, and in how many pieces the cores hang together, by definition.
+struct Truth {
+  std::vector<char> near, core;
+  int64_t pieces = 0;
+  Truth(const EncodedCase& c, int64_t need)
+      : near(static_cast<size_t>(c.n * c.n)), core(static_cast<size_t>(c.n)) {
+    for (int64_t i = 0; i < c.n; ++i) {
+      int64_t count = 0;
+      for (int64_t j = 0; j < c.n; ++j) count += near[i * c.n + j] = i == j || c.overlap(i, j) >= need;
+      core[i] = count >= c.min_samples;
+    }
+    std::vector<int64_t> parent(static_cast<size_t>(c.n));
+    std::iota(parent.begin(), parent.end(), 0);
+    for (int64_t i = 0; i < c.n; ++i) {
+      for (int64_t j = 0; j < i; ++j) {
+        if (core[i] && core[j] && near[i * c.n + j]) fu::unite(parent.data(), i, j);
+      }
+    }
+    for (int64_t i = 0; i < c.n; ++i) pieces += core[i] && parent[i] == i;
+  }
+};
+
+// What is wrong with labels, whatever algorithm made them.
+const char* wrong_with(const EncodedCase& c, const Truth& truth, const int64_t* labels) {
+  const auto& [near, core, pieces] = truth;
+  int64_t clusters = 0;
+  for (int64_t i = 0; i < c.n; ++i) {
+    if (core[i] && labels[i] < 0) return "a core is noise";
+    if (core[i] && labels[i] > clusters) return "clusters are not numbered by their first cores";
+    if (core[i] && labels[i] == clusters) ++clusters;
+    int64_t least = -1;
+    for (int64_t j = 0; j < c.n; ++j) {
+      if (!near[i * c.n + j] || !core[j]) continue;
+      if (core[i] && labels[j] != labels[i]) return "near cores are apart";
+      if (least < 0 || labels[j] < least) least = labels[j];
+    }
+    if (!core[i] && labels[i] != least) return "a border row is not in the first cluster that it touches, or noise is not noise";
+  }
+  return pieces == clusters ? nullptr : "cores that do not hang together share a cluster";
+}
+
+template <class Executor>
+std::vector<int64_t> labels_of(Executor run, const EncodedCase& c) {
+  std::vector<int64_t> scratch(static_cast<size_t>(fu::LabelScratch::words(c.n, c.indptr.back(), c.min_samples)), -7);
+  std::vector<int64_t> labels(c.need.size() * static_cast<size_t>(c.n), -9);
+  const int64_t rows = static_cast<int64_t>(c.need.size());
+  fu::pseudo_labels(run, c.encoding(), c.need.data(), rows, c.min_samples, labels.data(), scratch.data());
+  return labels;
+}
+
+void test_pseudo_labels() {
+  std::mt19937 rng(11);
+  int noise = 0, clusters = 0, told = 0;
+  for (int trial = 0; trial < 60; ++trial) {
+    const EncodedCase c = random_encoding(rng);
+    const std::vector<int64_t> labels = labels_of(fu::HostExecutor(4, 1), c);
+    for (size_t e = 0; e < c.need.size(); ++e) {
+      const int64_t* const row = labels.data() + e * static_cast<size_t>(c.n);
+      const Truth truth(c, c.need[e]);
+      const char* const wrong = wrong_with(c, truth, row);
+      expect(wrong == nullptr, wrong ? wrong : "", trial);
+      noise += *std::min_element(row, row + c.n) < 0;
+      clusters += *std::max_element(row, row + c.n) > 0;
+      for (int64_t i = 0; i < c.n; ++i) {  // a planted wrong label is told
+        std::vector<int64_t> other(row, row + c.n);
+        other[static_cast<size_t>(i)] += other[static_cast<size_t>(i)] < 0 || rng() % 2 ? 1 : -1;
+        expect(wrong_with(c, truth, other.data()) != nullptr, "a wrong label is told", trial);
+        ++told;
+      }
+    }
+    // tables of all sizes, so that rows are met range by range; teams and crews as on a GPU
+    expect(labels_of(StridedExecutor{2}, c) == labels, "the same with the smallest table", trial);
+    expect(labels_of(StridedExecutor{4}, c) == labels, "the same with a small table", trial);
+    if (trial % 10 == 0) {
+      expect(labels_of(CrewExecutor{3}, c) == labels, "the same by crews with the smallest table", trial);
+      expect(labels_of(CrewExecutor{6}, c) == labels, "the same by crews", trial);
+    }
+  }
+  expect(noise > 20 && clusters > 20 && told > 1000, "the cases have something to find", 0);
+}
+
+// A row between two clusters that finds a core of the later one first: the smaller number wins, kept or walked again.
+void test_border_of_two() {
+  for (const int64_t others : {4, 12}) {  // other rows of each cluster; with the larger min_samples nothing is kept for long
+    EncodedCase c;
+    c.n = 2 * others + 3;
+    c.k = 1;
+    c.min_samples = others;
+    c.need = {400};
+    const auto add = [&c](std::vector<std::pair<int32_t, int32_t>> row) {
+      for (const auto& [column, mass] : row) {
+        c.column.push_back(column);
+        c.mass.push_back(mass);
+      }
+      c.indptr.push_back(static_cast<int64_t>(c.column.size()));
+      c.lists.push_back(0);
+    };
+    for (int64_t i = 0; i < others; ++i) add({{3, 1000}});
+    add({{2, 500}, {3, 500}});
+    for (int64_t i = 0; i < others; ++i) add({{1, 1000}});
+    add({{0, 500}, {1, 500}});
+    add({{0, 500}, {2, 500}});
+    std::vector<int64_t> expected(static_cast<size_t>(c.n), 0);
+    std::fill(expected.begin() + others + 1, expected.end() - 1, 1);
+    expect(labels_of(fu::HostExecutor(1), c) == expected, "a border row joins the first of its clusters", 0);
+    expect(labels_of(CrewExecutor{3}, c) == expected, "so it does by crews", 0);
+  }
+}
+
+// All rows hold the same few columns. Sixty thousand of them would be 3.6e9 pairs: a phase that looked at those would run
+// into the time limit of the test. One more row in doubt shares a column with all, and is met once for each.
+void test_collapse() {
+  EncodedCase c;
+  c.n = 60000;
+  c.k = 13;
+  c.min_samples = 4;
+  for (int64_t i = 0; i < c.n; ++i) {
+    const bool apart = i == c.n - 1;
+    for (const int64_t column : {int64_t{0}, int64_t{1}, apart ? i : int64_t{2}}) {
+      c.column.push_back(static_cast<int32_t>(column));
+      c.mass.push_back(column == i && apart ? 800 : column == 2 ? 800 : 100);
+    }
+    c.indptr.push_back(static_cast<int64_t>(c.column.size()));
+    for (int64_t a = 0; a < c.k; ++a) c.lists.push_back(static_cast<int32_t>((i + a) % c.n));
+  }
+  c.need = {571};
+  std::vector<int64_t> expected(static_cast<size_t>(c.n), 0);
+  expected.back() = -1;
+  expect(labels_of(fu::HostExecutor(2), c) == expected, "collapsed rows are one cluster", 0);
+}
+
+// The launches that a build without CUDA asks for, carried out here: the functor's bytes are all that a kernel gets.
+struct Recorder : fu::Launcher {
+  std::vector<std::string> kernels;
+  int64_t flag = 0;
+  void launch(const std::string& kernel, unsigned blocks, unsigned threads, int64_t n, const void* functor,
+              int64_t bytes) override {
+    expect(blocks >= 1 && threads == 256 && n >= 1 && functor && bytes > 0 && bytes < 4096, "a launch fits a GPU", 0);
+    kernels.push_back(kernel);
+  }
+  int64_t read(const int64_t*) override { return flag--; }
+  void write(int64_t*, int64_t) override {}
+};
+
+void test_launches() {
+  std::mt19937 rng(3);
+  const EncodedCase c = random_encoding(rng);
+  std::vector<int64_t> labels(static_cast<size_t>(c.n));
+  Recorder recorder;
+  fu::LaunchExecutor run(recorder);
+  int64_t word = 0;
+  fu::pseudo_labels(run, c.encoding(), c.need.data(), 1, 99, labels.data(), &word);
+  const auto has = [&recorder](const char* name) {
+    return std::find(recorder.kernels.begin(), recorder.kernels.end(), name) != recorder.kernels.end();
+  };
+  expect(has("fastreid_u::each_crew_kernel<fastreid_u::SettleDoubt>"), "a kernel goes by its C++ name", 0);
+  expect(has("fastreid_u::each_row_kernel<fastreid_u::MeasureNearest>"), "a kernel goes by its C++ name", 1);
+  expect(has("fastreid_u::each_kernel<fastreid_u::Label>"), "a kernel goes by its C++ name", 2);
+}
+
 // Rows that lie about their extent must be reported, and not be read.
 void test_check() {
   const std::vector<int32_t> indices{0, 1};
@@ -214,6 +514,10 @@ int main(int argc, char** argv) {
   test_union_find();
   test_check();
   test_dbscan();
+  test_pseudo_labels();
+  test_border_of_two();
+  test_collapse();
+  test_launches();
   if (failures == 0) std::printf("all passed\n");
   return failures != 0;
 }

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DBSCAN in Jaccard distance on a CPU without its graph: no edge is stored, so no data can make them too many.
+"""The steps of DBSCAN without its graph in numba, by ranges of rows, for the labels that ranks make together.
+
+One process alone runs the same algorithm in C++ (csrc/pseudo_labels.h); what ranks exchange between the steps has to be
+had one step at a time. No edge is stored, so no data can make them too many.
 
 The labels need only who is core, how cores hang together, and the few neighbours of the others:
 
@@ -17,23 +20,36 @@ step 3 has no column to walk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from ._threads import kernel, over_rows
-from .jaccard import Index, build_index, is_near, least_overlap, meet, table_for
-from .k_reciprocal import bits, encode
+from ._threads import kernel
+from .jaccard import meet, table_for
 
 # Nearest neighbours measured in step 1, beside the row itself. Twelve find nearly every core of the usual settings; a
 # larger ``min_samples`` takes twice as many as it asks for, up to the bits of a hit mask.
-_NEAREST, _MOST_NEAREST = 12, 63
+NEAREST, MOST_NEAREST = 12, 63
 
-_NOT_CORE, _MIXED = -1, -2
+_NOT_CORE, MIXED = -1, -2
 
 
 @kernel
-def _measure_nearest(begin, end, index, lists, nearest, hits, count):
+def is_near(index, i, j):
+    """Whether T of rows i and j reaches ``need``: as :func:`overlap`, but it stops when that is settled."""
+    p, q = index.indptr[i], index.indptr[j]
+    p_end, q_end = index.indptr[i + 1], index.indptr[j + 1]
+    total, spare = 0, index.weight - index.need  # what row i may hold alone
+    while p < p_end and q < q_end and total < index.need and spare >= 0:
+        a, b = index.column[p], index.column[q]
+        own = index.value[p]
+        total += min(own, index.value[q]) * (a == b)
+        spare -= own * (a < b)
+        p += a <= b
+        q += b <= a
+    return total >= index.need
+
+
+@kernel
+def measure_nearest(begin, end, index, lists, nearest, hits, count):
     """``hits[i]``: bit a says that neighbour a is near; ``count[i]``: how many, the row itself included."""
     for i in range(begin, end):
         found, count[i] = 0, 1
@@ -46,7 +62,7 @@ def _measure_nearest(begin, end, index, lists, nearest, hits, count):
 
 
 @kernel
-def _settle(begin, end, index, doubtful, min_samples, core):
+def settle(begin, end, index, doubtful, min_samples, core):
     """Whether the rows ``doubtful[begin:end]`` are core; the neighbours of those that are not, row by row."""
     keys, sums, slots = np.full(8, -1, np.int32), np.empty(8, np.int32), np.empty(8, np.int64)
     indptr = np.zeros(end - begin + 1, np.int64)
@@ -94,29 +110,29 @@ def _find_root(parent, i):
 
 
 @kernel
-def _unite(parent, i, j):
+def unite(parent, i, j):
     """The smaller root becomes the parent, so a set's root is its smallest member."""
     i, j = _find_root(parent, i), _find_root(parent, j)
     parent[max(i, j)] = min(i, j)
 
 
 @kernel
-def _link_nearest(lists, nearest, hits, core, parent):
+def link_nearest(lists, nearest, hits, core, parent):
     for i in range(len(parent)):
         if core[i]:
             for a in range(nearest):
                 if hits[i] >> a & 1 and core[lists[i, a]]:
-                    _unite(parent, i, lists[i, a])
+                    unite(parent, i, lists[i, a])
 
 
 @kernel
-def _link_pairs(pairs, parent):
+def link_pairs(pairs, parent):
     for p in range(0, len(pairs), 2):
-        _unite(parent, pairs[p], pairs[p + 1])
+        unite(parent, pairs[p], pairs[p + 1])
 
 
 @kernel
-def _find_sets(begin, end, parent, core, group):
+def find_sets(begin, end, parent, core, group):
     for i in range(begin, end):
         root = i
         while parent[root] != root:
@@ -125,7 +141,7 @@ def _find_sets(begin, end, parent, core, group):
 
 
 @kernel
-def _compare_columns(begin, end, index, group, sets):
+def compare_columns(begin, end, index, group, sets):
     """``sets[c]``: the set of all cores in the list of column c, or that they are of several, or that there is none."""
     for c in range(begin, end):
         sets[c] = _NOT_CORE
@@ -134,13 +150,13 @@ def _compare_columns(begin, end, index, group, sets):
             if g == _NOT_CORE or g == sets[c]:
                 continue
             if sets[c] != _NOT_CORE:
-                sets[c] = _MIXED
+                sets[c] = MIXED
                 break
             sets[c] = g
 
 
 @kernel
-def _bridge(begin, end, index, group, sets):
+def bridge(begin, end, index, group, sets):
     """Pairs (i, j), flat, that link the set of core i to another."""
     keys, sums, slots = np.full(8, -1, np.int32), np.empty(8, np.int32), np.empty(8, np.int64)
     pairs, at = np.empty(64, np.int32), 0
@@ -153,7 +169,7 @@ def _bridge(begin, end, index, group, sets):
         met = 0
         for p in range(index.indptr[i], index.stop[i]):
             c, own = index.column[p], index.value[p]
-            if sets[c] != _MIXED:
+            if sets[c] != MIXED:
                 continue
             for e in range(index.start[c], index.start[c + 1]):
                 j = index.row[e]
@@ -184,7 +200,7 @@ def _bridge(begin, end, index, group, sets):
 
 
 @kernel
-def _label_borders(rows, indptr, near, group, labels):
+def label_borders(rows, indptr, near, group, labels):
     for r in range(len(rows)):
         if group[rows[r]] != _NOT_CORE:
             continue
@@ -193,60 +209,3 @@ def _label_borders(rows, indptr, near, group, labels):
             if group[near[e]] != _NOT_CORE and (least == -1 or labels[near[e]] < least):
                 least = labels[near[e]]
         labels[rows[r]] = least
-
-
-def cluster(index: Index, lists: np.ndarray, min_samples: int, threads: int) -> np.ndarray:
-    """(N,) int64 labels of the rows of ``index``; ``lists`` (N, k) int32 ranks their neighbours, as hints."""
-    n, k1 = lists.shape
-    nearest = min(k1, max(_NEAREST, min(2 * min_samples, _MOST_NEAREST - 1)) + 1)
-    hits, count, core = np.empty(n, np.int64), np.empty(n, np.int32), np.empty(n, np.bool_)
-    over_rows(_measure_nearest, n, threads, index, lists, nearest, hits, count, most=1024)
-    np.greater_equal(count, min_samples, out=core)
-    doubtful = np.flatnonzero(~core).astype(np.int32)
-    settled = over_rows(_settle, len(doubtful), threads, index, doubtful, min_samples, core, most=1024)
-
-    parent, group, sets = np.arange(n, dtype=np.int32), np.empty(n, np.int32), np.empty(n, np.int32)
-    _link_nearest(lists, nearest, hits, core, parent)
-    over_rows(_find_sets, n, threads, parent, core, group)
-    over_rows(_compare_columns, n, threads, index, group, sets)
-    for pairs in over_rows(_bridge, n, threads, index, group, sets, most=1024):
-        _link_pairs(pairs, parent)
-    over_rows(_find_sets, n, threads, parent, core, group)
-
-    number = np.cumsum(group == np.arange(n)) - 1  # of the cluster that starts at a row
-    labels = np.where(core, number[group], -1)
-    begin = 0
-    for indptr, near in settled:
-        rows = doubtful[begin : begin + len(indptr) - 1]
-        begin += len(rows)
-        _label_borders(rows, indptr, near, group, labels)
-    return labels
-
-
-def pseudo_labels(
-    x: np.ndarray,
-    lists: np.ndarray,
-    k2: int,
-    eps: Sequence[float],
-    min_samples: int,
-    *,
-    compat: bool = False,
-    threads: int = 1,
-) -> np.ndarray:
-    """(len(eps), N) int64 labels, those of DBSCAN on the graph that :func:`jaccard_graph` would make.
-
-    Args:
-        x: (N, D) float32, contiguous, N > 0.
-        lists: (N, k1) int32, nearest first.
-        k2, compat, threads: as in :func:`encode`.
-        eps: each in (0, 1), compared as float32(J) <= float32(eps).
-        min_samples: near rows, the row itself included, that make a core.
-
-    Memory: the encoding and its inverted lists, 8 bytes an entry each and some hundred entries a row; while they are
-    built also V before query expansion; about 40 N for the clustering.
-    """
-    weight = k2 << bits(k2)
-    need = [least_overlap(e, weight) for e in eps]
-    rows = encode(x, lists, k2, compat=compat, fixed=True, threads=threads)
-    index = build_index(rows, weight, min(need), threads)  # what the widest eps lets pass, the others do as well
-    return np.stack([cluster(index._replace(need=t), lists, min_samples, threads) for t in need])

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PPLR: the whole body and its parts correct each other's pseudo-labels, as far as they agree about who is alike.
+
+Cho, Kim, Hong, Yoon: Part-based Pseudo Label Refinement for Unsupervised Person Re-identification, CVPR 2022 (arXiv
+2203.14675). What it adds to the family: three horizontal stripes of the feature map get a neck and a classifier each.
+Where a stripe's neighbours are those of the whole body, its prediction refines the label of the whole; where they are
+not, its own label is smoothed. ``pplr_camera`` adds the loss between cameras.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastreid_u.config import RENDERED, Config, option
+from fastreid_u.memory import ProxyMemory
+from fastreid_u.ops.batch_hard import batch_hard_triplet
+from fastreid_u.ops.centroids import cluster_centroids
+from fastreid_u.ops.cluster_nce import cluster_nce
+from fastreid_u.ops.knn import knn
+from fastreid_u.ops.neighbour_overlap import neighbour_overlap
+from fastreid_u.recipe import Batch, Extract, Images, Recipe
+
+if TYPE_CHECKING:
+    from fastreid_u.models import ReIDModel
+
+CODE = "published code"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPLRConfig(Config):
+    """Defaults are those of the published code without cameras, on 4 GPUs emulated by ``bn_group``."""
+
+    parts: int = option(3, "horizontal stripes of the feature map", source=CODE)
+    agreement_k: int = option(20, "neighbours whose overlap says how far part and whole agree", source=CODE)
+    beta: float = option(0.5, "share of the cluster in the label of the whole; the parts give the rest", source=CODE)
+    smoothing: float = option(0.1, "share of a part's label spread over all clusters before aals_start", source=CODE)
+    aals_start: int = option(5, "first epoch, from 0, in which a part's agreement decides that share", source=CODE)
+    max_clusters: int = option(3000, "rows of the classifiers, more than there will be clusters", source=CODE)
+    camera_weight: float = option(0.0, "factor of the loss between cameras; see pplr_camera", source=CODE)
+    camera_temp: float = option(0.07, "its temperature", source=CODE)
+    hard_negatives: int = option(50, "proxies of other clusters in the loss between cameras", source=CODE)
+    height: int = option(384, "image height in pixels", source=CODE)
+    eps: float = option(0.5, "DBSCAN radius in Jaccard distance", source=CODE)
+    bn_group: int | None = option(16, "images per BatchNorm group in training", source="64 images on 4 GPUs")
+    batch_size: int = option(64, "images per step", source=CODE, flags=("-b",))
+    num_instances: int = option(4, "images per cluster in a batch", source=CODE)
+    eval_step: int = option(5, "epochs between evaluations; the last epoch is always evaluated", source=CODE)
+
+    PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "veri": {"height": 256, "width": 256, "num_instances": 8, "eps": 0.7},
+        "synthetic": {**RENDERED, "aals_start": 2},
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for names, holds, words in (
+            (("parts", "agreement_k", "max_clusters", "hard_negatives"), lambda v: v >= 1, "be at least 1"),
+            (("beta", "smoothing"), lambda v: 0 <= v <= 1, "lie in [0, 1]"),
+            (("aals_start", "camera_weight"), lambda v: v >= 0, "be 0 or more"),
+            (("camera_temp",), lambda v: v > 0, "be positive"),
+        ):
+            for name in names:
+                if not holds(getattr(self, name)):
+                    raise ValueError(f"config: {name} must {words}, got {getattr(self, name)!r}")
+
+
+class PPLR(Recipe):
+    name = "pplr"
+    title = "PPLR"
+    Config = PPLRConfig
+
+    def __init__(self, config: PPLRConfig, images: Images, source: Images | None = None) -> None:
+        super().__init__(config, images, source)
+        if config.camera_weight > 0 and images.camids is None:
+            raise ValueError(f"train: method {self.name!r} needs camera ids, or camera_weight=0; these data have none")
+
+    def build(self, model: "ReIDModel") -> None:
+        """Beside the network a neck for each part, and a classifier without bias for the whole and for each part."""
+        super().build(model)
+        parts, rows = self.config.parts, min(self.config.max_clusters, self.images.count)
+        # Copies of the network's neck: as fresh as it is, or as well calibrated.
+        self.networks["part_necks"] = nn.ModuleList(copy.deepcopy(model.bnneck) for _ in range(parts))
+        weights = (nn.Parameter(torch.zeros(rows, model.num_features)) for _ in range(1 + parts))
+        self.networks["classifiers"] = nn.ParameterList(weights)
+
+    # Once an epoch
+
+    def features(self, extract: Extract, epoch: int) -> Tensor:
+        rows = extract(_WholeAndParts(self.model, self.networks["part_necks"]))
+        self.rows = rows.chunk(1 + self.config.parts, dim=1)  # of the whole, then of each part, of unit length each
+        return self.rows[0]
+
+    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> None:
+        c = self.config
+        kept = labels >= 0
+        self.clusters = int(labels.max()) + 1
+        rows = len(self.networks["classifiers"][0])
+        if self.clusters > rows:
+            raise ValueError(f"pplr: max_clusters must hold the {self.clusters} clusters of epoch {epoch}, got {rows}")
+        with torch.no_grad():
+            for weight, own in zip(self.networks["classifiers"], self.rows, strict=True):
+                weight[: self.clusters] = cluster_centroids(own[kept], labels[kept])
+        self.agreement = self.agree()
+        self.refined = epoch >= c.aals_start
+        self.proxies = []
+        if c.camera_weight > 0:
+            camids = self.images.camids.to(labels.device)[kept]
+            shares = [c.camera_weight] + [c.camera_weight / c.parts] * c.parts
+            self.proxies = [
+                ProxyMemory.from_features(
+                    own[kept], labels[kept], camids, temp=c.camera_temp, intra_weight=0.0, inter_weight=share,
+                    hard_negatives=c.hard_negatives, positives="other_cameras",
+                )
+                for own, share in zip(self.rows, shares, strict=True)
+            ]  # fmt: skip
+        del self.rows
+
+    def agree(self) -> Tensor:
+        """(N, parts) in [0, 1]: overlap of each image's nearest neighbours in each part with those of the whole."""
+        readable = torch.isfinite(self.rows[0]).all(dim=1)
+        lists = [knn(own[readable], self.config.agreement_k + 1)[1][:, 1:] for own in self.rows]
+        agreement = torch.zeros(len(readable), self.config.parts, device=readable.device)
+        agreement[readable] = torch.stack([neighbour_overlap(lists[0], part) for part in lists[1:]], dim=1)
+        return agreement
+
+    # A step
+
+    def forward(self, batch: Batch) -> tuple[Tensor, ...]:
+        """(B, D) of the whole and of each part, as the necks give them, not of unit length."""
+        return whole_and_parts(self.model, self.networks["part_necks"], batch.images)
+
+    def loss(self, x: tuple[Tensor, ...], batch: Batch) -> Tensor:
+        c = self.config
+        whole, *parts = x
+        weights = [weight[: self.clusters] for weight in self.networks["classifiers"]]
+        agreement = self.agreement[batch.indices]
+        classify = {"temperature": 1.0, "normalize": False}
+
+        with torch.no_grad():
+            guesses = [(part @ weight.T).softmax(dim=1) for part, weight in zip(parts, weights[1:], strict=True)]
+            ensemble = (torch.stack(guesses, dim=1) * agreement.softmax(dim=1)[:, :, None]).sum(dim=1)
+        loss = cluster_nce(
+            whole, batch.targets, weights[0], extra_target=ensemble, extra_weight=1 - c.beta, **classify
+        ) + batch_hard_triplet(whole, batch.targets)
+
+        for part, weight, agreed in zip(parts, weights[1:], agreement.unbind(dim=1), strict=True):
+            smoothing = 1 - agreed if self.refined else c.smoothing
+            own = cluster_nce(part, batch.targets, weight, smoothing=smoothing, **classify)
+            if self.refined:  # published as a divergence from the uniform distribution, which is less by its entropy
+                own = own - smoothing.mean() * math.log(self.clusters)
+            loss = loss + own / c.parts
+
+        if self.proxies:
+            for proxies, rows in zip(self.proxies, x, strict=True):
+                loss = loss + proxies.loss(rows, proxies.rows(batch.targets, batch.camids))
+        return loss
+
+
+def whole_and_parts(model: "ReIDModel", part_necks: nn.ModuleList, images: Tensor) -> tuple[Tensor, ...]:
+    """(B, D) of the neck of the whole, and of each part's neck behind the mean of its stripe of the map."""
+    feature_map = model.feature_map(images)
+    if feature_map.ndim != 4:
+        raise ValueError(f"pplr: arch must give a feature map to cut into stripes, got rows from {model.arch}")
+    stripes = F.adaptive_avg_pool2d(feature_map.float(), (len(part_necks), 1)).squeeze(3).unbind(dim=2)
+    parts = [neck(stripe) for neck, stripe in zip(part_necks, stripes, strict=True)]
+    return model.neck(model.pool(feature_map)), *parts
+
+
+class _WholeAndParts(nn.Module):
+    """What ``extract`` is given: all rows of an image behind one another, each of unit length."""
+
+    def __init__(self, model: "ReIDModel", part_necks: nn.ModuleList) -> None:
+        super().__init__()
+        self.model, self.part_necks = model, part_necks
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([F.normalize(rows) for rows in whole_and_parts(self.model, self.part_necks, images)], dim=1)
