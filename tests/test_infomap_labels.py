@@ -151,3 +151,18 @@ def test_is_not_imported_unless_asked_for():
     code = "import sys, fastreid_u.ops.infomap_labels as m; m._env.capabilities(); print('infomap' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
+
+
+@needs_infomap
+def test_beside_faiss_in_one_process():
+    """Both are wrapped by SWIG, and a shared iterator type once crashed Python where faiss had been loaded first."""
+    pytest.importorskip("faiss", reason="faiss is not installed")
+    code = (
+        "import faiss, torch; from fastreid_u.ops.infomap_labels import infomap_labels\n"
+        "noise = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))\n"
+        "x = torch.eye(4).repeat_interleave(8, dim=0) + 0.01 * noise\n"
+        "print(infomap_labels(x).unique().tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[0, 1, 2, 3]"

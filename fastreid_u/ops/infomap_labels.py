@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -102,4 +105,10 @@ def _modules(source: Tensor, target: Tensor, weight: Tensor, seed: int) -> dict[
         return {}
     search = Infomap(f"--two-level --directed --silent --num-trials 1 --seed {seed}")
     search.add_links(zip(source.tolist(), target.tolist(), weight.tolist(), strict=True))
-    return search.run().modules()
+    search.run()
+    # By a file, not by Infomap's own iterators: these are SWIG's, as faiss's are, and where both libraries are loaded
+    # Python takes one for the other and crashes.
+    with tempfile.TemporaryDirectory() as folder:
+        search.write_clu(f"{folder}/modules.clu")
+        lines = Path(folder, "modules.clu").read_text(encoding="utf-8").splitlines()
+    return dict(tuple(map(int, line.split()[:2])) for line in lines if not line.startswith("#"))
