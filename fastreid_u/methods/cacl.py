@@ -59,7 +59,7 @@ class CACLConfig(Config):
     seed: int = option(111, "seed of everything random in the run", source=CODE)
 
     PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "synthetic": {**RENDERED, "temp": 0.1},
+        "synthetic": {**RENDERED, "temp": 0.1, "refinement": "mean_to_cluster", "epochs": 30, "step_size": 25},
     }
 
     def __post_init__(self) -> None:

@@ -46,7 +46,7 @@ class SpCLConfig(Config):
         "veri": VEHICLES,
         "vehicleid": VEHICLES,
         "vehiclex": VEHICLES,
-        "synthetic": {**RENDERED, "temp": 0.1, "momentum": 0.2},
+        "synthetic": {**RENDERED, "temp": 0.1, "epochs": 30, "step_size": 25},
     }
 
     def __post_init__(self) -> None:
