@@ -118,3 +118,14 @@ def test_no_proxy_at_all():
 def test_proxies_reject(labels, cameras, error, message):
     with pytest.raises(error, match=f"proxy_centroids: {message}"):
         proxy_centroids(torch.ones(2, 2), labels, cameras)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_what_runs_on_a_gpu_gives_the_means_of_the_reference(clustered, normalize):
+    from fastreid_u.ops.centroids import _by_segments
+
+    x = clustered(200, 16)
+    labels = torch.arange(200) % 23 - 1
+    labels[labels == 7] = 8  # a label that nobody has
+    expected = cluster_centroids(x, labels, normalize=normalize)
+    torch.testing.assert_close(_by_segments(x, labels, normalize=normalize), expected, atol=1e-6, rtol=0)

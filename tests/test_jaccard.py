@@ -30,7 +30,7 @@ def assert_near(found, expected):
 
 
 @pytest.mark.parametrize(("k1", "k2"), PAIRS)
-@pytest.mark.parametrize("name", ["jaccard_n64_d32", "jaccard_n72_d2048", "jaccard_n257_d128", "jaccard_n600_d256"])
+@pytest.mark.parametrize("name", ["jaccard_n64_d32", "jaccard_n257_d128", "jaccard_n600_d256"])
 def test_golden(golden, name, k1, k2):
     file = golden(name)
     assert_near(jaccard_distance(file.tensor("features"), k1, k2), file.matrix(f"dist_k{k1}_{k2}"))

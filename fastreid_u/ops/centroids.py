@@ -28,7 +28,8 @@ def cluster_centroids(x: Tensor, labels: Tensor, *, normalize: bool = True, back
         x: (N, D) floating point, any device; taken in float32, averaged as given (not normalised first).
         labels: (N,) integers on the same device, -1 for noise, which is ignored.
         normalize: divide each mean by its length; a mean of zero length stays zero.
-        backend: "auto" or "reference"; anything but "auto" runs there or raises.
+        backend: "auto", "cuda" (sums by segment on a GPU) or "reference" (cluster by cluster, on a CPU); anything but
+            "auto" runs there or raises.
 
     Returns:
         (C, D) float32 on ``x``'s device, C = largest label + 1; a label that nobody has gets a row of zeros.
@@ -43,8 +44,13 @@ def cluster_centroids(x: Tensor, labels: Tensor, *, normalize: bool = True, back
     x = require_features(op, "x", x)
     labels = _ids(op, "labels", labels, x)
     require_values_in(op, "labels", labels, -1, 2**62, always=True)
-    run = choose(op, x.device, backend, {"reference": reference.cluster_centroids})
+    run = choose(op, x.device, backend, {"cuda": _by_segments, "reference": reference.cluster_centroids})
     return run(x, labels, normalize=normalize)
+
+
+def _by_segments(x: Tensor, labels: Tensor, *, normalize: bool) -> Tensor:
+    means = segment_mean(x, labels)
+    return F.normalize(means, dim=1, eps=1e-12) if normalize else means
 
 
 def proxy_centroids(
