@@ -124,3 +124,11 @@ def test_empty_and_single():
 def test_rejects(options, error, message):
     with pytest.raises(error, match=message):
         k_reciprocal_encoding(torch.eye(6), **{"k1": 4, "k2": 2, **options})
+
+
+def test_rows_beyond_int32_are_refused():
+    from fastreid_u.ops.k_reciprocal import neighbour_counts
+
+    assert neighbour_counts("op", 30, 6, 2**31 - 1) == (30, 6)  # 6e10 pairs: counted in int64
+    with pytest.raises(ValueError, match=r"op: x must have fewer than 2\*\*31 rows, got 2147483648"):
+        neighbour_counts("op", 30, 6, 2**31)

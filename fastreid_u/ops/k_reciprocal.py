@@ -111,6 +111,8 @@ def neighbour_counts(op: str, k1: object, k2: object, rows: int) -> tuple[int, i
     k1, k2 = require_positive_int(op, "k1", k1), require_positive_int(op, "k2", k2)
     if k2 > k1:
         raise ValueError(f"{op}: k2 must be at most k1 ({k1}), got {k2}")
+    if rows >= 2**31:  # rows are numbered in int32; what counts pairs and entries is int64 everywhere
+        raise ValueError(f"{op}: x must have fewer than 2**31 rows, got {rows}")
     if 0 < rows < k1:
         warnings.warn(f"{op}: k1={k1}, k2={k2} is more than the {rows} rows there are, clipped to them", stacklevel=3)
     return (min(k1, rows), min(k2, rows)) if rows else (k1, k2)
