@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,12 +46,12 @@ def options(tmp_path, **changes):
 def test_a_run_leaves_one_file_and_is_not_repeated(claims, tmp_path, monkeypatch):
     asked = []
 
-    class Trained:
-        last = {"mAP": 0.5, "top1": 0.6, "ari": 0.7, "clusters": 8, "unclustered": 0.1}
-        records = ({"seconds": {"fit": 2.0}}, {"seconds": {"fit": 3.0, "label": 1.0}})
-        config = get_method("cluster_contrast").Config.for_dataset("synthetic")
-
-    monkeypatch.setattr(claims.fastreid_u, "train", lambda *given, **settings: asked.append(settings) or Trained())
+    trained = SimpleNamespace(
+        last={"mAP": 0.5, "top1": 0.6, "ari": 0.7, "clusters": 8, "unclustered": 0.1},
+        records=[{"seconds": {"fit": 2.0}}, {"seconds": {"fit": 3.0, "label": 1.0}}],
+        config=get_method("cluster_contrast").Config.for_dataset("synthetic"),
+    )
+    monkeypatch.setattr(claims.fastreid_u, "train", lambda *given, **settings: asked.append(settings) or trained)
     for _ in range(2):
         claims.run("gem", "average", 3, options(tmp_path))
     assert len(asked) == 1
