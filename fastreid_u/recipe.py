@@ -82,6 +82,12 @@ def center_per_camera(features: Tensor, camids: Tensor) -> Tensor:
     return F.normalize(centered, dim=1)
 
 
+def label_ranks() -> str | None:
+    """The ``group`` of ``pseudo_labels``: "world" where torch.distributed has several ranks, None for one process."""
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return "world" if ready and torch.distributed.get_world_size() > 1 else None
+
+
 class Recipe(ABC):
     """One method's decisions. Subclass it, set ``name``, ``title`` and ``Config``, override what differs.
 
@@ -167,9 +173,9 @@ class Recipe(ABC):
         from fastreid_u.ops.pseudo_labels import pseudo_labels
 
         c = self.config
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        ranks = "world" if several and torch.distributed.get_world_size() > 1 else None
-        return pseudo_labels(features, eps=self.eps(epoch), min_samples=c.min_samples, k1=c.k1, k2=c.k2, group=ranks)
+        return pseudo_labels(
+            features, eps=self.eps(epoch), min_samples=c.min_samples, k1=c.k1, k2=c.k2, group=label_ranks()
+        )
 
     def eps(self, epoch: int) -> float:
         """DBSCAN's radius in this epoch."""

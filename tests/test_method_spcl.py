@@ -101,7 +101,7 @@ def test_clusters_are_chosen_as_published_and_the_bar_stays(golden, name, monkey
 
         def clusterings(features, *, eps, stored=stored, **rest):
             assert eps == [params["eps"], params["eps"] - params["eps_gap"], params["eps"] + params["eps_gap"]]
-            assert rest == {"min_samples": 4, "k1": params["k1"], "k2": params["k2"]}
+            assert rest == {"min_samples": 4, "k1": params["k1"], "k2": params["k2"], "group": None}
             return stored
 
         monkeypatch.setattr(spcl, "pseudo_labels", clusterings)

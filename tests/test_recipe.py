@@ -109,3 +109,26 @@ def test_an_unknown_method_lists_the_known():
         ValueError, match=r"method must be one of .*cluster_contrast.*, got 'cluster_contrst'.*did you mean"
     ):
         get_method("cluster_contrst")
+
+
+@pytest.mark.parametrize(("ready", "ranks", "group"), [(False, 1, None), (True, 1, None), (True, 2, "world")])
+def test_labels_are_shared_out_where_there_are_several_ranks(monkeypatch, ready, ranks, group):
+    import fastreid_u.methods.cacl as cacl
+    import fastreid_u.methods.spcl as spcl
+    import fastreid_u.ops.pseudo_labels as op
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: ready)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
+    real, asked = op.pseudo_labels, []
+
+    def alone(*given, group=None, **settings):
+        asked.append(group)
+        return real(*given, **settings)
+
+    for module in (op, spcl, cacl):
+        monkeypatch.setattr(module, "pseudo_labels", alone)
+    features, _, camids = people()
+    for name in ("cluster_contrast", "spcl", "cacl"):
+        method = get_method(name)
+        method(method.Config(k1=8, k2=3), Images(len(features), camids)).cluster(features, epoch=0)
+    assert asked == [group] * 3

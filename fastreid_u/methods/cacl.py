@@ -23,7 +23,7 @@ from fastreid_u.ops.cosine_align import cosine_align
 from fastreid_u.ops.knn import knn
 from fastreid_u.ops.pseudo_labels import pseudo_labels
 from fastreid_u.ops.refine_clusters import refine_clusters
-from fastreid_u.recipe import Batch, Extract, Recipe
+from fastreid_u.recipe import Batch, Extract, Recipe, label_ranks
 
 if TYPE_CHECKING:
     from fastreid_u.data import View
@@ -166,7 +166,9 @@ class CACL(Recipe):
     def cluster(self, features: Tensor, epoch: int) -> Tensor:
         c, eps = self.config, self.eps(epoch)
         settings = {"k1": c.k1, "k2": c.k2, "knn": knn(features, min(c.k1, len(features)))}
-        labels, tight = pseudo_labels(features, eps=[eps, eps - c.eps_gap], min_samples=c.min_samples, **settings)
+        labels, tight = pseudo_labels(
+            features, eps=[eps, eps - c.eps_gap], min_samples=c.min_samples, group=label_ranks(), **settings
+        )
         return refine_clusters(features, labels, tight, rule=c.refinement, ratio=c.ratio, singletons=False, **settings)
 
     def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> None:

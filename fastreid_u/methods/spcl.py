@@ -18,7 +18,7 @@ from fastreid_u.config import RENDERED, Config, option
 from fastreid_u.memory import InstanceMemory
 from fastreid_u.ops.pseudo_labels import pseudo_labels
 from fastreid_u.ops.reliability import reliable_clusters
-from fastreid_u.recipe import Batch, Extract, Recipe
+from fastreid_u.recipe import Batch, Extract, Recipe, label_ranks
 
 if TYPE_CHECKING:
     from fastreid_u.models import ReIDModel
@@ -79,7 +79,8 @@ class SelfPaced(Recipe):
         c, eps = self.config, self.eps(epoch)
         found = reliable_clusters(
             *pseudo_labels(
-                features, eps=[eps, eps - c.eps_gap, eps + c.eps_gap], min_samples=c.min_samples, k1=c.k1, k2=c.k2
+                features, eps=[eps, eps - c.eps_gap, eps + c.eps_gap], min_samples=c.min_samples, k1=c.k1, k2=c.k2,
+                group=label_ranks(),
             ),
             threshold=self.threshold, keep=c.keep, singletons=False,
         )  # fmt: skip
