@@ -35,12 +35,11 @@ def test_every_arm_is_a_method_with_settings_that_it_knows(claims):
         for arm in claim.arms.values():
             config = get_method(arm.method).Config.for_dataset("synthetic", **arm.settings)
             lengths.add(config.epochs)
-            SyntheticConfig(**{**claim.dials, **(arm.source_data or {})})
         assert len(lengths) == 1, f"{name}: arms of different length"
 
 
 def options(tmp_path, **changes):
-    return argparse.Namespace(world=0, epochs=None, out=tmp_path / "out", logs=tmp_path / "logs", **changes)
+    return argparse.Namespace(epochs=None, out=tmp_path / "out", logs=tmp_path / "logs", **changes)
 
 
 def test_a_run_leaves_one_file_and_is_not_repeated(claims, tmp_path, monkeypatch):
@@ -56,15 +55,15 @@ def test_a_run_leaves_one_file_and_is_not_repeated(claims, tmp_path, monkeypatch
         claims.run("gem", "average", 3, options(tmp_path))
     assert len(asked) == 1
     assert asked[0]["pooling_type"] == "avg"
-    assert (asked[0]["seed"], asked[0]["data"], asked[0]["resume"]) == (3, {"seed": 0}, False)
+    assert (asked[0]["seed"], asked[0]["data"], asked[0]["resume"]) == (3, {"seed": 3}, False)
     (file,) = (tmp_path / "out" / "gem").glob("*.json")
     record = json.loads(file.read_text())
     assert (record["mAP"], record["seconds"], record["centred"]) == (0.5, 6, True)
-    (tmp_path / "logs" / "source" / "spcl-with-source-world0-seed1").mkdir(parents=True)
-    (tmp_path / "logs" / "source" / "spcl-with-source-world0-seed1" / "state.safetensors").write_bytes(b"")
+    (tmp_path / "logs" / "source" / "spcl-with-source-seed1").mkdir(parents=True)
+    (tmp_path / "logs" / "source" / "spcl-with-source-seed1" / "state.safetensors").write_bytes(b"")
     claims.run("source", "SpCL with source", 1, options(tmp_path))
     assert asked[1]["resume"], "a run that was broken off goes on"
-    assert asked[1]["source_data"] == {"shift": 0.5, "seed": 50}
+    assert asked[1]["source_data"] == {"shift": 0.5, "seed": 51}
 
 
 def test_the_table_shows_mean_spread_and_what_was_not_run(claims, tmp_path):
@@ -72,9 +71,10 @@ def test_the_table_shows_mean_spread_and_what_was_not_run(claims, tmp_path):
     base = {"top1": 0.8, "ari": 0.9, "centred": True}
     for seed, (average, gem) in enumerate([(0.80, 0.75), (0.84, 0.77)]):
         for arm, value in (("average", average), ("GeM", gem)):
-            (tmp_path / "gem" / f"{arm}-{seed}.json").write_text(json.dumps({**base, "arm": arm, "mAP": value}))
+            record = {**base, "arm": arm, "seed": seed, "mAP": value}
+            (tmp_path / "gem" / f"{arm}-{seed}.json").write_text(json.dumps(record))
     shown = claims.table(tmp_path, ["gem", "eps"])
-    assert "| GeM | on | 2 | 76.0 ± 1.4 | 80.0 ± 0.0 | 0.90 | -6.0 |" in shown, "a claim that does not hold says so"
+    assert "| GeM | on | 2 | 76.0 ± 1.4 | 80.0 ± 0.0 | 0.90 | -6.0 ± 1.4 |" in shown, "an honest table"
     assert "| eps falling | | 0 | not run |" in shown
 
 
