@@ -3,7 +3,7 @@
 
     python benchmarks/claims.py                       # every arm, three seeds; what is done already is not done again
     python benchmarks/claims.py --claim grey --seeds 1
-    python benchmarks/claims.py --table               # only the table of what there is
+    python benchmarks/claims.py --write               # runs nothing: renews docs/claims.md and its picture
 
 A claim is a question, the dials that make its problem hard, and arms that differ in the one thing that it is about.
 A seed is one world of people and cameras and one training; all arms meet the same ones, so differences are taken within
@@ -27,7 +27,10 @@ import torch
 
 import fastreid_u
 
-RESULTS = Path(__file__).parent / "results" / "claims"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "claims"
+PAGE, PICTURE = ROOT / "docs" / "claims.md", ROOT / "docs" / "images" / "claims.png"
+END = "<!-- end -->"
 
 
 @dataclass(frozen=True)
@@ -121,16 +124,20 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, help="default: those of each method's row for the rendered set")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--logs", type=Path, default=Path("runs/claims"), help="run folders")
-    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--write", action="store_true", help="run nothing, renew docs/claims.md")
     options = parser.parse_args()
     names = options.claim or list(CLAIMS)
+    if options.write:
+        PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), options.out), encoding="utf-8")
+        draw(options.out, PICTURE)
+        return 0
     torch.set_num_threads(1)  # the number of threads changes sums in the last digit, and so every figure
-    if not options.table:
-        for seed in options.seeds:
-            for name in names:
-                for arm in CLAIMS[name].arms:
-                    run(name, arm, seed, options)
-    print(table(options.out, names))
+    for seed in options.seeds:
+        for name in names:
+            for arm in CLAIMS[name].arms:
+                run(name, arm, seed, options)
+    for name in names:
+        print(f"\n{CLAIMS[name].question}\n\n{table(options.out, name)}")
     return 0
 
 
@@ -170,30 +177,65 @@ def run(name: str, arm: str, seed: int, options: argparse.Namespace) -> None:
     result.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def table(folder: Path, names: list[str]) -> str:
+def table(folder: Path, name: str) -> str:
     """Markdown: mean and standard deviation over seeds, and so for the difference to the first arm, seed by seed."""
-    lines = []
-    for name in names:
-        records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / name).glob("*.json"))]
-        dials = ", ".join(f"{k} {v}" for k, v in CLAIMS[name].dials.items()) or "default dials"
-        lines += [f"**{CLAIMS[name].question}** ({dials})", ""]
-        lines += ["| arm | centred | runs | mAP % | top-1 % | ARI | to the first |", "|---|---|---|---|---|---|---|"]
-        first: dict[int, float] = {}
-        for arm in CLAIMS[name].arms:
-            own = [r for r in records if r["arm"] == arm]
-            if not own:
-                lines.append(f"| {arm} | | 0 | not run | | | |")
-                continue
-            mean_ap = {r["seed"]: 100 * r["mAP"] for r in own}
-            gains = [value - first[seed] for seed, value in mean_ap.items() if seed in first]
-            first = first or mean_ap
-            lines.append(
-                f"| {arm} | {'on' if own[0]['centred'] else 'off'} | {len(own)} | {_spread(list(mean_ap.values()))} | "
-                f"{_spread([100 * r['top1'] for r in own])} | {statistics.mean(r['ari'] for r in own):.2f} | "
-                f"{_spread(gains, '+') if gains else ''} |"
-            )
-        lines.append("")
+    lines = ["| arm | centred | runs | mAP % | top-1 % | ARI | to the first |", "|---|---|---|---|---|---|---|"]
+    first: dict[int, float] = {}
+    for arm, own in _records(folder, name).items():
+        if not own:
+            lines.append(f"| {arm} | | 0 | not run | | | |")
+            continue
+        mean_ap = {r["seed"]: 100 * r["mAP"] for r in own}
+        gains = [value - first[seed] for seed, value in mean_ap.items() if seed in first]
+        first = first or mean_ap
+        lines.append(
+            f"| {arm} | {'on' if own[0]['centred'] else 'off'} | {len(own)} | {_spread(list(mean_ap.values()))} | "
+            f"{_spread([100 * r['top1'] for r in own])} | {statistics.mean(r['ari'] for r in own):.2f} | "
+            f"{_spread(gains, '+') if gains else ''} |"
+        )
     return "\n".join(lines)
+
+
+def page(text: str, folder: Path) -> str:
+    """The page with the table between the two marks of each claim renewed."""
+    for name, claim in CLAIMS.items():
+        begin = f"<!-- {name}: made by benchmarks/claims.py -->\n"
+        head, rest = text.split(begin)
+        dials = ", ".join(f"`{key}` {value}" for key, value in claim.dials.items()) or "at their defaults"
+        made = f"{claim.question} Dials: {dials}.\n\n{table(folder, name)}\n"
+        text = f"{head}{begin}{made}{END}{rest.split(END, 1)[1]}"
+    return text
+
+
+def draw(folder: Path, path: Path) -> None:
+    """One panel a claim, one row an arm, one dot a seed; the bar is the mean."""
+    from matplotlib.figure import Figure
+
+    heights = [len(claim.arms) + 1 for claim in CLAIMS.values()]
+    figure = Figure(figsize=(8, 0.27 * sum(heights) + 0.6), layout="constrained")
+    panels = figure.subplots(len(CLAIMS), sharex=True, height_ratios=heights)
+    for (name, claim), panel in zip(CLAIMS.items(), panels, strict=True):
+        for row, own in enumerate(_records(folder, name).values()):
+            values = [100 * r["mAP"] for r in own]
+            if values:
+                colour = "tab:blue" if own[0]["centred"] else "tab:gray"
+                panel.barh(row, statistics.mean(values), color=colour, alpha=0.3)
+                panel.plot(values, [row] * len(values), "o", color=colour, markersize=4)
+        panel.set_yticks(range(len(claim.arms)), claim.arms)
+        panel.invert_yaxis()
+        panel.set_title(claim.question, loc="left", fontsize="small")
+        panel.tick_params(labelsize="small")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel("mAP %; a dot is a seed; grey = not centred per camera", fontsize="small")
+    panels[-1].set_xlim(0, 100)
+    figure.savefig(path, dpi=110)
+
+
+def _records(folder: Path, name: str) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each arm, by seed."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / name).glob("*.json")]
+    records.sort(key=lambda r: r["seed"])
+    return {arm: [r for r in records if r["arm"] == arm] for arm in CLAIMS[name].arms}
 
 
 def _spread(values: list[float], sign: str = "") -> str:

@@ -32,6 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "benchmarks"
 LIMIT = 540  # seconds a stage
+BESIDE = {"PYTHONPATH": str(HERE)}  # scripts here import each other
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PYTEST = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-q"]
 # without the options in pyproject.toml that need pytest-benchmark, which need not be there
@@ -79,7 +80,7 @@ def test(options: Options) -> list[Case]:
 def sanitizer(options: Options) -> list[Case]:
     """Every kernel on its smallest shapes: as it is (which also fills Triton's cache), then under each tool."""
     command = [sys.executable, "-P", str(HERE / "gpu_measure.py"), *(["--tiny"] if options.dry_run else []), "smallest"]
-    cases = [Case("plain", command, last_json)]
+    cases = [Case("plain", command, last_json, BESIDE)]
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if options.dry_run:
         return cases
@@ -87,7 +88,7 @@ def sanitizer(options: Options) -> list[Case]:
         reason = "import sys; sys.exit('compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin')"
         return [*cases, *(Case(tool, [sys.executable, "-c", reason], last_json) for tool in TOOLS)]
     flags = ["--error-exitcode", "86", "--target-processes", "application-only", "--print-limit", "20"]
-    separate = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor an allocation: overruns are seen
+    separate = {**BESIDE, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor an allocation: overruns are seen
     return [*cases, *(Case(t, [program, "--tool", t, *flags, *command], sanitizer_errors, separate) for t in TOOLS)]
 
 
@@ -106,7 +107,7 @@ def kernels(options: Options) -> list[Case]:
         out = scratch(options) / f"{f.stem}.json"
         command = [*PYTEST, *PLAIN, "-p", "no:benchmark", "-p", "gpu_stopwatch", f"--stopwatch-json={out}", str(f)]
         command += ["-k", "tiny"] if options.dry_run else []
-        cases.append(Case(f.stem, command, lambda _, out=out: benchmark_figures(out), {"PYTHONPATH": str(HERE)}))
+        cases.append(Case(f.stem, command, lambda _, out=out: benchmark_figures(out), BESIDE))
     return cases
 
 
@@ -123,7 +124,7 @@ STAGES: dict[str, Callable[[Options], list[Case]]] = {
 def measured(name: str, options: Options, *arguments: Path) -> Case:
     tiny = ["--tiny"] if options.dry_run else []
     command = [sys.executable, "-P", str(HERE / "gpu_measure.py"), *tiny, name, *map(str, arguments)]
-    return Case(name, command, last_json)
+    return Case(name, command, last_json, BESIDE)
 
 
 def scratch(options: Options) -> Path:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from gpu_smallest import smallest
 
 ROUNDS = 20
 
@@ -61,43 +61,6 @@ def products(device: torch.device, tiny: bool) -> dict:
         a, b = (torch.randn(64 if tiny else side, 64 if tiny else side, device=device).to(dtype) for _ in range(2))
         rates[f"{name} TFLOP/s"] = 2 * len(a) ** 3 / seconds_of(lambda a=a, b=b: a @ b, device) / 1e12
     return rates
-
-
-def smallest(device: torch.device, tiny: bool) -> dict:
-    """Every kernel once, on shapes that fill no block: for the sanitizer, which is slow."""
-    from fastreid_u.ops.cluster_nce import cluster_nce
-    from fastreid_u.ops.dbscan import dbscan
-    from fastreid_u.ops.jaccard import jaccard_distance, jaccard_graph
-    from fastreid_u.ops.k_reciprocal import k_reciprocal_encoding
-    from fastreid_u.ops.knn import knn
-    from fastreid_u.ops.momentum_update import momentum_update_
-    from fastreid_u.ops.pseudo_labels import pseudo_labels
-    from fastreid_u.ops.rerank import rerank
-
-    generator = torch.Generator().manual_seed(0)
-    centre = torch.randn(8, 33, generator=generator)
-    x = F.normalize(
-        centre[torch.randint(8, (65,), generator=generator)] + 0.3 * torch.randn(65, 33, generator=generator)
-    )
-    x = x.to(device)
-    knn(x, 9)
-    knn(x, 3, gallery=x[:50])
-    k_reciprocal_encoding(x, 9, 3)
-    graph = jaccard_graph(x, k1=9, k2=3, radius=0.7)
-    jaccard_distance(x, 9, 3)
-    labels = dbscan(graph, [0.5, 0.6], 4)
-    assert torch.equal(labels, pseudo_labels(x, eps=[0.5, 0.6], k1=9, k2=3))
-    rerank(x[:20], x[20:], 8, 3, top=5)
-    memory = F.normalize(torch.randn(7, 33, generator=generator)).to(device)
-    targets = torch.randint(7, (10,), generator=generator).to(device)
-    for dtype in (torch.float32, torch.float16):
-        features = x[:10].to(dtype).requires_grad_()
-        cluster_nce(features, targets, memory.to(dtype)).backward()
-    for rule in ("sequential", "hard"):
-        momentum_update_(memory, x[:10], targets, rule=rule)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return {"rows": len(x), "clusters": int(labels.max()) + 1}
 
 
 def dials(tiny: bool) -> dict:

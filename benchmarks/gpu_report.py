@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- made by benchmarks/gpu_report.py: begin -->", "<!-- end -->"
-NOTHING = "Not measured yet: `benchmarks/results/` is empty."
+NOTHING = "Not measured yet: `benchmarks/results/` has no GPU's folder."
 STAGES = ("build", "test", "sanitizer", "ceilings", "kernels", "train")
 
 
@@ -60,7 +60,7 @@ def page(text: str, results: Path) -> str:
     """The page with all tables renewed between its two marks."""
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
-    folders = sorted(path for path in results.glob("*") if path.is_dir()) if results.is_dir() else []
+    folders = sorted({path.parent for stage in STAGES for path in results.glob(f"*/{stage}.json")})
     made = "\n\n".join(f"### {folder.name}\n\n{tables(folder)}" for folder in folders) or NOTHING
     return f"{head}{BEGIN}\n{made}\n{END}{tail}"
 

@@ -145,6 +145,36 @@ def test_dry_run_from_end_to_end(tmp_path):
     assert (again.returncode, again.stdout.count("kept from")) == (0, 9)
 
 
+EVERY_KERNEL = r"""
+import glob, re, sys
+import torch
+from triton.runtime.interpreter import GridExecutor
+from fastreid_u.ops import _dispatch
+import gpu_smallest
+
+ran, launch = set(), GridExecutor.__call__
+def recorded(self, *args, **kwargs):
+    ran.add(self.fn.__name__)
+    return launch(self, *args, **kwargs)
+GridExecutor.__call__ = recorded
+_dispatch.PREFERENCE = {"cpu": ("triton", "cpp")}
+gpu_smallest.smallest(torch.device("cpu"))
+names = {name for file in glob.glob(sys.argv[1]) for name in re.findall(r"def (\w+_kernel)\(", open(file).read())}
+print(len(names), "never ran:", sorted(names - ran))
+"""
+
+
+def test_the_sanitizer_sees_every_triton_kernel():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "benchmarks")}
+    command = [sys.executable, "-c", EVERY_KERNEL, str(ROOT / "kernels" / "*.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    count, never = done.stdout.splitlines()[-1].split(" never ran: ")
+    assert int(count) > 20
+    assert never == "[]"
+
+
 def test_unknown_stage_is_refused():
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "everything"]
     done = subprocess.run(command, capture_output=True, text=True)
