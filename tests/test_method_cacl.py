@@ -217,6 +217,16 @@ def test_the_grey_memory_starts_from_grey_images_or_as_published(seed):
         assert same is bool(settings)  # both networks start equal, so what differs is what they were shown
 
 
+@pytest.mark.parametrize("refresh", [False, True])
+def test_rows_are_extracted_once_or_in_every_epoch(refresh):
+    recipe = CACL(CACLConfig(refresh=refresh), Images(4))
+    recipe.build(network(8))
+    for epoch in (0, 1):
+        recipe.features(lambda _, number=epoch: unit(4, 8, number=number), epoch)
+    for name in ("memory", "grey_memory"):
+        assert torch.equal(recipe.networks[name].features, unit(4, 8, number=int(refresh)))
+
+
 def test_networks_share_no_weight_and_the_predictor_reads_the_pooled_feature():
     torch.manual_seed(0)
     recipe = CACL(CACLConfig(), Images(6))

@@ -188,6 +188,14 @@ def test_images_that_cannot_be_read_are_in_no_class():
     assert torch.isfinite(recipe.loss(features[rows], batch(rows)))
 
 
+def test_rows_are_extracted_once_or_in_every_epoch():
+    first, later = (F.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(n))) for n in (0, 1))
+    for refresh, expected in ((False, first), (True, later)):
+        recipe = recipe_with_memory(first, refresh=refresh)
+        assert torch.equal(recipe.features(lambda _: later, epoch=1), expected)
+        assert torch.equal(recipe.memory.features, expected)
+
+
 def test_no_cluster_in_the_first_epoch_leaves_the_bar_to_the_next():
     recipe = SpCL(SpCLConfig(k1=8, k2=1), Images(40))
     scattered = F.normalize(torch.randn(40, 64, generator=torch.Generator().manual_seed(0)))

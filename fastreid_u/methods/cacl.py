@@ -52,6 +52,9 @@ class CACLConfig(Config):
     grey: bool = option(True, "show the second network grey images; without it, another colour view", source=PAPER)
     pair_weight: float = option(1.0, "weight of agreeing with the grey view of the same image", source=PAPER)
     cluster_weight: float = option(1.0, "weight of agreeing with the grey mean of the same cluster", source=PAPER)
+    refresh: bool = option(
+        False, "extract the rows of both memories anew in every epoch, not only in the first", source=CODE
+    )
     batch_size: int = option(64, "images per step", source=CODE, flags=("-b",))
     num_instances: int = option(4, "images per cluster in a batch", source=CODE)
     epochs: int = option(80, "epochs; labels are made anew in each", source=CODE)
@@ -150,7 +153,7 @@ class CACL(Recipe):
         from fastreid_u.data.transforms import Normalize
 
         rows = self.networks["memory"].features
-        if epoch == 0:
+        if epoch == 0 or self.config.refresh:
             grey = self.networks["grey"]
             if self.config.grey and not self.config.compat:  # published code starts the grey memory from colour images
                 grey = SeesGrey(grey, Normalize(**self.config.pixel_statistics())).to(rows.device)

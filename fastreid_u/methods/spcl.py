@@ -37,6 +37,7 @@ class SpCLConfig(Config):
     momentum: float = option(0.2, "weight of an image's old row in an update", source=PAPER)
     eps_gap: float = option(0.02, "the tighter and the looser clustering are at eps -+ this", source=CODE)
     keep: float = option(0.9, "share of the first epoch's clusters that set the bar of independence", source=CODE)
+    refresh: bool = option(False, "extract the images' rows anew in every epoch, not only in the first", source=CODE)
     bn_group: int | None = option(16, "images per BatchNorm group in training", source="64 images on 4 GPUs")
     batch_size: int = option(64, "images per step", source=CODE, flags=("-b",))
     num_instances: int = option(4, "images per cluster in a batch", source=CODE)
@@ -95,7 +96,7 @@ class SelfPaced(Recipe):
 
 
 class SpCL(SelfPaced):
-    """The memory outlives the epochs and is what gets clustered: the network is asked for features only once."""
+    """The memory outlives the epochs and is what gets clustered; unless ``refresh``, features are extracted once."""
 
     name = "spcl"
     title = "SpCL"
@@ -120,7 +121,7 @@ class SpCL(SelfPaced):
 
     def features(self, extract: Extract, epoch: int) -> Tensor:
         images = self.memory.features[self.sources :]
-        if epoch == 0:
+        if epoch == 0 or self.config.refresh:
             images.copy_(extract(self.model).nan_to_num(0.0))
         return images.where(images.any(dim=1, keepdim=True), torch.nan)
 
