@@ -35,15 +35,16 @@ END = "<!-- end -->"
 
 @dataclass(frozen=True)
 class Arm:
-    """A method and what is changed of its settings for the rendered set."""
+    """A method and what is changed of its settings for the rendered set; ``beside``, the arm it is compared with."""
 
     method: str
     settings: Mapping[str, Any]
+    beside: str | None = None
 
 
 @dataclass(frozen=True)
 class Claim:
-    """``arms`` in the order of the table: those with what the claim is about come last."""
+    """``arms`` in the order of the table; one stands after the one that it is compared with."""
 
     question: str
     dials: Mapping[str, Any]
@@ -60,7 +61,7 @@ CLAIMS = {
     "gem": Claim(
         "GeM pooling beats average pooling (Cluster Contrast, appendix).",
         {},
-        {"average": Arm("cluster_contrast", {"pooling_type": "avg"}), "GeM": PLAIN},
+        {"average": Arm("cluster_contrast", {"pooling_type": "avg"}), "GeM": Arm("cluster_contrast", {}, "average")},
     ),
     "grey": Claim(
         "A greyscale branch helps where colour cannot tell people apart (CACL).",
@@ -68,7 +69,7 @@ CLAIMS = {
         {
             "cluster_contrast": Arm("cluster_contrast", LONGER),
             "CACL, both branches in colour": Arm("cacl", {"grey": False}),
-            "CACL": Arm("cacl", {}),
+            "CACL": Arm("cacl", {}, "CACL, both branches in colour"),
         },
     ),
     "cameras": Claim(
@@ -77,11 +78,11 @@ CLAIMS = {
         {
             "cluster_contrast": PLAIN,
             "cluster_contrast, not centred": Arm("cluster_contrast", NOT_CENTRED),
-            "CAP": Arm("cap", {}),
-            "CAP, not centred": Arm("cap", NOT_CENTRED),
+            "CAP": Arm("cap", {}, "cluster_contrast"),
+            "CAP, not centred": Arm("cap", NOT_CENTRED, "cluster_contrast, not centred"),
             "ICE without cameras": Arm("ice", {"camera_weight": 0.0}),
-            "ICE": Arm("ice", {}),
-            "CAP + Cluster Contrast": Arm("cap_cluster_contrast", {}),
+            "ICE": Arm("ice", {}, "ICE without cameras"),
+            "CAP + Cluster Contrast": Arm("cap_cluster_contrast", {}, "cluster_contrast"),
         },
     ),
     "eps": Claim(
@@ -89,8 +90,8 @@ CLAIMS = {
         {"occlusion": 0.4},
         {
             "eps fixed": Arm("dccc", {"eps_scheduler": "fix"}),
-            "eps fixed at its last value": Arm("dccc", {"eps_scheduler": "fix", "eps": 0.46}),
-            "eps falling": Arm("dccc", {}),
+            "eps fixed at its last value": Arm("dccc", {"eps_scheduler": "fix", "eps": 0.46}, "eps fixed"),
+            "eps falling": Arm("dccc", {}, "eps fixed at its last value"),
         },
     ),
     "intruders": Claim(
@@ -98,10 +99,10 @@ CLAIMS = {
         {"intruders": 0.2},
         {
             "cluster_contrast": PLAIN,
-            "mean, hardest": Arm("cluster_contrast", {"use_hard": True}),
-            "CSA, rows moved as by Cluster Contrast": Arm("csa_hps", {"update_rule": "sequential"}),
-            "CSA + HPS, attention not trained": Arm("csa_hps", {"saa_steps": 0}),
-            "CSA + HPS": Arm("csa_hps", {}),
+            "mean, hardest": Arm("cluster_contrast", {"use_hard": True}, "cluster_contrast"),
+            "CSA, rows moved as by Cluster Contrast": Arm("csa_hps", {"update_rule": "sequential"}, "cluster_contrast"),
+            "CSA + HPS, attention not trained": Arm("csa_hps", {"saa_steps": 0}, "mean, hardest"),
+            "CSA + HPS": Arm("csa_hps", {}, "mean, hardest"),
         },
     ),
     "source": Claim(
@@ -110,8 +111,8 @@ CLAIMS = {
         {
             "cluster_contrast": Arm("cluster_contrast", LONGER),
             "SpCL": Arm("spcl", LONGER),
-            "SpCL with source": Arm("spcl_uda", SOURCE),
-            "Cluster Contrast with source": Arm("cluster_contrast_uda", SOURCE),
+            "SpCL with source": Arm("spcl_uda", SOURCE, "SpCL"),
+            "Cluster Contrast with source": Arm("cluster_contrast_uda", SOURCE, "cluster_contrast"),
         },
     ),
 }
@@ -178,20 +179,20 @@ def run(name: str, arm: str, seed: int, options: argparse.Namespace) -> None:
 
 
 def table(folder: Path, name: str) -> str:
-    """Markdown: mean and standard deviation over seeds, and so for the difference to the first arm, seed by seed."""
-    lines = ["| arm | centred | runs | mAP % | top-1 % | ARI | to the first |", "|---|---|---|---|---|---|---|"]
-    first: dict[int, float] = {}
-    for arm, own in _records(folder, name).items():
+    """Markdown: mean and standard deviation over seeds, and so for the differences, which are taken seed by seed."""
+    lines = ["| arm | centred | runs | mAP % | top-1 % | ARI | mAP, difference |", "|---|---|---|---|---|---|---|"]
+    records = _records(folder, name)
+    mean_ap = {arm: {r["seed"]: 100 * r["mAP"] for r in own} for arm, own in records.items()}
+    for arm, own in records.items():
         if not own:
             lines.append(f"| {arm} | | 0 | not run | | | |")
             continue
-        mean_ap = {r["seed"]: 100 * r["mAP"] for r in own}
-        gains = [value - first[seed] for seed, value in mean_ap.items() if seed in first]
-        first = first or mean_ap
+        other = CLAIMS[name].arms[arm].beside
+        pairs = [value - mean_ap[other][seed] for seed, value in mean_ap[arm].items() if seed in mean_ap.get(other, {})]
         lines.append(
-            f"| {arm} | {'on' if own[0]['centred'] else 'off'} | {len(own)} | {_spread(list(mean_ap.values()))} | "
+            f"| {arm} | {'on' if own[0]['centred'] else 'off'} | {len(own)} | {_spread(list(mean_ap[arm].values()))} | "
             f"{_spread([100 * r['top1'] for r in own])} | {statistics.mean(r['ari'] for r in own):.2f} | "
-            f"{_spread(gains, '+') if gains else ''} |"
+            + (f"**{_spread(pairs, '+')}** to {other} |" if pairs else "|")
         )
     return "\n".join(lines)
 

@@ -32,7 +32,8 @@ def test_every_arm_is_a_method_with_settings_that_it_knows(claims):
         SyntheticConfig(**claim.dials)
         assert len(claim.arms) >= 2, name
         lengths = set()
-        for arm in claim.arms.values():
+        for position, arm in enumerate(claim.arms.values()):
+            assert arm.beside in (None, *list(claim.arms)[:position])
             config = get_method(arm.method).Config.for_dataset("synthetic", **arm.settings)
             lengths.add(config.epochs)
         assert len(lengths) == 1, f"{name}: arms of different length"
@@ -74,7 +75,7 @@ def test_the_table_shows_mean_spread_and_what_was_not_run(claims, tmp_path):
             record = {**base, "arm": arm, "seed": seed, "mAP": value}
             (tmp_path / "gem" / f"{arm}-{seed}.json").write_text(json.dumps(record))
     shown = claims.table(tmp_path, "gem")
-    assert "| GeM | on | 2 | 76.0 ± 1.4 | 80.0 ± 0.0 | 0.90 | -6.0 ± 1.4 |" in shown, "an honest table"
+    assert "| GeM | on | 2 | 76.0 ± 1.4 | 80.0 ± 0.0 | 0.90 | **-6.0 ± 1.4** to average |" in shown, "an honest table"
     assert "| eps falling | | 0 | not run |" in claims.table(tmp_path, "eps")
     claims.draw(tmp_path, tmp_path / "claims.png")
     assert (tmp_path / "claims.png").stat().st_size > 10_000
