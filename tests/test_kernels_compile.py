@@ -117,6 +117,7 @@ def recorded_launches(tiles: dict) -> list[tuple]:
         memory, x = torch.zeros(700, 2048, device="meta"), torch.zeros(256, 2048, device="meta")
         flags = {"found_inf": torch.zeros(1, device="meta"), "status": status}
         momentum_update.momentum_update_(memory, x, whole[:256], rule=rule, **settings, **flags)
+    momentum_update.momentum_update_(memory[:0], x, whole[:256], rule="push", **flags)  # no row, and none to look for
 
     def proxy_loss(b, q, d, dtype, **settings):
         x = torch.zeros(b, d, dtype=dtype, device="meta", requires_grad=True)
