@@ -71,14 +71,15 @@ def test_compiles_and_does_not_spill(capability, record_property):
     rows = compiled(capability, KERNELS)
     record_property("kernels", rows)
     print(*rows, sep="\n")
-    assert [row for row in rows if row["stack_bytes"] > 0] == []
+    # Triton 3.6 (its own ptxas) sets two 64-bit scalars aside in some; a tile that spills takes hundreds of bytes
+    assert [row for row in rows if row["stack_bytes"] > 16] == []
     assert [row for row in rows if row["shared_bytes"] > 48 * 1024] == []  # so that several programs share a processor
 
 
 def test_a_spill_would_be_seen():
     pytest.importorskip("triton", reason="there is no triton for this platform")
     kernel = next(kernel for kernel in KERNELS if kernel[1] == "_meet_kernel")
-    assert compiled(80, [kernel], maxnreg=32)[0]["stack_bytes"] > 0
+    assert compiled(80, [kernel], maxnreg=32)[0]["stack_bytes"] > 100
 
 
 def test_no_kernel_is_forgotten():
