@@ -185,6 +185,12 @@ def _weigh_kernel(
 
 
 @triton.jit
+def _exp_float32(x):
+    """Rounded once; a GPU's own float32 exponential and its division are approximations."""
+    return tl.exp(x.to(tl.float64)).to(tl.float32)
+
+
+@triton.jit
 def _weigh_float32_kernel(
     crow_ptr,  # [rows + 1] int64
     dist_ptr,  # fp64
@@ -201,8 +207,8 @@ def _weigh_float32_kernel(
         lowest = tl.min(dist, 0)
         total = tl.zeros([], tl.float32)
         for p in range(length):  # one term after the other, in ascending order of columns
-            total += tl.exp(lowest - tl.load(dist_ptr + begin + p).to(tl.float32))
-        tl.store(weight_ptr + begin + t, tl.exp(lowest - dist) / total, mask=live)
+            total += _exp_float32(lowest - tl.load(dist_ptr + begin + p).to(tl.float32))
+        tl.store(weight_ptr + begin + t, tl.div_rn(_exp_float32(lowest - dist), total), mask=live)
 
 
 def bits(k2: int) -> int:
@@ -371,7 +377,7 @@ def _average_rows(crow, col, mass, lists):
         for part, term in terms:
             total[torch.searchsorted(key, part)] += term
         cols.append((key % n).int())
-        masses.append(total / k2)
+        masses.append(total / total.new_full((), k2))  # by a number, a GPU would multiply with the rounded 1 / k2
         counts.append((key // n).bincount(minlength=last - first))
     return _starts(torch.cat(counts)), torch.cat(cols), torch.cat(masses)
 

@@ -330,6 +330,7 @@ class _Search:
             _tighten_kernel[(rows,)](
                 upper, place, reach, self.slack, threshold, count, spare_upper, spare_place,
                 self.k, self.curve, self.rounding, CAP=self.cap, BLOCK_E=self.block_e,
+                enable_fp_fusion=False,  # the kernel makes each lower bound twice and needs the same bits
             )  # fmt: skip
             upper, spare_upper, place, spare_place = spare_upper, upper, spare_place, place
             start = end

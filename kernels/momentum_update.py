@@ -91,9 +91,7 @@ def _walk(
     raw = tl.load(column_ptr + b.to(tl.int64) * stride_xb, mask=d < D, other=0.0)
     while b < B:
         # The next sample is on its way while this one is worked on: the walk is bound by latency.
-        b_next = tl.full([], NEVER, tl.int32)
-        if RULE != INDEX:
-            b_next = _next_sample(targets_ptr, stride_t, row, b, B, BLOCK_B)
+        b_next = _next_sample(targets_ptr, stride_t, row, b, B, BLOCK_B)
         wanted = tl.where(b_next < B, D, 0)
         raw_next = tl.load(column_ptr + b_next.to(tl.int64) * stride_xb, mask=d < wanted, other=0.0)
         sample = raw.to(tl.float32)
@@ -240,6 +238,8 @@ def _momentum_update_kernel(
     live = d < D
     row_ptr = memory_ptr + row * stride_mc + d.to(tl.int64) * stride_md
     old = tl.load(row_ptr, mask=live, other=0.0).to(tl.float32)
+    if RULE == INDEX:  # one sample only: nobody is after it in row -2; a loop that ends by a constant breaks Triton 3.6
+        row = tl.full([], -2, tl.int64)
     new, lowest, finite = _walk(
         old, row, me, x_ptr + d.to(tl.int64) * stride_xd, targets_ptr, stride_xb, stride_t, d, B, D, keep, take,
         inverse_temperature, RULE, NORMALIZE, BLOCK_B,
@@ -392,12 +392,13 @@ def momentum_update_(
             )  # fmt: skip
             return
         scratch, blocks = (targets, targets, targets), triton.cdiv(c, BLOCK_C)
-        if rule == "push" and c > 0:
+        if rule == "push":
             scratch = (
                 torch.empty(b, blocks, dtype=torch.float32, device=x.device),
                 torch.empty(b, blocks, dtype=torch.int32, device=x.device),
                 torch.empty(b, d, dtype=torch.float32, device=x.device),
             )
+        if rule == "push" and c > 0:
             _nearest_other_kernel[(b, blocks)](
                 memory, targets, flags[0], *scratch, *memory.stride(), targets.stride(0), b, c, d,
                 HAS_FOUND_INF=found_inf is not None, BLOCK_B=SAMPLES, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K, num_warps=4,

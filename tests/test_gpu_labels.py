@@ -195,3 +195,98 @@ def test_labels_on_another_stream(clustered, backend):
         found = pseudo_labels(late, knn=near, backend=backend)
     stream.synchronize()
     assert torch.equal(found.cpu(), pseudo_labels(x))
+
+
+@pytest.mark.parametrize("case", ["unit", "one sign", "large first", "long"])
+def test_tensor_cores_stay_within_the_bound(clustered, record_property, case):
+    """What no CPU shows: the additions within the product of float16 rows, which may cut off instead of rounding.
+
+    The exact search rests on this bound: where it fails, a neighbour may be missed and nobody would see it.
+    """
+    from fastreid_u.kernels import knn as kernel
+
+    n, d = 1000, {"long": 16_384}.get(case, 2048)
+    x = clustered(n, d)
+    if case != "unit":  # the products of two rows all have one sign, so what is cut off adds up
+        x = (torch.arange(n) % 2 * 2 - 1)[:, None] * (1 + 0.1 * x)
+    if case == "large first":
+        x[:, 1:] *= 1e-2
+    x = x.cuda()
+    find = kernel._Search(x, x, 30)
+    score = torch.empty(n, n, device="cuda")
+    kernel._product(find.gallery, find.gallery, score)
+    length = find._centred(x[find.order])[1]
+    slack = (length + find.tiny)[:, None] * find.slack.double() + find.curve * find.slack.double() ** 2
+    exact = ((x.double() - find.mean.double()) * find.scale)[find.order]
+    exact = exact @ exact.T - exact.square().sum(1) / 2
+    error = (score.double() + find.lift.double() - find.curve * find.slack.double() ** 2 - exact).abs()
+    share = (error / slack).max().item()
+    record_property("share of the bound", share)
+    print(f"{case}: at most {share:.3f} of the bound")
+    assert share <= 1
+
+
+def test_means_are_divided_as_on_a_cpu():
+    """torch on a GPU divides by a number by multiplying with its rounded reciprocal; the published mean is divided."""
+    from fastreid_u.kernels import k_reciprocal as kernel
+
+    generator = torch.Generator().manual_seed(0)
+    crow, col = torch.arange(0, 4001, 4), torch.arange(4).repeat(1000).int()
+    mass, lists = torch.rand(4000, generator=generator), torch.randint(1000, (1000, 6), generator=generator)
+    parts = crow, col, mass, lists
+    expected = kernel._average_rows(*parts)
+    for found, part in zip(kernel._average_rows(*(part.cuda() for part in parts)), expected, strict=True):
+        assert torch.equal(found.cpu(), part)
+
+
+def test_triton_on_another_stream(clustered):
+    """Features written there just before are seen, and nothing is handed back before it is read."""
+    x = clustered(3000, 32)
+    expected = jaccard_graph(x, radius=0.6)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = torch.zeros(3000, 32, device="cuda")
+        torch.cuda._sleep(50_000_000)
+        late.copy_(x)
+        found = jaccard_graph(late, radius=0.6, backend="triton")
+    stream.synchronize()
+    assert torch.equal(found.crow_indices().cpu(), expected.crow_indices())
+    assert torch.equal(found.col_indices().cpu(), expected.col_indices())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_triton_on_a_device_that_is_not_the_current_one(clustered):
+    x = clustered(1000, 32)
+    expected = jaccard_graph(x, radius=0.6)
+    with torch.cuda.device(0):
+        found = jaccard_graph(x.to("cuda:1"), radius=0.6, backend="triton")
+    assert found.device == torch.device("cuda:1")
+    assert torch.equal(found.col_indices().cpu(), expected.col_indices())
+
+
+def test_addresses_past_two_to_the_31():
+    """1,048,640 rows of 2048 numbers: their offsets do not fit into 32 bits."""
+    from fastreid_u.kernels.k_reciprocal import bits, k_reciprocal
+
+    need = 40e9
+    if torch.cuda.mem_get_info()[0] < need:
+        pytest.skip(f"needs {need / 1e9:.0f} GB of free memory on the GPU")
+    n, d, last = 2**20 + 64, 2048, 32
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(n, d, device="cuda", generator=generator).mul_(0.02)
+    query = x[-last:] + 0.001 * torch.randn(last, d, device="cuda", generator=generator)
+    index = knn(query, 5, gallery=x, backend="triton")[1]
+    parts, wide = x.split(2**16), query.double()
+    exact = torch.cat(
+        [(wide.square().sum(1)[:, None] + y.double().square().sum(1) - 2 * wide @ y.double().T) for y in parts], dim=1
+    )
+    assert index[:, 0].tolist() == list(range(n - last, n))
+    assert torch.equal(index, exact.topk(5, largest=False).indices)
+
+    pair = torch.arange(n, device="cuda")
+    crow, col, mass, total = k_reciprocal(x, torch.stack([pair, pair ^ 1], dim=1), 2, 1)
+    assert total == 1 << bits(1)
+    assert torch.equal(col[-2:].long(), pair[-2:])
+    far = (-(x[-1].double() - x[-2].double()).square().sum()).exp()
+    assert abs(mass[-1].item() - (total / (1 + far)).round().item()) <= 1
+    assert crow[-1] == 2 * n

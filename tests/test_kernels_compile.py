@@ -48,14 +48,15 @@ def test_compiles_and_does_not_spill(capability, record_property):
     record_property("kernels", rows)
     print(*rows, sep="\n")
     assert {row["kernel"] for row in rows} == STEP
-    assert [row for row in rows if row["stack_bytes"] > 0] == []
+    # Triton 3.6 (its own ptxas) sets two 64-bit scalars aside in some; a tile that spills takes hundreds of bytes
+    assert [row for row in rows if row["stack_bytes"] > 16] == []
     assert [row for row in rows if row["shared_bytes"] > 163 * 1024] == []  # what sm_80 has, the least of the three
 
 
 def test_a_spill_would_be_seen():
     pytest.importorskip("triton", reason="there is no triton for this platform")
     rows = compiled(80, FORWARD_TILE={"4": [128, 128, 32, 4]})
-    assert any(row["stack_bytes"] > 0 for row in rows)
+    assert any(row["stack_bytes"] > 100 for row in rows)
 
 
 def recorded_launches(tiles: dict) -> list[tuple]:
@@ -117,6 +118,7 @@ def recorded_launches(tiles: dict) -> list[tuple]:
         memory, x = torch.zeros(700, 2048, device="meta"), torch.zeros(256, 2048, device="meta")
         flags = {"found_inf": torch.zeros(1, device="meta"), "status": status}
         momentum_update.momentum_update_(memory, x, whole[:256], rule=rule, **settings, **flags)
+    momentum_update.momentum_update_(memory[:0], x, whole[:256], rule="push", **flags)  # no row, and none to look for
 
     def proxy_loss(b, q, d, dtype, **settings):
         x = torch.zeros(b, d, dtype=dtype, device="meta", requires_grad=True)

@@ -71,14 +71,15 @@ def test_compiles_and_does_not_spill(capability, record_property):
     rows = compiled(capability, KERNELS)
     record_property("kernels", rows)
     print(*rows, sep="\n")
-    assert [row for row in rows if row["stack_bytes"] > 0] == []
+    # Triton 3.6 (its own ptxas) sets two 64-bit scalars aside in some; a tile that spills takes hundreds of bytes
+    assert [row for row in rows if row["stack_bytes"] > 16] == []
     assert [row for row in rows if row["shared_bytes"] > 48 * 1024] == []  # so that several programs share a processor
 
 
 def test_a_spill_would_be_seen():
     pytest.importorskip("triton", reason="there is no triton for this platform")
     kernel = next(kernel for kernel in KERNELS if kernel[1] == "_meet_kernel")
-    assert compiled(80, [kernel], maxnreg=32)[0]["stack_bytes"] > 0
+    assert compiled(80, [kernel], maxnreg=32)[0]["stack_bytes"] > 100
 
 
 def test_no_kernel_is_forgotten():
@@ -87,6 +88,34 @@ def test_no_kernel_is_forgotten():
 
     defined = {name for module in (jaccard, k_reciprocal, knn) for name in vars(module) if name.endswith("_kernel")}
     assert {kernel for _, kernel, *_ in KERNELS} == defined
+
+
+def test_thresholds_do_not_depend_on_what_the_compiler_fuses(monkeypatch):
+    """A lower bound that the kernel makes twice must be the same number: a fused product is rounded another way."""
+    pytest.importorskip("triton", reason="there is no triton for this platform")
+    import torch
+
+    from fastreid_u.kernels import knn
+
+    kernel = next(kernel for kernel in KERNELS if kernel[1] == "_tighten_kernel")
+    assert "fma.rn.f32" in compiled(90, [kernel])[0]["rounded_otherwise"]
+    assert compiled(90, [kernel], enable_fp_fusion=False)[0]["rounded_otherwise"] == []
+    launches, run = [], knn._tighten_kernel
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: (launches.append(kwargs), run[grid](*args, **kwargs))
+
+    monkeypatch.setattr(knn, "_tighten_kernel", Recorder())
+    knn.knn(torch.eye(3, device="cuda" if torch.cuda.is_available() else "cpu"), 2)
+    assert [launch["enable_fp_fusion"] for launch in launches] == [False]
+
+
+def test_published_weights_are_not_approximations():
+    """Triton's float32 exponential and division are: ex2.approx and div.full, off by some units in the last place."""
+    pytest.importorskip("triton", reason="there is no triton for this platform")
+    kernel = next(kernel for kernel in KERNELS if kernel[1] == "_weigh_float32_kernel")
+    assert compiled(90, [kernel])[0]["rounded_otherwise"] == []
 
 
 def main(capability: int, kernels: list, options: dict) -> None:
@@ -117,9 +146,11 @@ def main(capability: int, kernels: list, options: dict) -> None:
             usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
         shared = binary.metadata.shared
+        rounded_otherwise = re.findall(r"fma\.\S*f32|div\.full\S*|\S+\.approx\S*", binary.asm["ptx"])
         rows.append(
             {"kernel": name, "registers": int(registers), "stack_bytes": int(stack), "shared_bytes": shared}
             | {"warps": warps}
+            | {"rounded_otherwise": sorted(set(rounded_otherwise))}
         )
     print(json.dumps(rows))
 

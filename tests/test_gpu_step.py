@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of a training step where only a GPU can tell: large addresses, other devices, other streams."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastreid_u.kernels import cluster_nce as nce
+from fastreid_u.kernels import momentum_update as update
+from fastreid_u.kernels import proxy_nce as proxies
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+ROWS, D, T = 2**20 + 1, 2048, 0.1  # the last row begins at element 2**31
+
+
+@pytest.fixture
+def large():
+    """A memory of zeros but for its last row, and that row in float64."""
+    need = 20e9
+    if torch.cuda.mem_get_info()[0] < need:
+        pytest.skip(f"needs {need / 1e9:.0f} GB of free memory on the GPU")
+    memory = torch.zeros(ROWS, D, dtype=torch.float16, device="cuda")
+    memory[-1, :2] = torch.tensor([0.6, 0.8], device="cuda")
+    return memory, memory[-1].double()
+
+
+def batch():
+    x = torch.randn(3, D, generator=torch.Generator().manual_seed(0))
+    x[:, 0] += 40
+    return x.cuda()
+
+
+def expected(x, row, others):
+    """Loss and gradients towards ``row``, beside ``others`` rows of zeros."""
+    x, row = x.double().requires_grad_(), row.clone().requires_grad_()
+    logit = F.normalize(x, dim=1) @ row / T
+    loss = ((others + logit.exp()).log() - logit).mean()
+    return loss.detach(), *torch.autograd.grad(loss, (x, row))
+
+
+def assert_near(found, wanted):
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_cluster_nce_past_two_to_the_31(large, lean):
+    memory, row = large
+    x, targets = batch().requires_grad_(), torch.full((3,), ROWS - 1, device="cuda")
+    memory.requires_grad_()
+    loss = nce.cluster_nce(x, targets, memory, temperature=T, lean=lean)
+    loss.backward()
+    for found, wanted in zip(
+        (loss.detach(), x.grad, memory.grad[-1]), expected(x.detach(), row, ROWS - 1), strict=True
+    ):
+        assert_near(found, wanted)
+
+
+@pytest.mark.parametrize("hard_negatives", [50, None])
+def test_proxy_nce_past_two_to_the_31(large, hard_negatives):
+    memory, row = large
+    x, clusters = batch().requires_grad_(), torch.arange(ROWS, device="cuda")
+    ids = torch.full((3,), ROWS - 1, device="cuda"), torch.zeros(3, dtype=torch.int64, device="cuda")
+    loss = proxies.proxy_nce(
+        x, *ids, memory, clusters, torch.zeros_like(clusters), temperature=T, hard_negatives=hard_negatives
+    )
+    loss.backward()
+    wanted = expected(x.detach(), row, hard_negatives or ROWS - 1)
+    assert_near(loss.detach(), wanted[0])
+    assert_near(x.grad, wanted[1])
+
+
+@pytest.mark.parametrize("rule", ["sequential", "index", "push"])
+def test_momentum_update_past_two_to_the_31(large, rule):
+    memory, row = large
+    x, targets = batch()[:1], torch.full((1,), ROWS - 1, device="cuda")
+    index = torch.full((ROWS,), -1, device="cuda")
+    index[-1] = 0
+    update.momentum_update_(memory, x, targets, rule=rule, index=index, push_weight=0.0)
+    sample = F.normalize(x.double(), dim=1)[0]
+    pull = 1 - sample @ row if rule == "push" else 1  # 0.1 of the row and 0.9 of the sample, or 0.9 (1 - s) of the way
+    wanted = F.normalize(row - 0.9 * pull * (row - sample), dim=0)
+    torch.testing.assert_close(memory[-1].double(), wanted, atol=2e-3, rtol=0)
+    assert memory[:-1].count_nonzero() == 0
+
+
+def step(device):
+    x, memory = batch().to(device).requires_grad_(), F.normalize(torch.eye(9, D)).to(device)
+    targets = torch.tensor([0, 3, 8], device=device)
+    nce.cluster_nce(x, targets, memory).backward()
+    update.momentum_update_(memory, x.detach(), targets, rule="hard")
+    return x.grad.cpu(), memory.cpu()
+
+
+def test_a_step_on_another_stream():
+    wanted = step("cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        found = step("cuda")
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_step_on_a_device_that_is_not_the_current_one():
+    wanted = step("cuda:0")
+    for one, other in zip(step("cuda:1"), wanted, strict=True):
+        torch.testing.assert_close(one, other)
