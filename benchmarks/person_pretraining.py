@@ -31,7 +31,7 @@ def main() -> int:
     options = parser.parse_args()
     others = load_dataset("synthetic", **OTHERS)
     pretrained = trained(others, supervised(others), options.logs / "weights", weights=None, **SMALL, **LONG)
-    print(f"{'':28}{'mAP %':>8}{'top-1 %':>9}")
+    print(f"{'':33}{'mAP %':>8}{'top-1 %':>9}")
     row("its own test people", pretrained.last)
     for name, weights in (
         ("random weights", None),
@@ -66,7 +66,7 @@ def trained(dataset: ReIDDataset, method: type, folder: Path, **settings: Any) -
 
 
 def row(name: str, record: dict[str, Any]) -> None:
-    print(f"{name:28}{100 * record['mAP']:8.1f}{100 * record['top1']:9.1f}", flush=True)
+    print(f"{name:33}{100 * record['mAP']:8.1f}{100 * record['top1']:9.1f}", flush=True)
 
 
 if __name__ == "__main__":
