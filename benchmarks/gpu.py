@@ -105,6 +105,7 @@ def kernels(options: Options) -> list[Case]:
     cases = []
     for f in files:
         out = scratch(options) / f"{f.stem}.json"
+        out.unlink(missing_ok=True)  # a run that is killed early must not be given an older one's figures
         command = [*PYTEST, *PLAIN, "-p", "no:benchmark", "-p", "gpu_stopwatch", f"--stopwatch-json={out}", str(f)]
         command += ["-k", "tiny"] if options.dry_run else []
         cases.append(Case(f.stem, command, lambda _, out=out: benchmark_figures(out), BESIDE))
@@ -149,8 +150,11 @@ def pytest_counts(output: str) -> dict[str, Any]:
 
 
 def sanitizer_errors(output: str) -> dict[str, Any]:
-    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", output)
-    return {"errors": sum(map(int, found)) if found else None}
+    """The total; a second line like it counts those that were not printed. Without a summary the tool saw nothing."""
+    found = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:errors?|hazards? displayed)\b(?! were)", output)
+    if found is None:
+        raise ValueError("compute-sanitizer printed no summary")
+    return {"errors": int(found[1])}
 
 
 def benchmark_figures(path: Path) -> dict[str, Any]:
@@ -180,6 +184,7 @@ def run_case(case: Case, seconds: float, options: Options) -> dict[str, Any]:
             process.wait()
         log.seek(0)
         output = log.read()
+    (scratch(options) / f"{case.name}.log").write_text(output)  # whole: of a sanitizer's report the head matters
     record = {
         "status": status,
         "seconds": round(time.monotonic() - begin, 1),
@@ -253,6 +258,8 @@ def commit() -> str:
     """The commit that is measured; $FASTREID_U_COMMIT where the tree is a copy without its history."""
     if name := os.environ.get("FASTREID_U_COMMIT"):
         return name
+    if shutil.which("git") is None:
+        return "unknown"
     head = subprocess.run(
         ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
