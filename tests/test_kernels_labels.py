@@ -252,7 +252,8 @@ def test_float32_encoding_is_the_published_arithmetic(clustered, n, k1, k2):
     assert (mass.dtype, total) == (torch.float32, 1)
     np.testing.assert_array_equal(crow.numpy(), expected.indptr)
     np.testing.assert_array_equal(col.numpy(), expected.column)
-    np.testing.assert_allclose(mass.numpy(), expected.value, rtol=4e-7, atol=0)
+    # a GPU's float32 exponential and quotient are each a few roundings off
+    np.testing.assert_allclose(mass.numpy(), expected.value, rtol=4e-7 if DEVICE.type == "cpu" else 1.5e-6, atol=0)
 
 
 def test_float32_sums_run_in_rank_order():
