@@ -101,6 +101,16 @@ def test_reads_what_the_tools_print(gpu):
     for count in (0, 3):
         line = f"========= RACECHECK SUMMARY: {count} hazards displayed ({count} errors, 0 warnings)"
         assert gpu.sanitizer_errors(line) == {"errors": count}
+    summary = "========= ERROR SUMMARY: 7 errors"
+    torchs = "=========     at void at::native::_scatter_kernel<float>(T1 *)+0x10 in ScatterGather.cu:5"
+    assert gpu.sanitizer_errors(f"{torchs}\n{summary}") == {"errors": 7}
+    for at in (
+        "    at void fastreid_u::each_crew_kernel<fastreid_u::Bridge>(long, T1)+0x10",
+        "    at _filter_kernel+0x3440 in knn.py:42",
+        "Error: Race reported between Write access at _order_kernel+0x10 in knn.py:9",
+    ):
+        with pytest.raises(ValueError, match="7 errors, 1 lines name kernels of this library"):
+            gpu.sanitizer_errors(f"{torchs}\n========= {at}\n{summary}")
     with pytest.raises(ValueError, match="no summary"):  # so the case has failed
         gpu.sanitizer_errors("Error: Target application terminated before first instrumented API call")
     row = "fastreid_u 0.1.0\n  yes  _C cuda      DBSCAN on the GPU\n  no   faiss        optional: pip install\n"
