@@ -81,6 +81,7 @@ def grouped(
     return memory
 
 
+torch._dynamo.config.recompile_limit = 64  # of 8, the ninth size would be timed uncompiled
 RIVALS = {
     "fastreid_u": momentum_update_,
     "published loop": published_loop,

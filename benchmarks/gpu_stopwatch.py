@@ -10,7 +10,8 @@ It offers what the ``bench_*.py`` files use of pytest-benchmark (a call, ``pedan
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -76,16 +77,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
-def benchmark(request: pytest.FixtureRequest) -> Stopwatch:
+def benchmark(request: pytest.FixtureRequest) -> Iterator[Stopwatch]:
     marker = request.node.get_closest_marker("benchmark")
     watch = Stopwatch(request.node.name, marker.kwargs.get("group") if marker else None)
     request.config.stopwatches.append(watch)
-    return watch
+    yield watch
+    write(request.config)  # now: a stage that runs out of time kills this process
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    path = session.config.getoption("--stopwatch-json")
+    write(session.config)
+
+
+def write(config: pytest.Config) -> None:
+    path = config.getoption("--stopwatch-json")
     if path:
-        rows = [watch.row() for watch in session.config.stopwatches if watch.seconds]
-        with open(path, "w") as out:
-            json.dump({"benchmarks": rows}, out, default=float)
+        rows = [watch.row() for watch in config.stopwatches if watch.seconds]
+        part = Path(f"{path}.part")
+        part.write_text(json.dumps({"benchmarks": rows}, default=float))
+        part.replace(path)

@@ -22,7 +22,9 @@ BACKENDS = [
     "cpp",
     "reference",
     *(
-        pytest.param(name, marks=pytest.mark.skipif(missing(name) is not None, reason=str(missing(name))))
+        pytest.param(
+            name, marks=[pytest.mark.gpu, pytest.mark.skipif(missing(name) is not None, reason=str(missing(name)))]
+        )
         for name in ("cuda", "cupy")
     ),
 ]

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops of the pseudo-label step on a GPU give what they give on a CPU."""
 
+import os
+
 import pytest
 import torch
 
 from fastreid_u.ops._core import missing
+from fastreid_u.ops.dbscan import dbscan
 from fastreid_u.ops.jaccard import jaccard_distance, jaccard_graph
 from fastreid_u.ops.k_reciprocal import k_reciprocal_encoding
 from fastreid_u.ops.knn import knn
@@ -16,6 +19,15 @@ pytestmark = [
 ]
 # one row, powers of two and their neighbours, sizes past a buffer, a tile of products and a block of queries
 SIZES = [1, 2, 63, 64, 65, 511, 513, 1000, 2049, 8191, 8193, 12_936]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_cores():
+    """What is expected comes from the CPU, at sizes for which one thread would take minutes of the GPU's time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    yield
+    torch.set_num_threads(before)
 
 
 def assert_same_neighbours(x, k, gallery=None):
@@ -176,10 +188,22 @@ def test_pseudo_labels_of_collapsed_data_in_memory_of_o_n(clustered, case, backe
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_labels_do_not_depend_on_the_order_of_atomics(clustered, backend):
-    x = clustered(8000, 32, spread=1.5).cuda()
-    found = [pseudo_labels(x, eps=[0.5, 0.7], backend=backend) for _ in range(5)]
-    assert all(torch.equal(labels, found[0]) for labels in found)
+@pytest.mark.parametrize("n", [33, 257, 8001])
+def test_labels_do_not_depend_on_the_order_of_atomics(clustered, n, backend):
+    x = clustered(n, 32, number=n, spread=1.5)
+    near = knn(x, 30)
+    expected = pseudo_labels(x, eps=[0.5, 0.7], knn=near, backend="cpp")
+    near = tuple(part.cuda() for part in near)
+    for _ in range(5):
+        assert torch.equal(pseudo_labels(x.cuda(), eps=[0.5, 0.7], knn=near, backend=backend).cpu(), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_labels_of_rows_that_start_anywhere_in_memory(clustered, backend):
+    x = clustered(999, 33)
+    memory = torch.full((1 + x.numel(),), torch.nan, device="cuda")
+    memory[1:] = x.flatten().cuda()
+    assert torch.equal(pseudo_labels(memory[1:].view(999, 33), backend=backend).cpu(), pseudo_labels(x))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -290,3 +314,31 @@ def test_addresses_past_two_to_the_31():
     far = (-(x[-1].double() - x[-2].double()).square().sum()).exp()
     assert abs(mass[-1].item() - (total / (1 + far)).round().item()) <= 1
     assert crow[-1] == 2 * n
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dbscan_on_another_stream_of_a_graph_that_starts_anywhere_in_memory(clustered, backend):
+    graph = jaccard_graph(clustered(2999, 32), radius=0.7)
+    crow, col, values = (part.cuda() for part in (graph.crow_indices(), graph.col_indices(), graph.values()))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        memory = torch.full((1 + len(values),), torch.nan, device="cuda")  # an error, if it is read too early
+        torch.cuda._sleep(50_000_000)
+        memory[1:] = values
+        late = torch.sparse_csr_tensor(crow, col, memory[1:], size=graph.shape)
+        found = dbscan(late, [0.5, 0.6], backend=backend)
+    stream.synchronize()
+    assert torch.equal(found.cpu(), dbscan(graph, [0.5, 0.6], backend="cpp"))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_labels_on_a_device_that_is_not_the_current_one(clustered, backend):
+    x = clustered(999, 32)
+    found = pseudo_labels(x.to("cuda:1"), backend=backend)
+    assert found.device == torch.device("cuda:1")
+    assert torch.equal(found.cpu(), pseudo_labels(x))
+    graph = jaccard_graph(x, radius=0.7)
+    assert torch.equal(dbscan(graph.to("cuda:1"), 0.6, backend=backend).cpu(), dbscan(graph, 0.6, backend="cpp"))
+    assert torch.cuda.current_device() == 0

@@ -95,13 +95,48 @@ def test_a_case_without_figures_has_failed(gpu, options):
 def test_reads_what_the_tools_print(gpu):
     assert gpu.pytest_counts("2 failed, 31 passed, 4 skipped in 5.2s") == {"failed": 2, "passed": 31, "skipped": 4}
     assert gpu.sanitizer_errors("========= ERROR SUMMARY: 3 errors") == {"errors": 3}
-    assert gpu.sanitizer_errors("========= RACECHECK SUMMARY: 0 hazards displayed") == {"errors": 0}
-    assert gpu.sanitizer_errors("") == {"errors": None}
+    more = "\n========= ERROR SUMMARY: 2742 errors were not printed. Use --print-limit option to adjust the number of"
+    assert gpu.sanitizer_errors(f"========= ERROR SUMMARY: 2752 errors{more}") == {"errors": 2752}
+    assert gpu.sanitizer_errors("========= ERROR SUMMARY: 1 error") == {"errors": 1}
+    for count in (0, 3):
+        line = f"========= RACECHECK SUMMARY: {count} hazards displayed ({count} errors, 0 warnings)"
+        assert gpu.sanitizer_errors(line) == {"errors": count}
+    summary = "========= ERROR SUMMARY: 7 errors"
+    torchs = "=========     at void at::native::_scatter_kernel<float>(T1 *)+0x10 in ScatterGather.cu:5"
+    assert gpu.sanitizer_errors(f"{torchs}\n{summary}") == {"errors": 7}
+    for at in (
+        "    at void fastreid_u::each_crew_kernel<fastreid_u::Bridge>(long, T1)+0x10",
+        "    at _filter_kernel+0x3440 in knn.py:42",
+        "Error: Race reported between Write access at _order_kernel+0x10 in knn.py:9",
+    ):
+        with pytest.raises(ValueError, match="7 errors, 1 lines name kernels of this library"):
+            gpu.sanitizer_errors(f"{torchs}\n========= {at}\n{summary}")
+    with pytest.raises(ValueError, match="no summary"):  # so the case has failed
+        gpu.sanitizer_errors("Error: Target application terminated before first instrumented API call")
     row = "fastreid_u 0.1.0\n  yes  _C cuda      DBSCAN on the GPU\n  no   faiss        optional: pip install\n"
     assert gpu.capabilities(row) == {"_C cuda": "DBSCAN on the GPU", "faiss": None}
     shown = subprocess.run([sys.executable, "-m", "fastreid_u"], capture_output=True, text=True, check=True).stdout
     assert {"python", "torch", "gpu", "_C cuda", "faiss"} <= set(gpu.capabilities(shown))
     assert [gpu.folder_name(name) for name in ("NVIDIA H200", "NVIDIA A100-SXM4-40GB")] == ["h200", "a100-sxm4-40gb"]
+
+
+def test_a_killed_benchmark_leaves_what_it_measured(gpu, options, tmp_path, monkeypatch):
+    (tmp_path / "pytest.ini").write_text("[pytest]\npython_functions = bench_*\n")
+    (tmp_path / "bench_two.py").write_text(
+        "import os\n"
+        "def bench_quick(benchmark): benchmark.pedantic(int)\n"
+        "def bench_killed(benchmark): os.kill(os.getpid(), 9)\n"
+    )
+    monkeypatch.setattr(gpu, "HERE", tmp_path)
+    full = dataclasses.replace(options, dry_run=False)
+    stale = gpu.scratch(full) / "bench_two.json"
+    stale.write_text('{"benchmarks": [{"name": "of an older run"}]}')
+    (case,) = gpu.kernels(full)
+    assert not stale.exists()
+    case = dataclasses.replace(case, environment={"PYTHONPATH": str(ROOT / "benchmarks")})
+    assert not gpu.run_stage("kernels", [case], options)
+    record = stored(options, "kernels")["bench_two"]
+    assert (record["status"], list(record["figures"])) == ("failed", ["bench_quick"])
 
 
 def test_stages_cover_the_repository(gpu, options):
@@ -110,7 +145,7 @@ def test_stages_cover_the_repository(gpu, options):
     assert {case.name for case in gpu.kernels(full)} == {f.stem for f in (ROOT / "benchmarks").glob("bench_*.py")}
     tests = {case.name for case in gpu.test(full)}
     assert {f.stem for f in (ROOT / "tests").glob("test_gpu_*.py")} - tests == {"test_gpu_stages"}
-    assert {"test_kernels_step", "test_kernels_labels"} <= tests
+    assert {"test_kernels_step", "test_kernels_labels", "test_dbscan"} <= tests
     assert {case.name for case in gpu.sanitizer(full)} == {"plain", *gpu.TOOLS}
 
 

@@ -216,6 +216,15 @@ def configure(folder: Path, setting: str, **environment: str) -> subprocess.Comp
     return call(cmake, "-S", ROOT, "-B", folder, *define, check=False, **environment)
 
 
+@pytest.mark.skipif(not _env.nvcc().present, reason=f"no nvcc: {_env.nvcc().detail}")
+def test_architectures_follow_the_environment_in_a_used_build_folder(tmp_path: Path) -> None:
+    pybind11 = pytest.importorskip("pybind11").get_cmake_dir()
+    for named, flag in (("", "all-major"), ("90-real", "sm_90"), ("", "all-major"), ("80-real", "sm_80")):
+        done = configure(tmp_path, "ON", CUDAARCHS=named, pybind11_DIR=pybind11, CMAKE_GENERATOR="Unix Makefiles")
+        assert done.returncode == 0, done.stderr
+        assert flag in (tmp_path / "CMakeFiles" / "_C.dir" / "flags.make").read_text()
+
+
 def test_requiring_cuda_without_nvcc_is_a_clear_error(tmp_path: Path) -> None:
     done = configure(tmp_path, "ON", CUDACXX=str(tmp_path / "no-such-nvcc"))
     assert done.returncode != 0
