@@ -15,6 +15,7 @@ hold on real images, and the reverse.
 import argparse
 import datetime
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy import stats
 
 import fastreid_u
 
@@ -179,7 +181,10 @@ def run(name: str, arm: str, seed: int, options: argparse.Namespace) -> None:
 
 
 def table(folder: Path, name: str) -> str:
-    """Markdown: mean and standard deviation over seeds, and so for the differences, which are taken seed by seed."""
+    """Markdown: mean and standard deviation over seeds, and so for the differences, which are taken seed by seed.
+
+    A difference is bold where a paired t test, two-sided, makes chance less likely than one in twenty.
+    """
     lines = ["| arm | centred | runs | mAP % | top-1 % | ARI | mAP, difference |", "|---|---|---|---|---|---|---|"]
     records = _records(folder, name)
     mean_ap = {arm: {r["seed"]: 100 * r["mAP"] for r in own} for arm, own in records.items()}
@@ -192,7 +197,7 @@ def table(folder: Path, name: str) -> str:
         lines.append(
             f"| {arm} | {'on' if own[0]['centred'] else 'off'} | {len(own)} | {_spread(list(mean_ap[arm].values()))} | "
             f"{_spread([100 * r['top1'] for r in own])} | {statistics.mean(r['ari'] for r in own):.2f} | "
-            + (f"**{_spread(pairs, '+')}** to {other} |" if pairs else "|")
+            + (f"{_difference(pairs)} to {other} |" if pairs else "|")
         )
     return "\n".join(lines)
 
@@ -241,6 +246,14 @@ def _records(folder: Path, name: str) -> dict[str, list[dict[str, Any]]]:
 
 def _spread(values: list[float], sign: str = "") -> str:
     return f"{statistics.mean(values):{sign}.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def _difference(pairs: list[float]) -> str:
+    text = _spread(pairs, "+")
+    if len(pairs) < 2:
+        return text
+    bar = stats.t.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    return f"**{text}**" if abs(statistics.mean(pairs)) > bar else text
 
 
 def _slug(text: str) -> str:

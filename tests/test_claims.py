@@ -70,12 +70,16 @@ def test_a_run_leaves_one_file_and_is_not_repeated(claims, tmp_path, monkeypatch
 def test_the_table_shows_mean_spread_and_what_was_not_run(claims, tmp_path):
     (tmp_path / "gem").mkdir()
     base = {"top1": 0.8, "ari": 0.9, "centred": True}
-    for seed, (average, gem) in enumerate([(0.80, 0.75), (0.84, 0.77)]):
+    for seed, (average, gem) in enumerate([(0.80, 0.75), (0.84, 0.77), (0.82, 0.76)]):
         for arm, value in (("average", average), ("GeM", gem)):
             record = {**base, "arm": arm, "seed": seed, "mAP": value}
             (tmp_path / "gem" / f"{arm}-{seed}.json").write_text(json.dumps(record))
-    shown = claims.table(tmp_path, "gem")
-    assert "| GeM | on | 2 | 76.0 ± 1.4 | 80.0 ± 0.0 | 0.90 | **-6.0 ± 1.4** to average |" in shown, "an honest table"
+        shown = claims.table(tmp_path, "gem")
+        if seed == 1:  # -5 and -7 may still be chance
+            assert "| GeM | on | 2 | 76.0 ± 1.4 | 80.0 ± 0.0 | 0.90 | -6.0 ± 1.4 to average |" in shown, (
+                "an honest table"
+            )
+    assert "| GeM | on | 3 | 76.0 ± 1.0 | 80.0 ± 0.0 | 0.90 | **-6.0 ± 1.0** to average |" in shown
     assert "| eps falling | | 0 | not run |" in claims.table(tmp_path, "eps")
     claims.draw(tmp_path, tmp_path / "claims.png")
     assert (tmp_path / "claims.png").stat().st_size > 10_000
