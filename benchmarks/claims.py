@@ -229,7 +229,7 @@ def draw(folder: Path, path: Path) -> None:
                 panel.plot(values, [row] * len(values), "o", color=colour, markersize=4)
         panel.set_yticks(range(len(claim.arms)), claim.arms)
         panel.invert_yaxis()
-        panel.set_title(claim.question, loc="left", fontsize="small")
+        panel.set_title(claim.question, loc="left", x=-0.46, fontsize="small")
         panel.tick_params(labelsize="small")
         panel.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("mAP %; a dot is a seed; grey = not centred per camera", fontsize="small")
