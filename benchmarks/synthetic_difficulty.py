@@ -26,6 +26,7 @@ import fastreid_u
 from fastreid_u.data import ReIDDataset, load_dataset
 from fastreid_u.data.synthetic import SyntheticConfig
 from fastreid_u.methods.cluster_contrast import ClusterContrast
+from fastreid_u.recipe import Recipe
 
 STRIPES = 8
 
@@ -65,17 +66,11 @@ def baselines(dataset: ReIDDataset) -> None:
 
 
 def learned(dataset: ReIDDataset, unsupervised: bool, epochs: int | None) -> None:
-    class Supervised(ClusterContrast):
-        """The true identities in place of clusters."""
-
-        name, title = "supervised", "Supervised reference"
-
-        def label(self, features: torch.Tensor, epoch: int) -> torch.Tensor:
-            pids = torch.tensor([sample.pid for sample in dataset.train])
-            return pids.unique(return_inverse=True)[1].to(features.device)
-
     shared: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
-    trials = [("supervised", Supervised, {}), ("unsupervised", ClusterContrast, {"center_per_camera": True})]
+    trials = [
+        ("supervised", supervised(dataset, ClusterContrast), {}),
+        ("unsupervised", ClusterContrast, {"center_per_camera": True}),
+    ]
     trials.append(("unsupervised, not centred", ClusterContrast, {"center_per_camera": False}))
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, method, own) in enumerate(trials if unsupervised else trials[:1]):
@@ -89,6 +84,19 @@ def learned(dataset: ReIDDataset, unsupervised: bool, epochs: int | None) -> Non
                 r.get("seconds", {}).get(part, 0) for r in run.records for part in ("extract", "label", "fit")
             )
             row(f"{name}, {run.config.epochs} epochs", run.last["mAP"], run.last["top1"], seconds)
+
+
+def supervised(dataset: ReIDDataset, method: type[Recipe]) -> type[Recipe]:
+    """``method`` with the true identities in place of clusters."""
+
+    class Supervised(method):
+        name, title = "supervised", "Supervised reference"
+
+        def label(self, features: torch.Tensor, epoch: int) -> torch.Tensor:
+            pids = torch.tensor([sample.pid for sample in dataset.train])
+            return pids.unique(return_inverse=True)[1].to(features.device)
+
+    return Supervised
 
 
 def score(dataset: ReIDDataset, query: np.ndarray, gallery: np.ndarray) -> tuple[float, float]:
