@@ -77,7 +77,11 @@ def core_cuda() -> Capability:
     if not core().present:
         return Capability(name, False, "_C is missing")
     if not _ext.core().built_with_cuda:
-        return Capability(name, False, "_C was built without nvcc; reinstall with nvcc on PATH and FASTREID_U_CUDA=ON")
+        return Capability(
+            name,
+            False,
+            "_C was built without nvcc: install [cupy], or reinstall with nvcc on PATH and FASTREID_U_CUDA=ON",
+        )
     if not gpu().present:
         return Capability(name, False, f"built, but {gpu().detail}")
     return Capability(name, True, "DBSCAN on the GPU")

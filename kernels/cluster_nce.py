@@ -621,7 +621,8 @@ def cluster_nce_bwd(
     if lean:
         tile = DENSE_FORWARD_TILE if dense else FORWARD_TILE
         tile_b, tile_c, tile_d, tile_warps = tile[_number_bytes(x, memory)]
-        width = min(c, max(LEAN_BYTES // (4 * len(logits)) // tile_c, 1) * tile_c)
+        # at least a tile, and no more of them than the second axis of a grid has
+        width = min(c, max(1, min(LEAN_BYTES // (4 * len(logits)) // tile_c, 65_535)) * tile_c)
         logits = torch.empty(len(logits), width, dtype=torch.float32, device=x.device)
     splits = min(triton.cdiv(96, grid[0] * grid[1]), triton.cdiv(width, 8 * block_c))
     tiles = triton.cdiv(triton.cdiv(width, block_c), splits)

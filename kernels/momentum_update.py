@@ -136,7 +136,8 @@ def _nearest_other_kernel(
     B, C, D,
     HAS_FOUND_INF: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    me, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    # Neighbouring programs take other samples and the same rows. One axis for both: a second one ends at 65,535 blocks.
+    me, block, blocks = tl.program_id(0) % B, tl.program_id(0) // B, tl.cdiv(C, BLOCK_C)
     if HAS_FOUND_INF:  # noqa: SIM102 - this one is decided by the compiler
         if tl.load(found_inf_ptr) != 0:
             return
@@ -399,7 +400,7 @@ def momentum_update_(
                 torch.empty(b, d, dtype=torch.float32, device=x.device),
             )
         if rule == "push" and c > 0:
-            _nearest_other_kernel[(b, blocks)](
+            _nearest_other_kernel[(b * blocks,)](
                 memory, targets, flags[0], *scratch, *memory.stride(), targets.stride(0), b, c, d,
                 HAS_FOUND_INF=found_inf is not None, BLOCK_B=SAMPLES, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K, num_warps=4,
             )  # fmt: skip

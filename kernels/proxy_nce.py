@@ -61,13 +61,17 @@ def _proxy_nce_logits_kernel(
     NORMALIZE: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    # Neighbouring programs take other samples and the same proxies: a tile of the memory comes from DRAM once.
-    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    # Neighbouring programs take other samples and the same proxies: a tile of the memory comes from DRAM once. One
+    # axis for both, since a second one ends at 65,535 tiles.
+    tiles_b = tl.cdiv(B, BLOCK_B)
+    first_b = tl.program_id(0) % tiles_b * BLOCK_B
+    first_q = tl.program_id(0) // tiles_b * BLOCK_Q
+    b = first_b + tl.arange(0, BLOCK_B)
+    q = first_q + tl.arange(0, BLOCK_Q)
     d = tl.arange(0, BLOCK_D)
     # Scalar 64-bit bases and 32-bit offsets within a tile: tiles of 64-bit pointers would spill.
-    x_ptr += (tl.program_id(0) * BLOCK_B).to(tl.int64) * stride_x
-    memory_ptr += (tl.program_id(1) * BLOCK_Q).to(tl.int64) * stride_m
+    x_ptr += first_b.to(tl.int64) * stride_x
+    memory_ptr += first_q.to(tl.int64) * stride_m
     x_offset = tl.arange(0, BLOCK_B)[:, None] * stride_x + d[None, :]
     m_offset = tl.arange(0, BLOCK_Q)[None, :] * stride_m + d[:, None]
     acc = tl.zeros([BLOCK_B, BLOCK_Q], tl.float32)
@@ -87,7 +91,7 @@ def _proxy_nce_logits_kernel(
         inv_norm = 1.0 / tl.maximum(tl.sqrt(tl.sum(squares, axis=1)), EPS)
     tile = logits_ptr + b.to(tl.int64)[:, None] * stride_l + q[None, :]
     tl.store(tile, acc * (inv_norm * scale)[:, None], mask=(b < B)[:, None] & (q < Q)[None, :])
-    if tl.program_id(1) == 0:
+    if first_q == 0:
         tl.store(stats_ptr + INV_NORM * B + b, inv_norm, mask=b < B)
 
 
@@ -409,7 +413,7 @@ def proxy_nce_fwd(
         ids = [each.contiguous() for each in (clusters, cameras, proxy_clusters, proxy_cameras)]
         block_b, block_q, block_d, warps = FORWARD_TILE[_number_bytes(x, memory)]
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            _proxy_nce_logits_kernel[(triton.cdiv(b, block_b), triton.cdiv(n, block_q))](
+            _proxy_nce_logits_kernel[(triton.cdiv(b, block_b) * triton.cdiv(n, block_q),)](
                 x, memory, logits, stats, x.stride(0), memory.stride(0), logits.stride(0), b, n, d, 1 / temperature,
                 NORMALIZE=normalize, UPCAST=_upcast(x, memory), PRECISION=PRECISIONS[precision],
                 BLOCK_B=block_b, BLOCK_Q=block_q, BLOCK_D=block_d, num_warps=warps,

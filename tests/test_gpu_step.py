@@ -86,6 +86,38 @@ def test_momentum_update_past_two_to_the_31(large, rule):
     assert memory[:-1].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("rows", [2**21 + 33, 2**22 + 65])
+def test_more_rows_than_a_second_axis_of_a_grid_has_tiles(rows):
+    """All rows are zeros but the last two: what a program of the last tile does shows in the result."""
+    memory = torch.zeros(rows, 16, device="cuda")
+    memory[-2:, :2] = torch.tensor([[0.6, 0.8], [0.8, 0.6]], device="cuda")
+    x, last = batch()[:1, :16], torch.full((1,), rows - 1, device="cuda")
+    own, row = torch.arange(rows, device="cuda"), memory[-1].double()
+    sample = F.normalize(x.double(), dim=1)[0]
+    loss = proxies.proxy_nce(x, last, last, memory, own, own, temperature=T, hard_negatives=1)
+    logit = memory[-2:].double() @ sample / T
+    assert_near(loss, logit.logsumexp(0) - logit[1])
+    loss = nce.cluster_nce(x.requires_grad_(), last, memory, temperature=T, lean=True)
+    loss.backward()
+    assert_near(x.grad, gradient_beside_zeros(x, memory[-2:], rows - 2))
+    update.momentum_update_(memory, x.detach(), last, rule="push", momentum=0.1, push_weight=0.5)
+    shove = 0.5 * (1 + 0.96) * (row + memory[-2].double())
+    torch.testing.assert_close(
+        memory[-1].double(),
+        F.normalize(row - 0.9 * (1 - sample @ row) * (row - sample) - shove, dim=0),
+        atol=1e-5,
+        rtol=0,
+    )
+
+
+def gradient_beside_zeros(x, near, others):
+    """Of the loss of one sample whose class is the last row of ``near``, beside ``others`` rows of zeros."""
+    x = x.detach().double().requires_grad_()
+    logit = F.normalize(x, dim=1) @ near.double().T / T
+    loss = (others + logit.exp().sum()).log() - logit[0, -1]
+    return torch.autograd.grad(loss, x)[0]
+
+
 def step(device):
     x, memory = batch().to(device).requires_grad_(), F.normalize(torch.eye(9, D)).to(device)
     targets = torch.tensor([0, 3, 8], device=device)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fastreid_u.kernels import cluster_nce as nce
 from fastreid_u.kernels import momentum_update as update
+from fastreid_u.kernels import proxy_nce as proxies
 from fastreid_u.reference.cluster_nce import cluster_nce as reference_nce
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -272,3 +273,31 @@ def test_a_step_is_four_launches_and_reads_nothing_back(step_on_meta):
 def test_lean_memory_is_bounded(step_on_meta):
     _, scratch = step_on_meta(256, 1_000_000, 384)
     assert 2**20 < scratch <= 64 * 2**20
+
+
+@pytest.mark.parametrize("rows", [700, 5_000_000])
+@pytest.mark.parametrize("b", [1, 256])
+def test_grids_fit_however_many_rows(monkeypatch, b, rows):
+    """A GPU takes 2**31 - 1 programs along the first axis of a grid and 65,535 along the others."""
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: grids.append(grid)
+
+    for module in (nce, update, proxies):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Recorder())
+    x = torch.zeros(b, 256, device="meta", requires_grad=True)
+    memory = torch.zeros(rows, 256, device="meta", requires_grad=True)
+    targets, of_row = (torch.zeros(n, dtype=torch.int64, device="meta") for n in (b, rows))
+    for lean in (False, True):
+        nce.cluster_nce(x, targets, memory, lean=lean).backward()
+    for settings in ({"hard_negatives": 50}, {"hard_negatives": None}, {"scope": "camera"}):
+        proxies.proxy_nce(x, targets, targets, memory.detach(), of_row, of_row, **settings).backward()
+    for rule in ("sequential", "push"):
+        update.momentum_update_(memory.detach(), x.detach(), targets, rule=rule)
+    assert len(grids) >= 16
+    for first, *others in grids:
+        assert 1 <= first < 2**31
+        assert all(1 <= other < 2**16 for other in others)
