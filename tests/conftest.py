@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared fixtures. Turns Triton's interpreter on before anything imports triton: a kernel reads it when defined."""
 
+import contextlib
 import json
 import os
 import random
@@ -64,6 +65,21 @@ def seed():
 
 
 @pytest.fixture
+def poison(monkeypatch):
+    """Fresh memory full of nonsense: what a kernel forgets to write shows."""
+
+    def poisoned(make):
+        def made(*args, **kwargs):
+            fresh = make(*args, **kwargs)
+            return fresh.fill_(torch.nan if fresh.is_floating_point() else -7 if fresh.dtype != torch.bool else True)
+
+        return made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
 def clustered():
     """``clustered(n, d)`` makes (n, d) unit features around n / 12 identities, with a few outliers."""
 
@@ -122,6 +138,28 @@ def plant(tmp_path, jpeg):
         return tmp_path / folder
 
     return write
+
+
+@pytest.fixture
+def power_cut():
+    """``with power_cut(epoch):`` a training that breaks where it would fit that epoch."""
+    from fastreid_u.engine import loop
+
+    @contextlib.contextmanager
+    def cut(epoch):
+        fit = loop.fit_epoch
+
+        def fails(*given, **rest):
+            if given[5] == epoch:
+                raise RuntimeError("pulled the plug")
+            return fit(*given, **rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "fit_epoch", fails)
+            with pytest.raises(RuntimeError, match="pulled the plug"):
+                yield
+
+    return cut
 
 
 @pytest.fixture

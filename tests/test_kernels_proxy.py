@@ -13,6 +13,7 @@ from fastreid_u.ops import _device_flag
 from fastreid_u.ops.proxy_nce import _proxy_nce, _proxy_nce_backward, _triton, proxy_nce
 from fastreid_u.reference.proxy_nce import proxy_nce as reference
 
+pytestmark = pytest.mark.usefixtures("poison")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DEFAULTS = {
     "temperature": 0.07, "hard_negatives": 50, "scope": "all", "positives": "all", "normalize": True,
@@ -23,17 +24,7 @@ ALL = {"scope": "camera"}  # the backward multiplies by the whole memory
 
 
 @pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """``torch.empty`` full of NaN, and no flags: what a kernel forgets to write shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        made = empty(*args, **kwargs)
-        if made.device.type == "meta" or made.numel() == 0:
-            return made
-        return made.fill_(torch.nan if made.is_floating_point() else 2**30)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
+def no_flags(monkeypatch):
     monkeypatch.setattr(_device_flag, "_flags", {})
 
 

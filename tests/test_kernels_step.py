@@ -13,21 +13,10 @@ from fastreid_u.kernels import momentum_update as update
 from fastreid_u.kernels import proxy_nce as proxies
 from fastreid_u.reference.cluster_nce import cluster_nce as reference_nce
 
+pytestmark = pytest.mark.usefixtures("poison")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GOLDEN = ["cm_all_b50_d48_k23", "cm_random_b50_d48_k23", "cm_one_b64_d96_k40"]
 RULES = {"cm": "sequential", "hard": "hard"}
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """``torch.empty`` full of NaN: what a kernel forgets to write shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        made = empty(*args, **kwargs)
-        return made.fill_(torch.nan) if made.is_floating_point() and made.device.type != "meta" else made
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def batch(b, c, d, dtype=torch.float32, number=0):
