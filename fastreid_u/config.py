@@ -93,7 +93,7 @@ class Config:
     step_size: int = option(20, "epochs between learning-rate drops; 0 = never", source=LINEAGE)
     gamma: float = option(0.1, "factor of a learning-rate drop", source=LINEAGE)
     warmup_epochs: int = option(0, "epochs over which the learning rate rises linearly to lr; 0 = none", source=LINEAGE)
-    warmup_factor: float = option(0.1, "share of lr in the first warm-up epoch")
+    warmup_factor: float = option(0.1, "share of lr in the first warm-up epoch", source="DCCC, ICE")
     amp: str = option(
         "off",
         "bfloat16 autocast of the network; auto = where the CPU has it natively",
@@ -105,10 +105,10 @@ class Config:
     # evaluation
     eval_step: int = option(10, "epochs between evaluations; the last epoch is always evaluated", source=LINEAGE)
     eval_initial: bool = option(False, "also evaluate the network before training")
-    eval_batch_size: int = option(256, "images per batch in extraction", source=LINEAGE)
+    eval_batch_size: int = option(256, "images per batch in extraction; changes speed, not results")
     ap: str = option(
         "rank",
-        "formula of average precision; published code uses sklearn's, equal without ties",
+        "formula of average precision; most published code uses sklearn's, equal without ties",
         choices=("rank", "sklearn", "trapezoid"),
     )
 

@@ -107,9 +107,14 @@ class Recipe(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     Config: ClassVar[type[Config]] = Config
+    published: ClassVar[bool] = True  # False: a design or a reading of ours, with no published settings to depart from
+    published_model: ClassVar[str] = "best"  # the epoch that published runs report: "best" on the test split, or "last"
+    has_compat: ClassVar[bool] = False  # whether the recipe asks for ``config.compat``
     needs_cameras: ClassVar[bool] = False
     uses_source: ClassVar[bool] = False
     source_dials: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # of a source's reader, by name, unless the user says
+    if_none_cluster: ClassVar[str] = "Raise eps, lower min_samples or k1, or start from better weights"
+    if_all_cluster: ClassVar[str] = "Lower eps"
 
     def __init__(self, config: Config, images: Images, source: Images | None = None) -> None:
         self.config = config
@@ -117,7 +122,7 @@ class Recipe(ABC):
         self.source = source
         self.networks = nn.ModuleDict()
         if self.needs_cameras and images.camids is None:
-            raise ValueError(f"train: method {self.name!r} needs camera ids, and these data have none")
+            raise ValueError(f"train: method {self.name!r} needs images of two cameras or more")
         if self.uses_source and (source is None or source.pids is None):
             raise ValueError(f"train: method {self.name!r} needs source, a labelled data set to learn from, got none")
 
@@ -125,6 +130,10 @@ class Recipe(ABC):
     def describe_labels(cls, config: Config) -> str:
         """How labels are made, for the recipe card."""
         return f"k1 {config.k1}, k2 {config.k2}, eps {config.eps}, min_samples {config.min_samples}"
+
+    def label_settings(self, epoch: int) -> str:
+        """What decided this epoch's labels, for errors and warnings."""
+        return f"eps {self.eps(epoch)}, min_samples {self.config.min_samples}, k1 {self.config.k1}"
 
     # What is trained, and what is looked at
 

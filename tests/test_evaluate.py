@@ -32,6 +32,13 @@ def trained(dataset, folder):
     return run, (run.folder / "log.txt").read_text()
 
 
+def test_the_card_says_what_the_best_model_is_best_on(dataset, tmp_path):
+    _, log = trained(dataset, tmp_path / "a")
+    assert "model_best is chosen on the test split, as published" in log
+    run = fastreid_u.train(dataset, method="cap", logs_dir=tmp_path / "b", **SETTINGS | {"num_instances": 2})
+    assert "chosen on the test split; published: the last epoch" in (run.folder / "log.txt").read_text()
+
+
 def test_without_cameras(dataset, tmp_path):
     blind = dataclasses.replace(dataset, has_cameras=False)
     run, log = trained(blind, tmp_path)
@@ -45,6 +52,8 @@ def test_without_a_query_split_known_identities_are_ranked_against_each_other(da
     assert 0 < run.last["mAP"] <= 1
     assert run.last["queries"] == len(dataset.train)
     assert "which flatters the network" in log
+    assert "model_best is chosen on the training images themselves\n" in log
+    assert "at epoch 0, on the training images themselves" in log
 
 
 def test_without_query_split_and_identities_nothing_is_evaluated(dataset, tmp_path):
@@ -54,6 +63,7 @@ def test_without_query_split_and_identities_nothing_is_evaluated(dataset, tmp_pa
     assert run.last["ari"] is None
     assert run.best is None
     assert "nothing to evaluate" in log
+    assert "no model_best" in log
 
 
 def ranked(features, pids, camids, queries, has_cameras=True, ap="rank"):

@@ -243,7 +243,7 @@ def test_unreadable_images_sit_out():
 
 
 def test_data_without_cameras_are_refused():
-    with pytest.raises(ValueError, match="method 'cap' needs camera ids, and these data have none"):
+    with pytest.raises(ValueError, match="method 'cap' needs images of two cameras or more"):
         CAP(CAPConfig(), Images(4))
 
 

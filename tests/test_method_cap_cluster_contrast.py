@@ -109,8 +109,15 @@ def test_one_camera_is_cluster_contrast():
 
 @pytest.mark.parametrize("reading", READINGS)
 def test_data_without_cameras_are_refused(reading):
-    with pytest.raises(ValueError, match=f"method '{reading.name}' needs camera ids, and these data have none"):
+    with pytest.raises(ValueError, match=f"method '{reading.name}' needs images of two cameras or more"):
         reading(reading.Config(), Images(4))
+
+
+@pytest.mark.parametrize("setting", [{"temp": 0.5}, {"momentum": 0.9}, {"use_hard": True}], ids=str)
+def test_the_proxy_reading_refuses_settings_of_a_memory_that_it_has_not(setting):
+    with pytest.raises(ValueError, match=r"must be left alone without a memory of clusters .*proxy_temp"):
+        CAPClusterContrastProxyConfig.for_dataset("synthetic", **setting)
+    CAPClusterContrastProxyConfig(cluster_weight=1.0, **setting)
 
 
 def test_published_settings_of_both_parents():

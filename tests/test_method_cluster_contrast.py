@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastreid_u import _env
+from fastreid_u.engine.loop import NoClustersError
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.methods.cluster_contrast_infomap import ClusterContrastInfomap, ClusterContrastInfomapConfig
 from fastreid_u.recipe import Batch, Images
@@ -111,6 +112,12 @@ def test_average_and_gem_pooling_are_both_to_be_had(smoke):
     assert "pooling.p" in gem.model.state_dict()
     assert "pooling.p" not in avg.model.state_dict()
     assert np.isfinite([gem.last["loss"], avg.last["loss"]]).all()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("infomap") is None, reason="infomap is not installed (extra [infomap])")
+def test_infomap_without_a_cluster_names_its_own_settings(smoke):
+    with pytest.raises(NoClustersError, match=r"un-clustered at Infomap, k1 8, min_similarity 1.0, .* Lower min_sim"):
+        smoke("cluster_contrast_infomap", min_similarity=1.0)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("infomap") is None, reason="infomap is not installed (extra [infomap])")

@@ -31,6 +31,11 @@ def test_eps_of_every_epoch_is_the_published_one(golden, setting):
     assert [recipe.eps(epoch) for epoch in range(config.epochs)] == pytest.approx(stored.tolist(), abs=1e-12)
 
 
+def test_the_update_has_one_name():
+    with pytest.raises(ValueError, match="use_hard must be False, as update_rule says"):
+        DCCCConfig(use_hard=True)
+
+
 def test_the_learning_rate_warms_up_as_published(golden):
     stored = golden("dccc_schedules")["lr_warmup10_base0.00035"]
     rates = [learning_rate(DCCCConfig(), epoch) for epoch in range(len(stored))]

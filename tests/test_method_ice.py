@@ -168,7 +168,7 @@ def test_groups_hold_many_cameras():
 
 
 def test_agnostic_ice_needs_no_cameras():
-    with pytest.raises(ValueError, match="method 'ice' needs camera ids, or camera_weight=0; these data have none"):
+    with pytest.raises(ValueError, match="method 'ice' needs images of two cameras or more, or camera_weight=0"):
         recipe(None, 40)
     ice = recipe(None, 40, camera_weight=0.0)
     features, labels = F.normalize(torch.randn(40, 8)), torch.arange(40) % 10

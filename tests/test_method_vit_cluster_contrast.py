@@ -43,7 +43,21 @@ def test_weights_of_dino_and_of_the_published_network_load(tmp_path, prefix, wra
     assert "head.mlp.0.weight" in model.card["weights"]
 
 
-def test_positions_of_a_third_size_are_refused(tmp_path):
+@pytest.mark.parametrize("size", [(128, 64), (96, 96)])
+def test_positions_of_another_grid_are_resampled(tmp_path, size):
+    """Crops twice as high as wide, or squares: bilinear, the class token's as it was."""
+    net = timm.create_model("test_vit", pretrained=False, num_classes=0, img_size=size)
+    rows, columns = (side // 16 for side in size)
+    slope = torch.arange(rows, dtype=torch.float32).repeat_interleave(columns)  # grows from row to row
+    net.pos_embed.data[0, 1:] = slope[:, None]
+    torch.save(net.state_dict(), tmp_path / "person.pth")
+    found = build_model("timm/test_vit", weights=tmp_path / "person.pth", image_size=(96, 32)).backbone.net.pos_embed
+    torch.testing.assert_close(found[0, 0], net.pos_embed[0, 0])
+    expected = ((torch.arange(6) + 0.5) * rows / 6 - 0.5).clamp(0, rows - 1)
+    torch.testing.assert_close(found[0, 1:, 0], expected.repeat_interleave(2))
+
+
+def test_positions_of_no_known_grid_are_refused(tmp_path):
     net = timm.create_model("test_vit", pretrained=False, num_classes=0, img_size=(96, 32))
     torch.save(net.state_dict(), tmp_path / "person.pth")
     with pytest.raises(ValueError, match=r"pos_embed must have shape"):

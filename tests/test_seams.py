@@ -164,7 +164,7 @@ def test_a_method_that_needs_cameras_says_so_before_any_work(plant, tmp_path):
         name, title, needs_cameras = "cameras", "Needs cameras", True
 
     folder = plant("crops", "a.jpg", "b.jpg")
-    with pytest.raises(ValueError, match="method 'cameras' needs camera ids, and these data have none"):
+    with pytest.raises(ValueError, match="method 'cameras' needs images of two cameras or more"):
         fastreid_u.train(
             str(folder), logs_dir=tmp_path / "run", method=Cameras, **{**SMALL, "center_per_camera": False}
         )

@@ -4,7 +4,7 @@
     config.toml                    what the run was told
     log.txt  metrics.jsonl         what it said, one JSON object per epoch
     model_last.safetensors .json   the network after the last finished epoch
-    model_best.safetensors .json   the network with the best mAP so far, where a query/gallery split exists
+    model_best.safetensors .json   the network with the best mAP so far, where there is something to rank
     state.safetensors              all that resuming needs, in ONE file, so that no crash can leave it half new
     curves.png
 

@@ -44,16 +44,16 @@ class Display:
 
     @contextmanager
     def hearing_warnings(self) -> Iterator[None]:
-        """Python warnings of the block become lines here, each text once; with ``quiet`` they go their usual way."""
-        if self.quiet:
-            yield
-            return
+        """Python warnings of the block become lines here, each text once; with ``quiet`` it also goes its usual way."""
         heard: set[str] = set()
+        usual = warnings.showwarning
 
         def show(message, category, filename, lineno, file=None, line=None) -> None:
             if (text := str(message)) not in heard:
                 heard.add(text)
                 self.line(f"warning: {text}")
+                if self.quiet:
+                    usual(message, category, filename, lineno, file, line)
 
         with warnings.catch_warnings():
             warnings.showwarning = show

@@ -161,14 +161,13 @@ def _look_at(s: Session, labels: np.ndarray, epoch: int) -> dict[str, Any]:
     health = label_health(labels, s.labels, pids)
     if health["clusters"] == 0:
         raise NoClustersError(
-            f"epoch {epoch}: all {len(labels)} images are un-clustered at eps {s.recipe.eps(epoch)}, min_samples "
-            f"{config.min_samples}, k1 {config.k1}. Raise eps, lower min_samples or k1, or start from better weights"
-            + ("" if epoch == 0 else "; finished epochs are saved")
+            f"epoch {epoch}: all {len(labels)} images are un-clustered at {s.recipe.label_settings(epoch)}. "
+            f"{s.recipe.if_none_cluster}" + ("" if epoch == 0 else "; finished epochs are saved")
         )
     if health["clusters"] == 1:
         s.display.line(
-            f"warning: epoch {epoch}: one cluster holds all clustered images; the loss is 0 and nothing is learned. "
-            f"Lower eps (now {s.recipe.eps(epoch)})"
+            f"warning: epoch {epoch}: one cluster holds all clustered images, so its labels tell nobody apart. "
+            f"{s.recipe.if_all_cluster} (now {s.recipe.label_settings(epoch)})"
             + ("" if config.center_per_camera else " or try center_per_camera=True")
         )
     return health

@@ -7,8 +7,9 @@ from typing import Any
 from fastreid_u.config import Config
 from fastreid_u.recipe import Recipe
 
-# Fields that say how a machine runs the recipe, or on what, not what the recipe is.
+# Fields that say how a machine runs the recipe, or on what, not what the recipe is; ``compat`` has a line of its own.
 _MACHINE = {
+    "compat",
     "workers",
     "cache_images",
     "channels_last",
@@ -25,12 +26,10 @@ def recipe_card(
     method: type[Recipe], config: Config, dataset: str, *, model: dict[str, Any], device: str, selects: str
 ) -> list[str]:
     """What this run is, and in what it departs from the published one."""
-    published = method.Config()
+    # Some settings are published per data set. The rendered set's are ours.
+    published = method.Config.for_dataset(dataset if dataset != "synthetic" else "")
     fields = dataclasses.fields(config)
     differing = [f for f in fields if f.name not in _MACHINE and getattr(config, f.name) != getattr(published, f.name)]
-    # iters and image size are published per dataset: equal to that row, they are no departure
-    row = method.Config.PER_DATASET.get(dataset, {}) if dataset != "synthetic" else {}
-    differing = [f for f in differing if f.name not in row or getattr(config, f.name) != row[f.name]]
 
     lines = [f"{method.title} on {dataset}, seed {config.seed}, {device}"]
     lines.append(
@@ -46,14 +45,20 @@ def recipe_card(
         f"x {config.num_instances} images, BatchNorm over {config.bn_group or config.batch_size}"
     )
     lines.append(f"  evaluation  AP formula {config.ap}; {selects}")
+    if method.has_compat:
+        how = "on: as" if config.compat else "off: not always as"
+        lines.append(f"  compat      {how} published code, docs/quirks.md")
+    elif config.compat:
+        lines.append("  compat      on, which changes nothing in this method")
+    recipe, whose = ("the published recipe", "published") if method.published else ("our own defaults", "default")
     if differing:
-        lines.append("  differs from the published recipe in:")
+        lines.append(f"  differs from {recipe} in:")
         width = max(len(f.name) for f in differing)
         for field in differing:
             ours, theirs = getattr(config, field.name), getattr(published, field.name)
-            lines.append(f"    {field.name:<{width}}  {ours!s:<10} published {theirs}")
+            lines.append(f"    {field.name:<{width}}  {ours!s:<10} {whose} {theirs}")
     else:
-        lines.append("  same settings as the published recipe")
+        lines.append(f"  same settings as {recipe}")
     return lines
 
 

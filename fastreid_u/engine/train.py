@@ -85,7 +85,7 @@ def train(
             an unbroken run on the same machine.
         overwrite: replace the run in ``logs_dir``.
         device: default a GPU if there is one, else the CPU.
-        quiet: print nothing; ``log.txt`` is written all the same.
+        quiet: print nothing; ``log.txt`` is written all the same. Python's warnings stay warnings, each once.
         data: options of the data set's reader, such as the dials of ``synthetic``.
         source_data: the same for the labelled set that a method's ``source`` names.
         **overrides: any field of the method's config, such as ``eps=0.5``.
@@ -142,7 +142,6 @@ def train(
         tables = {"run": run, "config": config.to_dict(), **options}
         checkpoint.write_text(folder / "config.toml", dump_toml(tables))
 
-    selects = "model_best is chosen on the test split, as published" if session.split else "no test split"
     for line in reid.table().splitlines():
         display.line(line)
     for note in reid.notes:
@@ -152,7 +151,7 @@ def train(
         for line in labelled.table().splitlines():
             display.line(line)
     display.line()
-    card = recipe_card(recipe_class, config, key, model=model.describe(), device=str(device), selects=selects)
+    card = recipe_card(recipe_class, config, key, model=model.describe(), device=str(device), selects=_selects(session))
     for line in [*card, f"  run folder  {folder}", ""]:
         display.line(line)
 
@@ -167,12 +166,24 @@ def train(
         display.line()
         for line in metric_block(run.last):
             display.line(line)
-        best = run.best
-        display.line(
-            f"last epoch {run.last['epoch']}; best mAP {best['mAP']:.1%} at epoch {best['epoch']}, on the test split"
-        )
+        best = f"best mAP {run.best['mAP']:.1%} at epoch {run.best['epoch']}, on the {_ranked_on(session)}"
+        display.line(f"last epoch {run.last['epoch']}; {best}")
     display.line(f"run folder: {folder}  (model_last.safetensors, curves.png, metrics.jsonl, log.txt)")
     return run
+
+
+def _ranked_on(session: Session) -> str:
+    return "test split" if session.split.queries is not None else "training images themselves"
+
+
+def _selects(session: Session) -> str:
+    """What model_best is, for the card."""
+    if session.split is None:
+        return "nothing to evaluate on, so no model_best"
+    text = f"model_best is chosen on the {_ranked_on(session)}"
+    if session.split.queries is None or not session.recipe.published:
+        return text
+    return f"{text}, as published" if session.recipe.published_model == "best" else f"{text}; published: the last epoch"
 
 
 def _load(

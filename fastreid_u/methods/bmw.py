@@ -48,6 +48,7 @@ class BMW(ClusterContrast):
     name = "bmw"
     title = "BMW"
     Config = BMWConfig
+    has_compat = True
 
     def update_rule(self) -> dict[str, Any]:
         # Published code moves one row after the other, so that a row may be pushed from one that has moved already.

@@ -125,6 +125,7 @@ class CACL(Recipe):
     name = "cacl"
     title = "CACL"
     Config = CACLConfig
+    has_compat = True
 
     @classmethod
     def describe_labels(cls, config: CACLConfig) -> str:

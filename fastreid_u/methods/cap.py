@@ -69,6 +69,8 @@ class CAP(Recipe):
     name = "cap"
     title = "CAP"
     Config = CAPConfig
+    has_compat = True
+    published_model = "last"
     needs_cameras = True
 
     def views(self) -> "tuple[View, ...]":

@@ -61,11 +61,14 @@ class CAPClusterContrast(ClusterContrast):
     name = "cap_cluster_contrast"
     title = "CAP + Cluster Contrast"
     Config = CAPClusterContrastConfig
+    published = False
+    has_compat = True
     needs_cameras = True
 
     def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> None:
-        super().begin_epoch(features, labels, epoch)
         c = self.config
+        if c.cluster_weight > 0:
+            super().begin_epoch(features, labels, epoch)
         kept = labels >= 0
         self.proxies = ProxyMemory.from_features(
             features[kept],
@@ -87,5 +90,6 @@ class CAPClusterContrast(ClusterContrast):
         return loss
 
     def update(self, x: Tensor, batch: Batch) -> None:
-        super().update(x, batch)
+        if self.config.cluster_weight > 0:
+            super().update(x, batch)
         self.proxies.update_(x, self.proxies.rows(batch.targets, batch.camids))

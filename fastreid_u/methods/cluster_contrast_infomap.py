@@ -43,6 +43,8 @@ class ClusterContrastInfomap(ClusterContrast):
     name = "cluster_contrast_infomap"
     title = "Cluster Contrast, Infomap labels"
     Config = ClusterContrastInfomapConfig
+    if_none_cluster = "Lower min_similarity or min_size, raise k1, or start from better weights"
+    if_all_cluster = "Raise min_similarity or lower k1"
 
     def __init__(self, config: ClusterContrastInfomapConfig, images: Images, source: Images | None = None) -> None:
         super().__init__(config, images, source)
@@ -52,6 +54,9 @@ class ClusterContrastInfomap(ClusterContrast):
     @classmethod
     def describe_labels(cls, config: ClusterContrastInfomapConfig) -> str:
         return f"Infomap, k1 {config.k1}, min_similarity {config.min_similarity}, min_size {config.min_size}"
+
+    def label_settings(self, epoch: int) -> str:
+        return self.describe_labels(self.config)
 
     def cluster(self, features: Tensor, epoch: int) -> Tensor:
         c = self.config

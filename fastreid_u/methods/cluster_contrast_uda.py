@@ -76,6 +76,8 @@ class ClusterContrastUDA(TwoDomains, SelfPaced, ClusterContrast):
     name = "cluster_contrast_uda"
     title = "SpCL + Cluster Contrast, domain adaptive"
     Config = ClusterContrastUDAConfig
+    published = False
+    has_compat = True
 
     @classmethod
     def describe_labels(cls, config: ClusterContrastUDAConfig) -> str:

@@ -40,6 +40,7 @@ class CSAHPSConfig(ClusterContrastConfig):
     )  # fmt: skip
 
     PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        **ClusterContrastConfig.PER_DATASET,
         "msmt17": {"eps": 0.7, "iters": 400},
         "personx": {"eps": 0.7},
         "synthetic": {**RENDERED, "temp": 0.1, "momentum": 0.8},
@@ -89,6 +90,7 @@ class CSAHPS(ClusterContrast):
     name = "csa_hps"
     title = "CSA + HPS (our design)"
     Config = CSAHPSConfig
+    published = False
 
     def build(self, model: nn.Module) -> None:
         super().build(model)

@@ -65,6 +65,8 @@ class DCCCConfig(ClusterContrastConfig):
             raise ValueError(f"config: tau_w must be positive, got {self.tau_w!r}")
         if self.eps_step < 1:
             raise ValueError(f"config: eps_step must be at least 1, got {self.eps_step!r}")
+        if self.use_hard:
+            raise ValueError("config: use_hard must be False, as update_rule says which images count, got True")
         for name in ("smooth", "soft_ce_weight", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"config: {name} must lie in [0, 1], got {getattr(self, name)!r}")

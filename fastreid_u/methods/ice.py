@@ -78,11 +78,12 @@ class ICE(Recipe):
     name = "ice"
     title = "ICE"
     Config = ICEConfig
+    has_compat = True
 
     def __init__(self, config: ICEConfig, images: Images, source: Images | None = None) -> None:
         super().__init__(config, images, source)
         if config.camera_weight > 0 and images.camids is None:
-            raise ValueError("train: method 'ice' needs camera ids, or camera_weight=0; these data have none")
+            raise ValueError("train: method 'ice' needs images of two cameras or more, or camera_weight=0")
 
     def build(self, model: "ReIDModel") -> None:
         super().build(model)

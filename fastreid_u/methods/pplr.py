@@ -78,7 +78,7 @@ class PPLR(Recipe):
     def __init__(self, config: PPLRConfig, images: Images, source: Images | None = None) -> None:
         super().__init__(config, images, source)
         if config.camera_weight > 0 and images.camids is None:
-            raise ValueError(f"train: method {self.name!r} needs camera ids, or camera_weight=0; these data have none")
+            raise ValueError(f"train: method {self.name!r} needs images of two cameras or more, or camera_weight=0")
 
     def build(self, model: "ReIDModel") -> None:
         """Beside the network a neck for each part, and a classifier without bias for the whole and for each part."""

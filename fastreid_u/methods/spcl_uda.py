@@ -79,6 +79,7 @@ class SpCLUDA(TwoDomains, SpCL):
     name = "spcl_uda"
     title = "SpCL, domain adaptive"
     Config = SpCLUDAConfig
+    has_compat = True
 
     def build(self, model: "ReIDModel") -> None:
         super().build(model)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an architecture's name to a network with weights."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastreid_u.models.batchnorm import set_bn_group
 from fastreid_u.models.pooling import make_pooling
@@ -87,20 +86,14 @@ def build_model(
         _fit_image_size(backbone, image_size)
     else:
         state = read_weights(file)
-        # A checkpoint of ours holds positions for its own image size, a pre-trained backbone for that size or timm's.
-        if is_reid_checkpoint(state) or not _positions_fit(backbone, state):
-            _fit_image_size(backbone, image_size)
-        source = str(load_weights(model, state, source=Path(file).name))
         _fit_image_size(backbone, image_size)
+        # A checkpoint of ours holds positions for its own image size, a pre-trained backbone for any.
+        if isinstance(backbone, TimmBackbone) and "pos_embed" in state and not is_reid_checkpoint(state):
+            state["pos_embed"] = backbone.resampled_positions(state["pos_embed"])
+        source = str(load_weights(model, state, source=Path(file).name))
     model.card["weights"] = source
     set_bn_group(model, bn_group, bn_running)
     return model
-
-
-def _positions_fit(backbone: nn.Module, state: Mapping[str, Tensor]) -> bool:
-    """Whether a file's learned positions are as many as the backbone has by itself."""
-    given = state.get("pos_embed")
-    return not isinstance(backbone, TimmBackbone) or given is None or given.shape[1] == backbone.positions
 
 
 def _fit_image_size(backbone: nn.Module, image_size: tuple[int, int]) -> None:

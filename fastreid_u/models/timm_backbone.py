@@ -5,7 +5,10 @@ Convolutional networks give their feature map, pooled like any other. Token netw
 does, by class token or mean, so ``pooling`` does not apply to them. Strides are timm's.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -68,6 +71,23 @@ class TimmBackbone(nn.Module):
         """Fit position embeddings to (height, width) images; nothing to do for a network that takes any size."""
         if hasattr(self.net, "set_input_size"):
             self.net.set_input_size(img_size=tuple(size))
+
+    def resampled_positions(self, given: Tensor) -> Tensor:
+        """Learned positions (1, T, D) of a square grid or one twice as high as wide, bilinearly on this network's grid.
+
+        Those of the class token and its like stay as they are. What is no such grid, or fits already, is returned.
+        """
+        extra = getattr(self.net, "num_prefix_tokens", 0)
+        if given.ndim != 3 or self.positions in (None, given.shape[1]):
+            return given
+        cells = given.shape[1] - extra
+        side, width = (math.isqrt(max(n, 0)) for n in (cells, cells // 2))
+        shape = (side, side) if side * side == cells else (2 * width, width)
+        if cells < 1 or shape[0] * shape[1] != cells:
+            return given
+        grid = given[:, extra:].float().transpose(1, 2).unflatten(2, shape)
+        fitted = F.interpolate(grid, size=self.net.patch_embed.grid_size, mode="bilinear", align_corners=False)
+        return torch.cat([given[:, :extra], fitted.flatten(2).transpose(1, 2).to(given.dtype)], dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.net(images)
