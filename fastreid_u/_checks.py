@@ -130,9 +130,9 @@ def require_marked(op: str, name: str, x: Tensor, mask_name: str, mask: Tensor, 
 
 
 def require_features(op: str, name: str, x: object) -> Tensor:
-    """What ops that run once an epoch take as features: (N, D), floating, finite; returned detached, in float32."""
+    """What ops that run once an epoch take as features: (N, D), floating, finite in float32; returned so, detached."""
     x = require_floating(op, name, require_2d(op, name, as_tensor(op, name, x)))
-    return require_finite(op, name, x.detach(), always=True).float()
+    return require_finite(op, name, x.detach().float(), always=True)  # float64 may hold more than float32 can
 
 
 def require_same_length(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def require_int_at_least(op: str, name: str, value: object, low: int) -> int:
 def require_positive(op: str, name: str, value: object) -> float:
     """``value`` is a finite real number above 0."""
     number = _real(op, name, value)
-    if not (number > 0 and math.isfinite(number)):
+    if not 0 < number < math.inf:  # which torch.compile can follow with a symbolic number
         raise ValueError(f"{op}: {name} must be positive and finite, got {value!r}")
     return number
 
@@ -189,6 +189,21 @@ def require_in_range(
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
         raise ValueError(f"{op}: {name} must lie in {interval}, got {value!r}")
     return number
+
+
+def one_or_more(op: str, name: str, value: object) -> tuple[list, bool]:
+    """One number or a sequence or array of them, as a list yet to be checked, and whether it was a sequence."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        value = value.tolist()
+    if isinstance(value, numbers.Real):
+        return [value], False
+    try:
+        values = list(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be a real number or a sequence of them, got {value!r}") from None
+    if not values:
+        raise ValueError(f"{op}: {name} must hold at least one number, got an empty sequence")
+    return values, True
 
 
 def require_choice(op: str, name: str, value: object, choices: Collection[str]) -> str:

@@ -270,9 +270,9 @@ class _Search:
         self.curve = zeta / beta**2
         self.rounding = 2.0**-19
         self.gallery = torch.zeros(m, self.width, dtype=torch.float16, device=device)
-        self.slack = torch.empty(m, device=device)
-        self.lift = torch.empty(m, device=device)
-        self.score = torch.empty(min(len(x), _TILE[0]) * min(m, _TILE[1]), device=device)
+        self.slack = torch.empty(m, dtype=torch.float32, device=device)
+        self.lift = torch.empty(m, dtype=torch.float32, device=device)
+        self.score = torch.empty(min(len(x), _TILE[0]) * min(m, _TILE[1]), dtype=torch.float32, device=device)
         step = max(1, _ENTRIES // dim)
         for first in range(0, m, step):
             part = slice(first, first + step)
@@ -303,15 +303,15 @@ class _Search:
         """Places in the order of visit of whatever can be among the first k, (rows, cap), and their counts (rows,)."""
         rows, device = len(x), x.device
         query = torch.zeros(rows, self.width, dtype=torch.float16, device=device)
-        reach = torch.empty(rows, device=device)
+        reach = torch.empty(rows, dtype=torch.float32, device=device)
         step = max(1, _ENTRIES // x.shape[1])
         for first in range(0, rows, step):
             part = slice(first, first + step)
             query[part, : x.shape[1]], length = self._centred(x[part])
             reach[part] = (length + self.tiny).float()
-        threshold = torch.full((rows,), float("-inf"), device=device)
+        threshold = torch.full((rows,), float("-inf"), dtype=torch.float32, device=device)
         count = torch.zeros(rows, dtype=torch.int32, device=device)
-        upper, spare_upper = (torch.empty(rows, self.cap, device=device) for _ in range(2))
+        upper, spare_upper = (torch.empty(rows, self.cap, dtype=torch.float32, device=device) for _ in range(2))
         place, spare_place = (torch.zeros(rows, self.cap, dtype=torch.int32, device=device) for _ in range(2))
         start = 0
         for end in self._rounds(len(self.gallery)):

@@ -393,7 +393,7 @@ def test_refuses_bad_settings() -> None:
     for eps in (0.0, -1.0, float("inf"), float("nan"), [0.5, 0.0]):
         with pytest.raises(ValueError, match="dbscan: eps must be positive and finite"):
             fastreid_u.dbscan(graph, eps)
-    with pytest.raises(ValueError, match="dbscan: eps must name at least one distance"):
+    with pytest.raises(ValueError, match="dbscan: eps must hold at least one number"):
         fastreid_u.dbscan(graph, [])
     with pytest.raises(ValueError, match=r"dbscan: eps must be at most radius=0\.6, got 0\.7"):
         fastreid_u.dbscan(graph, [0.5, 0.7], radius=0.6)

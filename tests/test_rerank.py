@@ -289,7 +289,7 @@ def test_empty(q, g):
 
 def test_counts_beyond_the_data_are_clipped(clustered):
     x = clustered(8, 4)
-    with pytest.warns(UserWarning, match="rerank: k1=20 is more than the data have, using 7"):
+    with pytest.warns(UserWarning, match="rerank: k1=20, k2=6 is more than the 8 images there are, clipped"):
         found = rerank(x[:3], x[3:])
     assert torch.equal(found, rerank(x[:3], x[3:], 7, 6))
 

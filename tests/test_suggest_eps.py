@@ -62,7 +62,7 @@ def test_identical_features():
     ("x", "options", "message"),
     [
         (torch.zeros(0, 3), {}, "suggest_eps: x must have at least one row"),
-        (torch.eye(40), {"grid": []}, "suggest_eps: grid must hold ascending radii, got"),
+        (torch.eye(40), {"grid": []}, "suggest_eps: grid must hold at least one number"),
         (torch.eye(40), {"grid": [0.5, 0.4]}, "suggest_eps: grid must hold ascending radii, got"),
         (torch.eye(40), {"grid": [0.5, 1.0]}, r"suggest_eps: grid must lie in \(0, 1\), got 1.0"),
         (torch.eye(40), {"min_samples": 0}, "suggest_eps: min_samples must be at least 1, got 0"),

@@ -75,7 +75,7 @@ def extract_features(
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
                     rows = model(images).float()
                 if features is None:
-                    features = torch.full((count, rows.shape[1]), torch.nan, device=device)
+                    features = torch.full((count, rows.shape[1]), torch.nan, dtype=torch.float32, device=device)
                 features[batch.indices.to(device)] = rows
             advance(len(batch.indices) + len(batch.bad))
     if features is None:

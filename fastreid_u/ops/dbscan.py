@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastreid_u import _ext
-from fastreid_u._checks import require_choice, require_positive, require_positive_int
+from fastreid_u._checks import one_or_more, require_choice, require_positive, require_positive_int
 from fastreid_u.ops._core import entry_point, missing
 from fastreid_u.ops._dispatch import choose
 from fastreid_u.ops._distance_graph import DistanceGraph, read_graph
@@ -72,8 +71,8 @@ def dbscan(
     sorted copy. Not differentiable; the same result for any number of threads. Ester et al., KDD 1996.
     """
     read = read_graph(_OP, graph)
-    several = not isinstance(eps, numbers.Real)
-    labels, _ = _cluster(read, list(eps) if several else [eps], min_samples, radius, backend)
+    eps, several = one_or_more(_OP, "eps", eps)
+    labels, _ = _cluster(read, eps, min_samples, radius, backend)
     return labels if several else labels[0]
 
 
@@ -97,6 +96,17 @@ class DBSCAN:
     metric: str = field(default="precomputed", kw_only=True)
     n_jobs: int | None = field(default=None, kw_only=True)
 
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The arguments, as scikit-learn's ``clone`` asks for them."""
+        return {name: getattr(self, name) for name in ("eps", "min_samples", "metric", "n_jobs")}
+
+    def set_params(self, **params: Any) -> DBSCAN:
+        """Change arguments by name."""
+        for name, value in params.items():
+            require_choice("DBSCAN", "params", name, tuple(self.get_params()))
+            setattr(self, name, value)
+        return self
+
     def fit(self, X: Any, y: None = None) -> DBSCAN:
         """Cluster the (N, N) distances ``X``, of any form that :func:`dbscan` takes. ``y`` is ignored."""
         require_choice("DBSCAN", "metric", self.metric, ("precomputed",))
@@ -114,16 +124,13 @@ def _cluster(
     graph: DistanceGraph, eps: list[float], min_samples: int, radius: float | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     """(E, N) labels and (E, N) core flags on the graph's device."""
-    min_samples = require_positive_int(_OP, "min_samples", min_samples)
-    if not eps:
-        raise ValueError(f"{_OP}: eps must name at least one distance, got an empty sequence")
+    min_samples = min(require_positive_int(_OP, "min_samples", min_samples), graph.n + 1)  # more than all is too many
     eps = [require_positive(_OP, "eps", e) for e in eps]
-    if radius is not None:
-        radius = require_positive(_OP, "radius", radius)
-        if max(eps) > radius:
-            raise ValueError(f"{_OP}: eps must be at most radius={radius:g}, got {max(eps):g}")
+    radii = [] if radius is None else [require_positive(_OP, "radius", radius)]
     if graph.dtype.is_floating_point:  # rounded here, because a float16 graph is widened and still compared as float16
-        eps = torch.tensor(eps, dtype=graph.dtype).double().tolist()
+        eps, radii = (torch.tensor(each, dtype=graph.dtype, device="cpu").double().tolist() for each in (eps, radii))
+    if radii and max(eps) > radii[0]:
+        raise ValueError(f"{_OP}: eps must be at most radius={radius:g}, got {max(eps):g}")
 
     table: dict[str, Callable | str] = {
         name: missing(name) or functools.partial(_compiled, backend=name) for name in ("cpp", "cuda", "cupy")

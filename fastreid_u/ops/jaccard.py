@@ -112,7 +112,7 @@ def _numba_graph(x: Tensor, *, k1: int, k2: int, radius: float, knn: tuple[Tenso
 def _numba_distance(x: Tensor, k1: int, k2: int, *, knn: tuple[Tensor, Tensor], compat: bool) -> Tensor:
     graph = _numba_graph(x, k1=k1, k2=k2, radius=1.0, knn=knn, compat=compat)
     start = graph.crow_indices()
-    dense = torch.ones(graph.shape)
+    dense = torch.ones(graph.shape, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
     for i, row in enumerate(dense):
         stored = slice(start[i], start[i + 1])
         row[graph.col_indices()[stored]] = graph.values()[stored]
@@ -128,7 +128,7 @@ def _triton_graph(x: Tensor, *, k1: int, k2: int, radius: float, knn: tuple[Tens
 
 def _triton_distance(x: Tensor, k1: int, k2: int, *, knn: tuple[Tensor, Tensor], compat: bool) -> Tensor:
     graph = _triton_graph(x, k1=k1, k2=k2, radius=1.0, knn=knn, compat=compat)
-    dense = torch.ones(graph.shape, device=x.device)
+    dense = torch.ones(graph.shape, dtype=torch.float32, device=x.device)
     row = torch.arange(len(x), device=x.device).repeat_interleave(graph.crow_indices().diff())
     dense[row, graph.col_indices()] = graph.values()
     return dense
@@ -136,5 +136,5 @@ def _triton_distance(x: Tensor, k1: int, k2: int, *, knn: tuple[Tensor, Tensor],
 
 def _prepared(op: str, x: object, k1: int, k2: int, knn: tuple[Tensor, Tensor] | None):
     x = require_features(op, "x", x)
-    k1, k2 = neighbour_counts(op, k1, k2, len(x))
+    k1, k2 = neighbour_counts(op, k1, k2, len(x), stacklevel=4)
     return x, k1, k2, neighbours(op, x, k1, knn)

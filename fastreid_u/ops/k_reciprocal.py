@@ -100,21 +100,23 @@ def index_array(knn: tuple[Tensor, Tensor], k1: int) -> np.ndarray:
 def sparse_rows(indptr: np.ndarray | Tensor, column: np.ndarray | Tensor, value: np.ndarray | Tensor) -> Tensor:
     """``torch.sparse_csr`` (N, N) with int64 indices; explicit zeros stay, and torch's beta warning stays inside."""
     n = len(indptr) - 1
-    parts = (torch.as_tensor(indptr), torch.as_tensor(column).long(), torch.as_tensor(value))
+    parts = [part if isinstance(part, Tensor) else torch.from_numpy(part) for part in (indptr, column, value)]
+    parts[1] = parts[1].long()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-        return torch.sparse_csr_tensor(*parts, (n, n), check_invariants=False)
+        return torch.sparse_csr_tensor(*parts, (n, n), device=parts[2].device, check_invariants=False)
 
 
-def neighbour_counts(op: str, k1: object, k2: object, rows: int) -> tuple[int, int]:
-    """Check ``k1`` and ``k2``; clip both to the number of rows with one warning."""
+def neighbour_counts(op: str, k1: object, k2: object, rows: int, *, stacklevel: int = 3) -> tuple[int, int]:
+    """Check ``k1`` and ``k2``; clip both to the number of rows with one warning, ``stacklevel`` frames up."""
     k1, k2 = require_positive_int(op, "k1", k1), require_positive_int(op, "k2", k2)
     if k2 > k1:
         raise ValueError(f"{op}: k2 must be at most k1 ({k1}), got {k2}")
     if rows >= 2**31:  # rows are numbered in int32; what counts pairs and entries is int64 everywhere
         raise ValueError(f"{op}: x must have fewer than 2**31 rows, got {rows}")
     if 0 < rows < k1:
-        warnings.warn(f"{op}: k1={k1}, k2={k2} is more than the {rows} rows there are, clipped to them", stacklevel=3)
+        text = f"{op}: k1={k1}, k2={k2} is more than the {rows} rows there are, clipped to them"
+        warnings.warn(text, stacklevel=stacklevel)
     return (min(k1, rows), min(k2, rows)) if rows else (k1, k2)
 
 

@@ -80,7 +80,7 @@ def knn(
         "reference": reference.knn,
     }
     run = choose("knn", x.device, backend, table)
-    if approximate is False:
+    if isinstance(approximate, (bool, np.bool_)) and not approximate:
         return run(x, k, gallery=gallery, precision=precision)
     if run is not _faiss:
         raise ValueError(f"knn: approximate must be asked of backend 'faiss', got backend {backend!r}")
@@ -105,7 +105,10 @@ def _numba(x: Tensor, k: int, *, gallery: Tensor | None, precision: str) -> tupl
     from fastreid_u.cpu import knn as cpu
 
     # a process-wide setting may let float32 products round their factors, which no bound of ours covers
-    rounds = torch.get_float32_matmul_precision() != "highest"
+    try:
+        rounds = torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # set through torch.backends' newer names, which that function does not read
+        rounds = True
     found = cpu.knn(
         x.contiguous().numpy(),
         k,

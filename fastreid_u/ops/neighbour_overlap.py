@@ -44,7 +44,7 @@ def neighbour_overlap(a: Tensor, b: Tensor) -> Tensor:
             raise ValueError(f"{op}: {name} must hold no index twice in a row, got {lists[row].tolist()} in row {row}")
     common = _twice(torch.cat([a, b], dim=1))
     union = (a >= 0).sum(dim=1) + (b >= 0).sum(dim=1) - common
-    return common / union.clamp(min=1)
+    return common.float() / union.clamp(min=1)
 
 
 def _twice(lists: Tensor) -> Tensor:

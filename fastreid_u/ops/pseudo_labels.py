@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import numbers
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastreid_u import _env, _ext
-from fastreid_u._checks import require_features, require_in_range, require_positive_int
+from fastreid_u._checks import one_or_more, require_features, require_in_range, require_positive_int
 from fastreid_u.ops._core import entry_point, missing
 from fastreid_u.ops._dispatch import choose
 from fastreid_u.ops.dbscan import dbscan
@@ -73,10 +72,8 @@ def pseudo_labels(
             x, eps=eps, min_samples=min_samples, k1=k1, k2=k2, knn=knn, compat=compat, group=group
         )
     x = require_features(op, "x", x)
-    several = not isinstance(eps, numbers.Real)
-    radii = [require_in_range(op, "eps", e, 0, 1, open_low=True, open_high=True) for e in (eps if several else [eps])]
-    if not radii:
-        raise ValueError(f"{op}: eps must name at least one radius, got an empty sequence")
+    eps, several = one_or_more(op, "eps", eps)
+    radii = [require_in_range(op, "eps", e, 0, 1, open_low=True, open_high=True) for e in eps]
     min_samples = require_positive_int(op, "min_samples", min_samples)
     k1, k2 = neighbour_counts(op, k1, k2, len(x))
     numba, triton = _env.numba(), _env.triton()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import numbers
 import struct
 from collections.abc import Sequence
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastreid_u import _env
-from fastreid_u._checks import require_features, require_in_range, require_positive_int
+from fastreid_u._checks import one_or_more, require_features, require_in_range, require_positive_int
 from fastreid_u.ops._ranks import Ranks, bits_of
 from fastreid_u.ops.k_reciprocal import index_array, neighbour_counts, neighbours
 from fastreid_u.ops.knn import knn as nearest_neighbours
@@ -60,10 +59,10 @@ def pseudo_labels_sharded(
     alone needs no more than ``pseudo_labels``. Below some 50,000 rows sharing saves less than it costs.
     """
     ranks = Ranks(_OP, group)
-    several = not isinstance(eps, numbers.Real)
-    error, given, seen = None, None, [0] * 16
+    error, several, given, seen = None, False, None, [0] * 16
     try:
-        given = _checked(x, eps if several else [eps], min_samples, k1, k2, knn)
+        eps, several = one_or_more(_OP, "eps", eps)
+        given = _checked(x, eps, min_samples, k1, k2, knn)
         seen = _seen(*given, compat)
     except (TypeError, ValueError) as fault:
         error = fault
@@ -84,8 +83,6 @@ def pseudo_labels_sharded(
 def _checked(x, eps, min_samples, k1, k2, knn):
     x = require_features(_OP, "x", x)
     radii = [require_in_range(_OP, "eps", e, 0, 1, open_low=True, open_high=True) for e in eps]
-    if not radii:
-        raise ValueError(f"{_OP}: eps must name at least one radius, got an empty sequence")
     min_samples = require_positive_int(_OP, "min_samples", min_samples)
     k1, k2 = neighbour_counts(_OP, k1, k2, len(x))
     return x, radii, min_samples, k1, k2, None if knn is None else neighbours(_OP, x, k1, knn)

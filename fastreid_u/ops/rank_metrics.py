@@ -108,4 +108,4 @@ def _ids(op: str, name: str, values: object, count: int) -> Tensor:
     values = require_integer(op, name, require_1d(op, name, values))
     if len(values) != count:
         raise ValueError(f"{op}: {name} must have {count} entries, got {len(values)}")
-    return values
+    return values.long()

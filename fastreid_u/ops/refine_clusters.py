@@ -59,7 +59,7 @@ def refine_clusters(
       (sum of J_ij over the k_i points j that share with i one of the two labels and not the other) / k_i^2. That grows
       with the part, so the main part of a split cluster tends to be dissolved and stragglers to stay.
     * "mean_to_cluster", as the paper's text reads: the mean distance of the part's points to the other points of C,
-      against the mean distance between points of C. Stragglers leave.
+      against the mean distance between points of C; a part that is its cluster stays. Stragglers leave.
     * "none": nobody moves.
 
     Args:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -29,6 +30,7 @@ from fastreid_u.ops._scaled_distance import FromFeatures, FromMatrices
 from fastreid_u.ops.knn import knn as nearest_neighbours
 from fastreid_u.reference import rerank as reference
 
+_LARGEST = 2.0**63  # whose square float32 still holds
 _BLOCK = 2**22  # entries of a block of queries against the gallery: 32 MB of float64
 
 
@@ -91,7 +93,10 @@ def rerank(
     else:
         distmats = _checked(op, distmats)
         device, images = distmats[0].device, sum(distmats[0].shape)
-    k1, k2 = clip_count(op, "k1", k1, max(images - 1, 1)), clip_count(op, "k2", k2, max(images, 1))
+    most = max(images - 1, 1)
+    if images and (k1 > most or k2 > images):
+        warnings.warn(f"{op}: k1={k1}, k2={k2} is more than the {images} images there are, clipped", stacklevel=2)
+    k1, k2 = min(k1, most), min(k2, max(images, 1))
     shape = (len(query), len(gallery)) if distmats is None else tuple(distmats[0].shape)
     if top is not None:
         top = clip_count(op, "top", require_positive_int(op, "top", top), shape[1])
@@ -104,7 +109,7 @@ def rerank(
     }
     run = choose(op, device, backend, table)
     if 0 in shape:
-        empty = torch.zeros(shape if top is None else (shape[0], top), device=device)
+        empty = torch.zeros(shape if top is None else (shape[0], top), dtype=torch.float32, device=device)
         return empty if top is None else (empty, empty.long())
     return run(query, gallery, k1, k2, lambda_value, distance=distance, distmats=distmats, top=top)
 
@@ -181,9 +186,9 @@ def _mixed(
     rows, all rows adding up to ``weight``."""
     queries, device = source.num_query, source.device
     if top is None:
-        out = (torch.empty(queries, size, device=device),)
+        out = (torch.empty(queries, size, dtype=torch.float32, device=device),)
     else:
-        out = torch.empty(queries, top, device=device), torch.empty(queries, top, dtype=torch.int64, device=device)
+        out = tuple(torch.empty(queries, top, dtype=dtype, device=device) for dtype in (torch.float32, torch.int64))
     step = max(1, _BLOCK // size)
     for first in range(0, queries, step):
         last = min(first + step, queries)
@@ -210,7 +215,9 @@ def _checked(op: str, distmats: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, 
     checked = []
     for name, matrix in zip(("q_g", "q_q", "g_g"), distmats, strict=True):
         matrix = require_floating(op, name, require_2d(op, name, as_tensor(op, name, matrix)))
-        checked.append(require_finite(op, name, matrix.detach(), always=True).float())
+        checked.append(require_finite(op, name, matrix.detach().float(), always=True))
+        if checked[-1].numel() and checked[-1].abs().max() >= _LARGEST:
+            raise ValueError(f"{op}: {name} must be below 2**63, as distances are squared, got {matrix.abs().max():g}")
         require_same_device(op, name, checked[-1], "q_g", checked[0])
     rows, columns = checked[0].shape
     for name, matrix, side in (("q_q", checked[1], rows), ("g_g", checked[2], columns)):

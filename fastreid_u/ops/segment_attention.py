@@ -80,8 +80,10 @@ def segment_attention(
     with torch.autocast(query.device.type, enabled=False):
         dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
         scale = torch.as_tensor(scale, dtype=dtype, device=query.device).expand(heads)
-        query = query.to(dtype).unflatten(1, (heads, -1)) * (scale * heads)[:, None]
-        key = key.to(dtype).unflatten(1, (heads, -1))
+        # what takes no part may hold anything, NaN too
+        query, key = (each.to(dtype).where(labels[:, None] >= 0, 0) for each in (query, key))
+        query = query.unflatten(1, (heads, -1)) * (scale * heads)[:, None]
+        key = key.unflatten(1, (heads, -1))
         if heads * len(labels) ** 2 <= BLOCK:
             received = _attend(query, key, labels, labels, 0, mask_self)
         else:
@@ -103,6 +105,8 @@ def segment_attention(
 
 def _blocks(sizes: list[int], heads: int) -> Iterator[tuple[slice, list[slice]]]:
     """Runs of whole segments, as columns, and the runs of rows to attend to them at a time."""
+    if not sizes:
+        return
     begin = end = 0
     for size, following in zip(sizes, [*sizes[1:], GROUP], strict=True):
         end += size

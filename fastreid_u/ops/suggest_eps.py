@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastreid_u._checks import require_features, require_in_range, require_positive_int
+from fastreid_u._checks import one_or_more, require_features, require_in_range, require_positive_int
 from fastreid_u.ops.dbscan import dbscan
 from fastreid_u.ops.jaccard import jaccard_graph
 from fastreid_u.ops.k_reciprocal import neighbour_counts, neighbours
@@ -77,9 +77,10 @@ def suggest_eps(
     x = require_features(op, "x", x)
     if len(x) == 0:
         raise ValueError(f"{op}: x must have at least one row, got shape {tuple(x.shape)}")
-    radii = [require_in_range(op, "grid", r, 0, 1, open_low=True, open_high=True) for r in grid]
-    if not radii or any(a >= b for a, b in itertools.pairwise(radii)):
-        raise ValueError(f"{op}: grid must hold ascending radii, got {list(grid)}")
+    radii, _ = one_or_more(op, "grid", grid)
+    radii = [require_in_range(op, "grid", r, 0, 1, open_low=True, open_high=True) for r in radii]
+    if any(a >= b for a, b in itertools.pairwise(radii)):
+        raise ValueError(f"{op}: grid must hold ascending radii, got {radii}")
     min_samples = require_positive_int(op, "min_samples", min_samples)
     k1, k2 = neighbour_counts(op, k1, k2, len(x))
     knn = neighbours(op, x, k1, knn)

@@ -38,6 +38,8 @@ def knn(x: Tensor, k: int, *, gallery: Tensor | None = None, precision: str = "f
     if len(x) == 0 or k == 0:
         return x.new_zeros((len(x), k), dtype=dtype), x.new_zeros((len(x), k), dtype=torch.int64)
 
+    if x.shape[1] == 0:  # nothing to tell rows apart, and nothing that unique() takes
+        return knn(x.new_zeros(len(x), 1), k, gallery=None if alone else y.new_zeros(len(y), 1))
     distinct, copy_of = torch.unique(y, dim=0, return_inverse=True)  # copies are measured once
     # distances do not change with the origin; near the data the bound below is far tighter
     centre = y.double().mean(dim=0)

@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .knn import pair_sq_dist
+
 _BLOCK_ENTRIES = 2**23
+_NEAR = 2.0**-16  # share of |q|^2 + |g|^2 below which their difference is measured rather than computed
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,13 +116,25 @@ def _average_precision(match: np.ndarray, sorted_distance: np.ndarray, formula: 
 
 
 def _distances(query: Tensor | None, gallery: Tensor | None, distmat: Tensor | None) -> Iterator[np.ndarray]:
-    """One vector of distances per query; from features the squared distance, in float64 and rounded to float32."""
+    """One vector of distances per query; from features the squared distance, in float64 and rounded to float32.
+
+    Copies in the gallery are measured once, so that they tie. Where a query is so near that the expanded form would
+    leave rounding only, differences are summed instead: a copy of the query is at exactly 0.
+    """
     if distmat is not None:
         yield from distmat.cpu().numpy()
         return
-    g = gallery.double()
+    if len(gallery) == 0 or gallery.shape[1] == 0:
+        yield from np.zeros((len(query), len(gallery)), np.float32)
+        return
+    distinct, copy_of = torch.unique(gallery, dim=0, return_inverse=True)
+    centre = distinct.double().mean(dim=0)  # distances do not change with the origin; sums are smaller near the data
+    g = distinct.double() - centre
     norm = g.square().sum(dim=1)
-    for q in query.split(max(1, _BLOCK_ENTRIES // max(1, len(g)))):
-        q = q.double()
-        block = q.square().sum(dim=1, keepdim=True) + norm - 2 * (q @ g.T)
-        yield from block.float().cpu().numpy()
+    for rows in query.split(max(1, _BLOCK_ENTRIES // len(gallery))):
+        q = rows.double() - centre
+        size = q.square().sum(dim=1, keepdim=True) + norm
+        block = size - 2 * (q @ g.T)
+        near = (block <= size * _NEAR).nonzero(as_tuple=True)
+        block[near] = pair_sq_dist(rows, distinct, *near)
+        yield from block.float()[:, copy_of].cpu().numpy()

@@ -33,8 +33,8 @@ def scores(distance: Tensor, labels: Tensor, labels_tight: Tensor, rule: str) ->
         elif n > 1:
             cluster[i] = distance[members][:, members].sum() / (n * (n - 1))
             mine = members & tight[i]
-            # a cluster that is one part is compared with itself, and no order of summation may matter
-            part[i] = distance[mine][:, members].sum() / (mine.sum() * (n - 1)) if mine.sum() < n else cluster[i]
+            # a part that is its cluster stays, whatever the ratio
+            part[i] = distance[mine][:, members].sum() / (mine.sum() * (n - 1)) if mine.sum() < n else 0
     return part, cluster
 
 
