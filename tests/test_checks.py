@@ -2,12 +2,14 @@
 """The named checks and the choice of a backend."""
 
 import logging
+import math
 import warnings
 
 import numpy as np
 import pytest
 import torch
 
+import fastreid_u
 from fastreid_u import _checks as checks
 from fastreid_u.ops import _dispatch as dispatch
 
@@ -186,3 +188,94 @@ def test_marked_indices():
     with pytest.raises(ValueError, match="op: targets must be True in class_mask, got 1"):
         checks.require_marked("op", "targets", index, "class_mask", mask, ignore=-1)
     checks.require_marked("op", "targets", index[:3], "class_mask", mask, ignore=-1)
+
+
+def too_long_for_float32():
+    x = torch.randn(6, 3, dtype=torch.float64)
+    x[2, 0] = 1e200
+    return x
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x: fastreid_u.knn(x, 3),
+        lambda x: fastreid_u.pseudo_labels(x),
+        lambda x: fastreid_u.cluster_centroids(x, [0] * 6),
+        lambda x: fastreid_u.rank_metrics(x, x, [0] * 6, [0] * 6),
+        lambda x: fastreid_u.rerank(x, x),
+    ],
+    ids=["knn", "pseudo_labels", "cluster_centroids", "rank_metrics", "rerank"],
+)
+def test_float64_beyond_float32_is_refused_by_name(op, request):
+    name = request.node.callspec.id
+    with pytest.raises(ValueError, match=f"^{name}: (x|query) must be finite, got NaN or infinity in 1 of 6 rows"):
+        op(too_long_for_float32())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_results_do_not_follow_the_default_dtype(dtype):
+    x, lists = torch.randn(12, 4), torch.arange(12).reshape(4, 3)
+
+    def outcome():
+        return [
+            fastreid_u.jaccard_distance(x, 4, 2),
+            fastreid_u.rerank(x[:5], x[5:], 3, 2),
+            fastreid_u.rerank(x[:5], x[5:], 3, 2, top=2)[0],
+            fastreid_u.neighbour_overlap(lists, lists),
+            fastreid_u.cluster_centroids(x, [0, 1] * 6),
+        ]
+
+    wanted = outcome()
+    torch.set_default_dtype(dtype)
+    try:
+        found = outcome()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)
+
+
+def test_results_do_not_follow_the_default_device():
+    x = torch.randn(12, 4)
+    torch.set_default_device("meta")
+    try:
+        graph, distance = fastreid_u.jaccard_graph(x, k1=4, k2=2), fastreid_u.jaccard_distance(x, 4, 2)
+    finally:
+        torch.set_default_device(None)
+    assert graph.device == distance.device == x.device
+
+
+@pytest.mark.parametrize(
+    ("eps", "shape"), [(np.array(0.6), (40,)), (torch.tensor(0.6), (40,)), (torch.tensor([0.6, 0.5]), (2, 40))]
+)
+def test_eps_from_arrays(eps, shape):
+    x = torch.nn.functional.normalize(torch.randn(40, 8), dim=1)
+    assert fastreid_u.pseudo_labels(x, eps=eps, k1=8, k2=3).shape == shape
+    assert fastreid_u.dbscan(fastreid_u.jaccard_distance(x, 8, 3), eps).shape == shape
+
+
+@pytest.mark.parametrize("value", [None, np.True_, object()], ids=str)
+def test_what_is_no_number_is_named(value):
+    for call, name in (
+        (lambda: fastreid_u.dbscan(torch.zeros(3, 3), value), "dbscan: eps"),
+        (lambda: fastreid_u.pseudo_labels(torch.eye(3), eps=value), "pseudo_labels: eps"),
+        (lambda: fastreid_u.suggest_eps(torch.eye(3), grid=value), "suggest_eps: grid"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be a real number or a sequence of them"):
+            call()
+
+
+def test_a_changing_temperature_compiles_whole():
+    memory, targets = torch.nn.functional.normalize(torch.randn(5, 6), dim=1), torch.tensor([0, 1, 2, 3])
+    x = torch.randn(4, 6, requires_grad=True)
+    compiled = torch.compile(
+        lambda x, t: fastreid_u.cluster_nce(x, targets, memory, temperature=t), fullgraph=True, backend="eager"
+    )
+    for temperature in (0.05, 0.06, 0.07):
+        torch.testing.assert_close(
+            compiled(x, temperature), fastreid_u.cluster_nce(x, targets, memory, temperature=temperature)
+        )
+    with pytest.raises(ValueError, match="temperature must be positive and finite, got nan"):
+        fastreid_u.cluster_nce(x, targets, memory, temperature=math.nan)

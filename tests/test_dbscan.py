@@ -495,3 +495,23 @@ def test_reference_equals_sklearn() -> None:
     assert reference.dbscan(dense, [0.4, 0.5]).shape == (2, len(dense))
     with pytest.raises(ValueError, match=r"eps must be at most radius=0\.5"):
         reference.dbscan(dense, 0.6, radius=0.5)
+
+
+def test_eps_and_radius_are_compared_as_the_graph_rounds_them():
+    graph = fastreid_u.jaccard_graph(torch.eye(20), k1=4, k2=2, radius=0.6)
+    assert torch.equal(fastreid_u.dbscan(graph, np.float32(0.6), radius=0.6), fastreid_u.dbscan(graph, 0.6, radius=0.6))
+    with pytest.raises(ValueError, match=r"eps must be at most radius=0\.6, got 0\.61"):
+        fastreid_u.dbscan(graph, 0.61, radius=0.6)
+
+
+def test_more_neighbours_than_there_are_points():
+    assert (fastreid_u.dbscan(torch.zeros(5, 5), 0.5, 10**30) == -1).all()
+
+
+def test_the_estimator_can_be_cloned():
+    from sklearn.base import clone
+
+    found = clone(fastreid_u.DBSCAN(0.3, min_samples=2)).set_params(eps=0.4)
+    assert found.get_params() == {"eps": 0.4, "min_samples": 2, "metric": "precomputed", "n_jobs": None}
+    with pytest.raises(ValueError, match="DBSCAN: params must be one of"):
+        found.set_params(radius=1)

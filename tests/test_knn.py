@@ -195,3 +195,24 @@ def test_nan_is_counted_and_located():
         ValueError, match=r"knn: x must be finite, got NaN or infinity in 3 of 10 rows \(first: row 4\)"
     ):
         knn(x, 2)
+
+
+def test_precision_set_by_its_newer_name():
+    """``torch.get_float32_matmul_precision`` raises once the newer setting differs from the older."""
+    x = torch.randn(40, 8)
+    wanted = knn(x, 3)
+    old = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        found = knn(x, 3, approximate=np.False_)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = old
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1], wanted[1])
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_rows_without_columns(backend):
+    sq_dist, index = knn(torch.zeros(4, 0), 2, backend=backend)
+    assert sq_dist.count_nonzero() == 0
+    assert index[:, 0].tolist() == [0, 1, 2, 3]

@@ -193,3 +193,26 @@ def test_rejects(change, error, message):
     arguments = {"query": None, "gallery": None, "q_pids": [1, 2], "g_pids": [1, 2, 1], "distmat": torch.rand(2, 3)}
     with pytest.raises(error, match=f"rank_metrics: {message}"):
         rank_metrics(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("width", [3, 256, 2048])
+def test_copies_tie_and_rank_by_index(width):
+    """The rounding of a product of matrices must not order what is equal."""
+    generator = torch.Generator().manual_seed(width)
+    x = torch.nn.functional.normalize(torch.randn(5, width, generator=generator), dim=1)
+    copies = x[:1].repeat(27, 1)
+    assert rank_metrics(x[:1].repeat(4, 1), copies, [1] * 4, [1] + [0] * 26).mAP == 1.0
+    gallery = x[torch.randint(5, (40,), generator=generator)]
+    exact = (x[:, None].double() - gallery.double()).square().sum(dim=2).float()
+    pids = torch.randint(3, (40,), generator=generator)
+    found, wanted = (
+        rank_metrics(*features, [0, 1, 2, 0, 1], pids, distmat=distmat)
+        for features, distmat in (((x, gallery), None), ((None, None), exact))
+    )
+    assert torch.equal(found.ap, wanted.ap)
+    assert torch.equal(found.cmc, wanted.cmc)
+
+
+def test_unsigned_identities_without_a_match_are_warned_of():
+    with pytest.warns(UserWarning, match="no identity of the query is in the gallery"):
+        rank_metrics(torch.eye(3), torch.eye(3), np.zeros(3, np.uint16), np.ones(3, np.int64))

@@ -198,3 +198,17 @@ def test_rejects(change, error, message):
     given = {"x": torch.eye(40), "labels": [0] * 40, "labels_tight": [0] * 40, **change}
     with pytest.raises(error, match=message):
         refine_clusters(**given)
+
+
+@pytest.mark.parametrize("ratio", [1.1, 2.0])
+def test_a_part_that_is_its_cluster_stays_at_any_ratio(ratio):
+    x = torch.nn.functional.normalize(torch.randn(30, 6, generator=torch.Generator().manual_seed(1)), dim=1)
+    labels = torch.arange(30) // 10
+    tight = labels.clone()
+    tight[:4] = 3  # the first cluster alone comes in parts
+    found, expected = (
+        refine_clusters(x, labels, tight, rule="mean_to_cluster", ratio=ratio, k1=6, k2=2, backend=backend)
+        for backend in ("auto", "reference")
+    )
+    assert torch.equal(found, expected)
+    assert torch.equal(found[10:], labels[10:])

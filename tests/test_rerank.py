@@ -316,3 +316,15 @@ def test_counts_beyond_the_data_are_clipped(clustered):
 def test_rejects(options, error, message):
     with pytest.raises(error, match=f"rerank: {message}"):
         rerank(**{"query": torch.ones(2, 4), "gallery": torch.ones(3, 4), "k1": 2, "k2": 1, **options})
+
+
+def test_distances_whose_square_is_beyond_float32_are_refused():
+    huge = torch.full((2, 2), 1e20)
+    with pytest.raises(ValueError, match=r"rerank: q_g must be below 2\*\*63, as distances are squared, got 1e\+20"):
+        rerank(None, None, 2, 2, distmats=(huge, torch.zeros(2, 2), torch.zeros(2, 2)))
+
+
+def test_both_counts_are_clipped_with_one_warning():
+    with pytest.warns(UserWarning, match="rerank: k1=20, k2=9 is more than the 5 images there are") as caught:
+        rerank(torch.eye(5)[:2], torch.eye(5)[2:], 20, 9)
+    assert len(caught) == 1

@@ -127,3 +127,19 @@ def test_rejects(change, error, message):
     arguments = {"query": torch.ones(3, 8), "key": torch.ones(3, 8), "labels": torch.zeros(3).long()} | change
     with pytest.raises(error, match=f"segment_attention: {message}"):
         segment_attention(**arguments)
+
+
+@pytest.mark.parametrize("rows", [8, 1500])
+def test_what_takes_no_part_may_hold_anything(rows):
+    """In one block and in several."""
+    x = torch.randn(rows, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(rows) % 4
+    labels[5] = -1
+    wanted = segment_attention(x, x, labels)
+    x[5] = torch.nan
+    x.requires_grad_()
+    found = segment_attention(x, x, labels)
+    torch.testing.assert_close(found, wanted)
+    found.square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert segment_attention(x, x, torch.full((rows,), -1)).count_nonzero() == 0
