@@ -8,6 +8,8 @@ its authors change from set to set (and, for the rendered set, ours). Nothing he
 import dataclasses
 import difflib
 import math
+import numbers
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -149,7 +151,8 @@ _RULES = (
     (("height", "width", "min_samples", "k1", "k2"), lambda v: v >= 1, "be at least 1"),
     (("batch_size", "num_instances", "epochs", "eval_step"), lambda v: v >= 1, "be at least 1"),
     (("eval_batch_size", "print_freq"), lambda v: v >= 1, "be at least 1"),
-    (("workers", "iters", "step_size", "warmup_epochs", "calibrate_bn", "seed"), lambda v: v >= 0, "be 0 or more"),
+    (("workers", "iters", "step_size", "warmup_epochs", "calibrate_bn"), lambda v: v >= 0, "be 0 or more"),
+    (("seed",), lambda v: 0 <= v < 2**32, "lie in [0, 2**32)"),
     (("erase", "warmup_factor"), lambda v: 0 <= v <= 1, "lie in [0, 1]"),
     (("color_jitter", "weight_decay"), lambda v: 0 <= v < math.inf, "be 0 or more"),
     (("lr", "gamma"), lambda v: 0 < v < math.inf, "be positive"),
@@ -162,7 +165,8 @@ def validate(config: Config) -> None:
     """Types, choices and ranges; raises ValueError or TypeError naming field, rule and value."""
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+        value = plain(getattr(config, field.name))
+        object.__setattr__(config, field.name, value)
         if isinstance(value, int) and not isinstance(value, bool) and hints[field.name] is float:
             object.__setattr__(config, field.name, float(value))
         elif not isinstance(value, hints[field.name]) or (isinstance(value, bool) and hints[field.name] is not bool):
@@ -184,6 +188,15 @@ def validate(config: Config) -> None:
         )
 
 
+def plain(value: Any) -> Any:
+    """NumPy's numbers as Python's, paths as text: what a file of settings can hold."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, bool | str) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
 def dump_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
     """TOML text of flat tables of str, int, float, bool and None; None becomes a comment, as TOML has no null."""
     lines: list[str] = []
@@ -196,6 +209,7 @@ def dump_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _toml_value(value: Any) -> str:
+    value = plain(value)
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):

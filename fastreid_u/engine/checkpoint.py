@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 class SaveError(OSError):
@@ -32,16 +32,20 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file, then put it in ``path``'s place in one step."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # what the user's umask gives; safetensors gives its files to their owner alone
         write(partial)
+        partial.chmod(mode)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         raise SaveError(
             f"cannot write {path}: {error.strerror or error}; earlier files of the run are intact"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):  # nothing to remove where all went well
+            partial.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -105,13 +109,18 @@ def save_state(
     write_tensors(folder / "state.safetensors", tensors, {"fastreid_u": json.dumps({"schema": SCHEMA, **about})})
 
 
-def load_state(
-    folder: Path, networks: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Any]]:
-    """Restore ``networks`` and ``optimizer``; returns the last labels, the recipe's tensors and the description."""
+def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and description of the last finished epoch."""
     tensors, about = load_model_file(folder / "state.safetensors")
     if about["schema"] != SCHEMA:
         raise ValueError(f"{folder}: state has schema {about['schema']}, this version reads {SCHEMA}")
+    return tensors, about
+
+
+def load_state(
+    tensors: dict[str, Tensor], networks: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Restore ``networks`` and ``optimizer`` from ``read_state``'s tensors; the last labels and the recipe's own."""
     groups: dict[str, dict[str, Tensor]] = {"networks": {}, "recipe": {}}
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -123,7 +132,7 @@ def load_state(
             groups[group][rest] = tensor
     networks.load_state_dict(groups["networks"])
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return tensors["labels"], groups["recipe"], about
+    return tensors["labels"], groups["recipe"]
 
 
 def holds_run(folder: Path) -> bool:
@@ -133,9 +142,11 @@ def holds_run(folder: Path) -> bool:
 def refuse_taken(folder: Path, *, overwrite: bool) -> None:
     """A folder that holds a run is nobody's to write in unless told."""
     if holds_run(folder) and not overwrite:
+        finished = (folder / "state.safetensors").exists()
         raise FileExistsError(
-            f"train: {folder} already holds a run; pass resume=True (--resume) to go on with it, "
-            "overwrite=True (--overwrite) to replace it, or another logs_dir"
+            f"train: {folder} already holds a run{'' if finished else ' without a finished epoch'}; pass "
+            + ("resume=True (--resume) to go on with it, " if finished else "")
+            + "overwrite=True (--overwrite) to replace it, or another logs_dir"
         )
 
 
@@ -145,21 +156,27 @@ RUN_FILES = (
 )  # fmt: skip
 
 
-def open_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make ``folder`` ready for a run, or say why it cannot be, before any work is done."""
-    if resume and overwrite:
+def require_resumable(folder: Path, *, overwrite: bool) -> None:
+    """There is a finished epoch to go on from."""
+    if overwrite:
         raise ValueError("train: resume and overwrite must not both be true, got True and True")
-    if resume and not (folder / "state.safetensors").exists():
+    if not (folder / "state.safetensors").exists():
         raise FileNotFoundError(
             f"train: resume must name a folder with a finished epoch, got {folder} (no state.safetensors)"
         )
-    refuse_taken(folder, overwrite=resume or overwrite)
+
+
+def make_folder(folder: Path) -> None:
+    """``folder`` is there and can be written in, or an error says why not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / ".writable", "")
         (folder / ".writable").unlink()
     except OSError as error:
         raise PermissionError(f"train: cannot write in run folder {folder}: {error}") from error
-    if overwrite:
-        for name in RUN_FILES:
-            (folder / name).unlink(missing_ok=True)
+
+
+def sweep(folder: Path, *, run: bool) -> None:
+    """Remove the debris of killed processes and, with ``run``, the run itself."""
+    for path in [*folder.glob(".*.part"), *(folder / name for name in RUN_FILES if run)]:
+        path.unlink(missing_ok=True)

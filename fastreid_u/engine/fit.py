@@ -136,5 +136,5 @@ def _require_finite(total: Tensor, epoch: int, step: int) -> None:
         why = f" ({error})"
     raise FloatingPointError(
         f"loss is {total.item()} at epoch {epoch}, step {step}{why}; finished epochs are saved. "
-        "Lower lr, raise temp, or use float32 (amp=off), and go on with resume=True"
+        "Start another run with a lower lr, a higher temp, or in float32 (amp=off): this one would end here again"
     )

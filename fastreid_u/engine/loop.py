@@ -61,6 +61,7 @@ class Session:
     autocast: bool
     display: Display
     folder: Path
+    data: str  # fingerprint of the training images
     optimizer: torch.optim.Optimizer | None = None  # from ``start_networks`` on
     start: int = 0
     labels: np.ndarray | None = None  # of the last finished epoch
@@ -78,6 +79,7 @@ def run_epochs(session: Session) -> None:
 
     for epoch in range(s.start, config.epochs):
         seconds: dict[str, float] = {}
+        _reseed(s, epoch)
         with _timed(seconds, "extract"):
             features = s.recipe.features(partial(_extract, s), epoch)
         with _timed(seconds, "label"), s.display.phase("label", len(features)) as advance:
@@ -162,13 +164,14 @@ def _look_at(s: Session, labels: np.ndarray, epoch: int) -> dict[str, Any]:
     if health["clusters"] == 0:
         raise NoClustersError(
             f"epoch {epoch}: all {len(labels)} images are un-clustered at {s.recipe.label_settings(epoch)}. "
-            f"{s.recipe.if_none_cluster}" + ("" if epoch == 0 else "; finished epochs are saved")
+            f"{s.recipe.if_none_cluster}, in another run"
+            + ("" if epoch == 0 else "; the finished epochs of this one are saved")
         )
     if health["clusters"] == 1:
         s.display.line(
             f"warning: epoch {epoch}: one cluster holds all clustered images, so its labels tell nobody apart. "
             f"{s.recipe.if_all_cluster} (now {s.recipe.label_settings(epoch)})"
-            + ("" if config.center_per_camera else " or try center_per_camera=True")
+            + (" or try center_per_camera=True" if s.dataset.has_cameras and not config.center_per_camera else "")
         )
     return health
 
@@ -205,11 +208,20 @@ def _keep(s: Session, record: dict[str, Any], network: nn.Module) -> None:
         s.optimizer,
         torch.from_numpy(s.labels),
         s.recipe.state(),
-        {"epoch": record["epoch"]},
+        {"epoch": record["epoch"], "data": s.data},
     )
     people = len({x.pid for x in s.dataset.train if x.pid >= 0}) if s.dataset.has_pids else None
     draw_curves(s.records, s.folder / "curves.png", f"{s.recipe.title} on {s.dataset.name}", people)
     s.display.line(table_row(record))
+
+
+def _reseed(s: Session, epoch: int) -> None:
+    """What draws from torch's own generators, as stochastic depth does, depends on seed and epoch alone."""
+    seed = s.recipe.config.seed + 1_000_003 * epoch
+    torch.default_generator.manual_seed(seed)
+    if s.device.type == "cuda":
+        with torch.cuda.device(s.device):
+            torch.cuda.manual_seed(seed)
 
 
 @contextmanager

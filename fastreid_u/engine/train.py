@@ -2,33 +2,32 @@
 """``train``: everything that surrounds the epochs. Checks first, work after; the algorithm itself is in ``loop.py``."""
 
 import dataclasses
-import json
+import itertools
 import os
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastreid_u.config import Config, dump_toml, load_toml
+from fastreid_u.config import Config, dump_toml
 from fastreid_u.engine import checkpoint
+from fastreid_u.engine.claim import FolderInUse, claimed
 from fastreid_u.engine.display import Display, Phase
 from fastreid_u.engine.evaluate import test_split
 from fastreid_u.engine.extract import BadImageLog
 from fastreid_u.engine.loop import Session, SourceLoaders, run_epochs, start_networks
 from fastreid_u.engine.report import metric_block, recipe_card
+from fastreid_u.engine.resume import fingerprint, restore, stored_config, stored_tables
 from fastreid_u.methods import get_method
 from fastreid_u.recipe import Images, Recipe
 
 if TYPE_CHECKING:
     from fastreid_u.data import ReIDDataset
     from fastreid_u.models import ReIDModel
-
-# A resumed run may be given these anew; anything else would make it another experiment.
-_RESUMABLE = {"epochs", "workers", "cache_images", "print_freq", "eval_step", "eval_batch_size"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,47 +100,80 @@ def train(
         FloatingPointError: the network diverged. SaveError: the disk is full, say. All four keep finished epochs.
     """
     from fastreid_u.data import ReIDDataset, known_name
+    from fastreid_u.data.catalogue import data_root
 
-    recipe_class = get_method(method)
-    folder = Path(logs_dir) if logs_dir is not None else None
-    if resume and folder is None:
-        raise ValueError("train: logs_dir must name the run to resume, got None")
+    recipe_class, device = get_method(method), _device(device)
+    folder = None if logs_dir is None else Path(logs_dir).expanduser()
+    given = isinstance(dataset, ReIDDataset)
+    name = "" if given else _located("dataset", dataset, root)
+    for argument, options in (("data", data), ("source_data", source_data)):
+        if not isinstance(options, Mapping | None):
+            raise TypeError(f"train: {argument} must map a reader's options to values, got {options!r}")
+    if overrides.get("source") is not None:
+        overrides["source"] = _located("source", overrides["source"], root)
 
-    name = dataset.name if isinstance(dataset, ReIDDataset) else str(dataset)
-    key = known_name(name) or name
+    stored: dict[str, dict[str, Any]] | None = None
     if resume:
-        checkpoint.open_folder(folder, resume=True, overwrite=overwrite)
-        config = _stored_config(folder, recipe_class, overrides)
+        if folder is None:
+            raise ValueError("train: logs_dir must name the run to resume, got None")
+        checkpoint.require_resumable(folder, overwrite=overwrite)
+        stored = stored_tables(folder)
+        config = stored_config(stored, recipe_class, overrides)
+        root = stored["run"].get("data_dir") if root is None else root
+        data = stored["data"] if data is None else data
+        source_data = stored["source_data"] if source_data is None else source_data
     else:
-        config = recipe_class.Config.for_dataset(key, **overrides)
+        config = recipe_class.Config.for_dataset(dataset.name if given else name, **overrides)
         if folder is not None:
             checkpoint.refuse_taken(folder, overwrite=overwrite)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    reid = dataset if isinstance(dataset, ReIDDataset) else _load(dataset, root, data, Display(quiet=quiet))
-    if not reid.train:
-        raise ValueError(f"train: dataset must hold training images, got none in {reid.root}")
-    if recipe_class.uses_source and config.source is not None:
-        source_data = {**recipe_class.source_dials.get(known_name(config.source), {}), **dict(source_data or {})}
-    labelled = _load_source(recipe_class, config, root, source_data, display=Display(quiet=quiet))
-    if labelled is not None and not {s.path for s in reid.train}.isdisjoint(s.path for s in labelled.train):
-        raise ValueError(f"train: source must hold other images than the set to learn, got {reid.root} for both")
-    recipe = recipe_class(config, _images(reid), _images(labelled, pids=True) if labelled else None)
-    model = _build_model(config, device)
-    if folder is None:
-        folder = _free_folder(f"{reid.name}-{recipe_class.name}")
-    if not resume:  # last of all that may be refused: overwriting must not cost the old run for nothing
-        checkpoint.open_folder(folder, resume=False, overwrite=overwrite)
-    display = Display(folder / "log.txt", quiet=quiet)
-    session = _open_session(recipe, reid, labelled, device, display, folder)
-    if not resume:
-        run = {"method": recipe_class.name, "dataset": name,
-               "root": str(reid.root), "fastreid_u": _version(), "torch": torch.__version__, "device": str(device),
-               "started": time.strftime("%Y-%m-%d %H:%M:%S")}  # fmt: skip
+    with _undisturbed(device), ExitStack() as stack:
+        reid = dataset if given else _load(dataset, root, data, Display(quiet=quiet))
+        if not reid.train:
+            raise ValueError(f"train: dataset must hold training images, got none in {reid.root}")
+        if recipe_class.uses_source and config.source is not None:
+            source_data = {**recipe_class.source_dials.get(known_name(config.source), {}), **dict(source_data or {})}
+        labelled = _load_source(recipe_class, config, root, source_data, display=Display(quiet=quiet))
+        if labelled is not None and not {s.path for s in reid.train}.isdisjoint(s.path for s in labelled.train):
+            raise ValueError(f"train: source must hold other images than the set to learn, got {reid.root} for both")
+        recipe = recipe_class(config, _images(reid), _images(labelled, pids=True) if labelled else None)
+        model = _build_model(config, device, trained=resume)
+
+        if folder is None:
+            folder = _claim_free_folder(stack, f"{reid.name}-{recipe_class.name}")
+        else:
+            checkpoint.make_folder(folder)
+            stack.enter_context(claimed(folder))
+            checkpoint.refuse_taken(folder, overwrite=overwrite or resume)  # again, now that nobody else can make one
+        early = folder / ".log.early"  # an older run's log must last until nothing more can be refused
+        stack.callback(early.unlink, missing_ok=True)
+        display = Display(folder / "log.txt" if resume else early, quiet=quiet)
+        session = _open_session(recipe, reid, labelled, device, display, folder)
+        run = stored["run"] if stored else {
+            "method": recipe_class.name, "dataset": name, "root": os.path.abspath(reid.root),
+            "data_dir": os.path.abspath(data_root(root)), "fastreid_u": _version(), "torch": torch.__version__,
+            "device": str(device), "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }  # fmt: skip
         options = {"data": dict(data or {}), "source_data": dict(source_data or {})}
-        tables = {"run": run, "config": config.to_dict(), **options}
-        checkpoint.write_text(folder / "config.toml", dump_toml(tables))
+        told = dump_toml({"run": run, "config": config.to_dict(), **options})
+        checkpoint.sweep(folder, run=overwrite)
+        if early.exists():
+            early.replace(folder / "log.txt")
+        display.log = folder / "log.txt"
+        checkpoint.write_text(folder / "config.toml", told)
 
+        _introduce(session, model, labelled, reid.name if given else name)
+        with display.hearing_warnings():
+            start_networks(session, model, calibrate=not resume)
+            if resume:
+                restore(session)
+            run_epochs(session)
+        return _finished(session)
+
+
+def _introduce(session: Session, model: "ReIDModel", labelled: "ReIDDataset | None", key: str) -> None:
+    """Tables of the data, and the recipe card."""
+    display, reid, recipe = session.display, session.dataset, session.recipe
     for line in reid.table().splitlines():
         display.line(line)
     for note in reid.notes:
@@ -151,17 +183,14 @@ def train(
         for line in labelled.table().splitlines():
             display.line(line)
     display.line()
-    card = recipe_card(recipe_class, config, key, model=model.describe(), device=str(device), selects=_selects(session))
-    for line in [*card, f"  run folder  {folder}", ""]:
+    about = {"model": model.describe(), "device": str(session.device), "selects": _selects(session)}
+    for line in [*recipe_card(type(recipe), recipe.config, key, **about), f"  run folder  {session.folder}", ""]:
         display.line(line)
 
-    with display.hearing_warnings():
-        start_networks(session, model, calibrate=not resume)
-        if resume:
-            _restore(session)
-        run_epochs(session)
 
-    run = Run(folder, config, session.records, next(iter(session.recipe.ranked().values())).eval())
+def _finished(session: Session) -> Run:
+    display, folder = session.display, session.folder
+    run = Run(folder, session.recipe.config, session.records, next(iter(session.recipe.ranked().values())).eval())
     if run.last.get("mAP") is not None:
         display.line()
         for line in metric_block(run.last):
@@ -225,14 +254,17 @@ def _load_source(
     return dataclasses.replace(reid, train=named)
 
 
-def _build_model(config: Config, device: torch.device) -> "ReIDModel":
+def _build_model(config: Config, device: torch.device, *, trained: bool) -> "ReIDModel":
+    """The network; one that was trained has its weights in the run, and those that it began with may be gone."""
     from fastreid_u.models import build_model
 
     model = build_model(
-        config.arch, pooling=config.pooling_type, weights=config.weights, bn_group=config.bn_group,
+        config.arch, pooling=config.pooling_type, weights=None if trained else config.weights, bn_group=config.bn_group,
         bn_running=config.bn_running, stem_relu=config.stem_relu, drop_path=config.drop_path,
         image_size=(config.height, config.width), seed=config.seed,
     )  # fmt: skip
+    if trained:
+        model.card["weights"] = f"{config.weights or 'random'}, as trained so far"
     return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
 
 
@@ -283,6 +315,7 @@ def _open_session(
         autocast=_autocast(config, device),
         display=display,
         folder=folder,
+        data=fingerprint(reid, labelled),
     )  # fmt: skip
 
 
@@ -300,43 +333,50 @@ def _autocast(config: Config, device: torch.device) -> bool:
     return config.amp == "bf16"
 
 
-def _restore(session: Session) -> None:
-    """Bring ``session`` to the end of its last finished epoch; later lines of metrics.jsonl are dropped."""
-    labels, recipe_state, about = checkpoint.load_state(session.folder, session.recipe.networks, session.optimizer)
-    if len(labels) != len(session.dataset.train):
-        raise ValueError(
-            f"train: the data must be the run's own: it had {len(labels)} training images, {session.dataset.root} has "
-            f"{len(session.dataset.train)}"
-        )
-    session.recipe.load_state(recipe_state)
-    session.labels = labels.numpy()
-    session.start = about["epoch"] + 1
-    lines = (session.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    session.records = [record for record in map(json.loads, lines) if record["epoch"] < session.start]
-    checkpoint.write_text(session.folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in session.records))
-    session.display.line(f"resumed after epoch {about['epoch']}")
+def _claim_free_folder(stack: ExitStack, name: str) -> Path:
+    """The first of ``name``, ``name-2``, ... under ./runs that holds no run and that nobody else is about to fill."""
+    for number in itertools.count(1):
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        if checkpoint.holds_run(folder):
+            continue
+        checkpoint.make_folder(folder)
+        with suppress(FolderInUse):
+            stack.enter_context(claimed(folder))
+            if not checkpoint.holds_run(folder):
+                return folder
+    raise AssertionError("there is always a next number")
 
 
-def _stored_config(folder: Path, recipe_class: type[Recipe], overrides: Mapping[str, Any]) -> Config:
-    stored = load_toml((folder / "config.toml").read_text(encoding="utf-8"))
-    if stored["run"]["method"] != recipe_class.name:
-        raise ValueError(f"train: method must be the run's own ({stored['run']['method']}), got {recipe_class.name!r}")
-    names = [field.name for field in dataclasses.fields(recipe_class.Config)]
-    values = {name: stored["config"].get(name) for name in names}  # None is written as a comment, hence absent
-    changed = {k: v for k, v in overrides.items() if k not in _RESUMABLE and values.get(k) != v}
-    if changed:
-        raise ValueError(
-            f"train: a resumed run must keep its settings (only {', '.join(sorted(_RESUMABLE))} may change), got "
-            + ", ".join(f"{k}={v!r} instead of {values.get(k)!r}" for k, v in changed.items())
-        )
-    return recipe_class.Config.for_dataset("", **{**values, **overrides})
+@contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """What a caller may have set for torch as a whole neither reaches the run nor is changed by it."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
-def _free_folder(name: str) -> Path:
-    folder, number = Path("runs") / name, 2
-    while checkpoint.holds_run(folder):
-        folder, number = Path("runs") / f"{name}-{number}", number + 1
-    return folder
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"train: device must be one that torch knows, got {device!r}") from error
+
+
+def _located(argument: str, value: object, root: str | os.PathLike | None) -> str:
+    """The name of a known set, or the absolute path of a folder or file: what still says the same elsewhere."""
+    from fastreid_u.data import known_name
+    from fastreid_u.data.catalogue import data_root
+
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"train: {argument} must be a name, a path or a ready data set, got {value!r}")
+    text = os.fspath(value)
+    places = (Path(text).expanduser(), data_root(root) / text) if text and not known_name(text) else ()
+    return known_name(text) or next((os.path.abspath(place) for place in places if place.exists()), text)
 
 
 def _version() -> str:

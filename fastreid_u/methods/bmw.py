@@ -38,7 +38,7 @@ class BMWConfig(ClusterContrastConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.push_weight < 0:
+        if not self.push_weight >= 0:
             raise ValueError(f"config: push_weight must be 0 or more, got {self.push_weight!r}")
         if self.use_hard:
             raise ValueError("config: use_hard must be False, as BMW has its own update, got True")

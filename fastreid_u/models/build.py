@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an architecture's name to a network with weights."""
 
+import threading
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from fastreid_u.models.reid import ReIDModel
 from fastreid_u.models.resnet import ALIASES, RESNETS, ResNet
 from fastreid_u.models.timm_backbone import TimmBackbone
 from fastreid_u.models.weights import imagenet_file, is_reid_checkpoint, load_weights, read_weights
+
+_drawing = threading.Lock()
 
 
 def model_names() -> list[str]:
@@ -68,7 +71,8 @@ def build_model(
     if drop_path and arch in RESNETS:
         raise ValueError(f"build_model: drop_path must be 0 for {arch}, got {drop_path!r}")
     file = imagenet_file(arch, weights) if weights in ("imagenet", "imagenet_v2") and arch in RESNETS else weights
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+    # one thread at a time: weights are drawn from a generator that all share
+    with _drawing, torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which reseeds every GPU as well
         if arch in RESNETS:

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run folder has one owner: two runs that write into one folder would both end well and leave a mixture."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+_NAME = ".lock"
+_mine: set[Path] = set()  # a process may lock a file it has locked already, so what it holds is remembered
+
+
+class FolderInUse(FileExistsError):
+    """Another run, here or in another process, is writing into the folder."""
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Own ``folder``, which must exist, for as long as the block lasts. The lock of a killed process is gone with it.
+
+    Raises:
+        FolderInUse: someone else does.
+    """
+    folder = folder.resolve()
+    if folder in _mine:
+        raise FolderInUse(f"train: logs_dir must not be in use, got {folder}, which another run of this process holds")
+    file = _locked(folder)
+    _mine.add(folder)
+    try:
+        yield
+    finally:
+        _mine.discard(folder)
+        with suppress(OSError):  # while it is still ours: whoever has opened it meanwhile will see that it is gone
+            (folder / _NAME).unlink()
+        file.close()
+
+
+def _locked(folder: Path) -> IO[str]:
+    while True:
+        file = (folder / _NAME).open("a+")
+        try:
+            _lock(file)
+        except OSError:
+            file.seek(0)
+            owner = file.read().strip() or "another one"
+            file.close()
+            raise FolderInUse(f"train: logs_dir must not be in use, got {folder}, where process {owner} runs") from None
+        try:
+            same = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / _NAME))
+        except FileNotFoundError:  # its last owner has just removed it
+            same = False
+        if same:
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            return file
+        file.close()
+
+
+def _lock(file: IO[str]) -> None:
+    """A lock of the process, not of the open file: the workers that it forks do not hold it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
