@@ -63,8 +63,10 @@ def test_other_data_are_refused(world, tmp_path):
     second.rename(world / "away")
     first.rename(second)
     (world / "away").rename(first)  # two images have changed names
+    told = (run.folder / "config.toml").read_text()
     with pytest.raises(ValueError, match="with other names, sizes, identities or cameras"):
         resumed(run.folder, epochs=2)
+    assert (run.folder / "config.toml").read_text() == told
 
 
 def test_a_torn_last_record_is_left_out_and_a_torn_other_one_named(world, tmp_path):

@@ -16,14 +16,13 @@ import torch
 from fastreid_u.config import Config, dump_toml
 from fastreid_u.engine import checkpoint
 from fastreid_u.engine.claim import FolderInUse, claimed
-from fastreid_u.engine.display import Display, Phase
-from fastreid_u.engine.evaluate import test_split
-from fastreid_u.engine.extract import BadImageLog
-from fastreid_u.engine.loop import Session, SourceLoaders, run_epochs, start_networks
+from fastreid_u.engine.display import Display
+from fastreid_u.engine.loop import Session, run_epochs, start_networks
+from fastreid_u.engine.opening import build_network, images_of, load, load_source, located, open_session
 from fastreid_u.engine.report import metric_block, recipe_card
-from fastreid_u.engine.resume import fingerprint, restore, stored_config, stored_tables
+from fastreid_u.engine.resume import restore, stored_config, stored_tables
 from fastreid_u.methods import get_method
-from fastreid_u.recipe import Images, Recipe
+from fastreid_u.recipe import Recipe
 
 if TYPE_CHECKING:
     from fastreid_u.data import ReIDDataset
@@ -105,12 +104,12 @@ def train(
     recipe_class, device = get_method(method), _device(device)
     folder = None if logs_dir is None else Path(logs_dir).expanduser()
     given = isinstance(dataset, ReIDDataset)
-    name = "" if given else _located("dataset", dataset, root)
+    name = "" if given else located("dataset", dataset, root)
     for argument, options in (("data", data), ("source_data", source_data)):
         if not isinstance(options, Mapping | None):
             raise TypeError(f"train: {argument} must map a reader's options to values, got {options!r}")
     if overrides.get("source") is not None:
-        overrides["source"] = _located("source", overrides["source"], root)
+        overrides["source"] = located("source", overrides["source"], root)
 
     stored: dict[str, dict[str, Any]] | None = None
     if resume:
@@ -128,16 +127,16 @@ def train(
             checkpoint.refuse_taken(folder, overwrite=overwrite)
 
     with _undisturbed(device), ExitStack() as stack:
-        reid = dataset if given else _load(dataset, root, data, Display(quiet=quiet))
+        reid = dataset if given else load(dataset, root, data, Display(quiet=quiet))
         if not reid.train:
             raise ValueError(f"train: dataset must hold training images, got none in {reid.root}")
         if recipe_class.uses_source and config.source is not None:
             source_data = {**recipe_class.source_dials.get(known_name(config.source), {}), **dict(source_data or {})}
-        labelled = _load_source(recipe_class, config, root, source_data, display=Display(quiet=quiet))
+        labelled = load_source(recipe_class, config, root, source_data, display=Display(quiet=quiet))
         if labelled is not None and not {s.path for s in reid.train}.isdisjoint(s.path for s in labelled.train):
             raise ValueError(f"train: source must hold other images than the set to learn, got {reid.root} for both")
-        recipe = recipe_class(config, _images(reid), _images(labelled, pids=True) if labelled else None)
-        model = _build_model(config, device, trained=resume)
+        recipe = recipe_class(config, images_of(reid), images_of(labelled, pids=True) if labelled else None)
+        model = build_network(config, device, trained=resume)
 
         if folder is None:
             folder = _claim_free_folder(stack, f"{reid.name}-{recipe_class.name}")
@@ -148,7 +147,7 @@ def train(
         early = folder / ".log.early"  # an older run's log must last until nothing more can be refused
         stack.callback(early.unlink, missing_ok=True)
         display = Display(folder / "log.txt" if resume else early, quiet=quiet)
-        session = _open_session(recipe, reid, labelled, device, display, folder)
+        session = open_session(recipe, reid, labelled, device, display, folder)
         run = stored["run"] if stored else {
             "method": recipe_class.name, "dataset": name, "root": os.path.abspath(reid.root),
             "data_dir": os.path.abspath(data_root(root)), "fastreid_u": _version(), "torch": torch.__version__,
@@ -160,13 +159,15 @@ def train(
         if early.exists():
             early.replace(folder / "log.txt")
         display.log = folder / "log.txt"
-        checkpoint.write_text(folder / "config.toml", told)
+        if not resume:
+            checkpoint.write_text(folder / "config.toml", told)
 
         _introduce(session, model, labelled, reid.name if given else name)
         with display.hearing_warnings():
             start_networks(session, model, calibrate=not resume)
             if resume:
                 restore(session)
+                checkpoint.write_text(folder / "config.toml", told)  # it may have been given more epochs
             run_epochs(session)
         return _finished(session)
 
@@ -215,124 +216,6 @@ def _selects(session: Session) -> str:
     return f"{text}, as published" if session.recipe.published_model == "best" else f"{text}; published: the last epoch"
 
 
-def _load(
-    dataset: str | os.PathLike, root: str | os.PathLike | None, data: Mapping[str, Any] | None, display: Display
-) -> "ReIDDataset":
-    from fastreid_u.data import load_dataset
-
-    with ExitStack() as stack:
-        phase: Phase | None = None
-
-        def progress(done: int, total: int) -> None:
-            nonlocal phase
-            if phase is None:
-                display.line(f"rendering {total:,} images, once for these dials")
-                phase = stack.enter_context(display.phase("render", total))
-            phase(done - phase.done)
-
-        return load_dataset(dataset, root, progress=progress, **dict(data or {}))
-
-
-def _load_source(
-    recipe_class: type[Recipe],
-    config: Config,
-    root: str | os.PathLike | None,
-    data: Mapping[str, Any] | None,
-    display: Display,
-) -> "ReIDDataset | None":
-    """The labelled set of a method that uses one, without images whose identity is unknown."""
-    if not recipe_class.uses_source:
-        if data:
-            raise ValueError(f"train: source_data must be left out for method {recipe_class.name!r}, got {dict(data)}")
-        return None
-    if config.source is None:
-        raise ValueError(f"train: source must name a labelled set for method {recipe_class.name!r}, got None")
-    reid = _load(config.source, root, data, display)
-    named = tuple(sample for sample in reid.train if sample.pid >= 0) if reid.has_pids else ()
-    if not named:
-        raise ValueError(f"train: source must have training images with identities, got none in {reid.root}")
-    return dataclasses.replace(reid, train=named)
-
-
-def _build_model(config: Config, device: torch.device, *, trained: bool) -> "ReIDModel":
-    """The network; one that was trained has its weights in the run, and those that it began with may be gone."""
-    from fastreid_u.models import build_model
-
-    model = build_model(
-        config.arch, pooling=config.pooling_type, weights=None if trained else config.weights, bn_group=config.bn_group,
-        bn_running=config.bn_running, stem_relu=config.stem_relu, drop_path=config.drop_path,
-        image_size=(config.height, config.width), seed=config.seed,
-    )  # fmt: skip
-    if trained:
-        model.card["weights"] = f"{config.weights or 'random'}, as trained so far"
-    return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-
-
-def _open_session(
-    recipe: Recipe,
-    reid: "ReIDDataset",
-    labelled: "ReIDDataset | None",
-    device: torch.device,
-    display: Display,
-    folder: Path,
-) -> Session:
-    from fastreid_u.data import PixelCache, make_loader, test_transform
-
-    config = recipe.config
-    if config.center_per_camera and not reid.has_cameras:
-        display.line("warning: center_per_camera has no effect: these data have no camera ids")
-    plain = test_transform(config.height, config.width, **config.pixel_statistics())
-    augmented = recipe.views()
-
-    def loaders(samples):
-        cache: bool | PixelCache = False
-        if config.cache_images:  # one cache for both loaders of the same images
-            cache = PixelCache(len(samples), config.height, config.width, shared=config.workers > 0)
-        common = dict(workers=config.workers, seed=config.seed, cache=cache, pin_memory=device.type == "cuda")
-        return (
-            make_loader(samples, plain, batch_size=config.eval_batch_size, **common),
-            make_loader(samples, augmented, batch_size=config.batch_size, **common),
-        )
-
-    split = test_split(reid, display)
-    unaugmented, shown = loaders(reid.train)
-    return Session(
-        recipe=recipe,
-        dataset=reid,
-        split=split,
-        plain=unaugmented,
-        augmented=shown,
-        source=SourceLoaders(labelled.train, *loaders(labelled.train), BadImageLog(len(labelled.train), display))
-        if labelled
-        else None,
-        ranked=make_loader(
-            split.samples, plain, batch_size=config.eval_batch_size, workers=config.workers, cache=config.cache_images,
-            seed=config.seed, pin_memory=device.type == "cuda",
-        ) if split else None,
-        bad_train=BadImageLog(len(reid.train), display),
-        bad_test=BadImageLog(len(split.samples), display) if split else None,
-        device=device,
-        autocast=_autocast(config, device),
-        display=display,
-        folder=folder,
-        data=fingerprint(reid, labelled),
-    )  # fmt: skip
-
-
-def _images(reid: "ReIDDataset", *, pids: bool = False) -> Images:
-    """What a recipe is told of a set; identities, numbered 0 .. P - 1 in their own order, of a source only."""
-    camids = torch.tensor([s.camid for s in reid.train]) if reid.has_cameras else None
-    known = torch.tensor([s.pid for s in reid.train]).unique(return_inverse=True)[1] if pids else None
-    return Images(len(reid.train), camids, known)
-
-
-def _autocast(config: Config, device: torch.device) -> bool:
-    if config.amp == "auto":  # bfloat16 that the CPU only imitates is slower than float32
-        native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-        return device.type == "cpu" and native is not None and native()
-    return config.amp == "bf16"
-
-
 def _claim_free_folder(stack: ExitStack, name: str) -> Path:
     """The first of ``name``, ``name-2``, ... under ./runs that holds no run and that nobody else is about to fill."""
     for number in itertools.count(1):
@@ -365,18 +248,6 @@ def _device(device: str | torch.device | None) -> torch.device:
         return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"train: device must be one that torch knows, got {device!r}") from error
-
-
-def _located(argument: str, value: object, root: str | os.PathLike | None) -> str:
-    """The name of a known set, or the absolute path of a folder or file: what still says the same elsewhere."""
-    from fastreid_u.data import known_name
-    from fastreid_u.data.catalogue import data_root
-
-    if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"train: {argument} must be a name, a path or a ready data set, got {value!r}")
-    text = os.fspath(value)
-    places = (Path(text).expanduser(), data_root(root) / text) if text and not known_name(text) else ()
-    return known_name(text) or next((os.path.abspath(place) for place in places if place.exists()), text)
 
 
 def _version() -> str:
