@@ -22,22 +22,28 @@ def as_tensor(op: str, name: str, x: object) -> Tensor:
     """Return ``x`` as a tensor on its own device, sharing memory where it can.
 
     Takes torch tensors, NumPy arrays, anything with ``__dlpack__`` (CuPy, JAX, ...) and flat or nested sequences of
-    numbers. Read-only or reversed NumPy arrays are copied, because torch can wrap neither.
+    numbers. NumPy arrays that torch cannot wrap are copied: read-only, reversed, fields of structured arrays, and
+    numbers longer than float64, which become float64.
     """
     if isinstance(x, Tensor):
         return x
     if isinstance(x, np.ndarray):
         if x.dtype.kind not in "biuf":
             raise TypeError(f"{op}: {name} must hold numbers, got dtype {x.dtype}")
-        wrappable = x.flags.writeable and x.dtype.isnative and all(stride >= 0 for stride in x.strides)
-        return torch.from_numpy(x if wrappable else x.astype(x.dtype.newbyteorder("="), order="C", copy=True))
+        known = np.dtype(np.float64) if x.dtype.type is np.longdouble else x.dtype.newbyteorder("=")
+        whole = all(stride >= 0 and stride % x.itemsize == 0 for stride in x.strides)
+        wrappable = whole and x.flags.writeable and x.flags.aligned and x.dtype.isnative and x.dtype.type is known.type
+        return torch.from_numpy(x if wrappable else x.astype(known, order="C", copy=True))
     if hasattr(x, "__dlpack__"):
         return torch.from_dlpack(x)
     if isinstance(x, (list, tuple, range)):
         try:
-            return torch.tensor(x)
+            if not any(isinstance(row, np.ndarray) for row in x):
+                return torch.tensor(x)
+            rows = np.array(x)  # torch would take them number by number, and says so
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{op}: {name} must hold numbers in equal rows, got {_kind(x)} ({error})") from error
+        return as_tensor(op, name, rows)
     raise TypeError(f"{op}: {name} must be a tensor or an array with __dlpack__, got {_kind(x)}")
 
 
@@ -58,9 +64,11 @@ def require_1d(op: str, name: str, x: Tensor) -> Tensor:
 
 
 def require_floating(op: str, name: str, x: Tensor) -> Tensor:
-    """``x`` holds real floating-point numbers."""
+    """``x`` holds real floating-point numbers of 16 bits or more: torch computes in no shorter ones."""
     if not x.is_floating_point():
         raise TypeError(f"{op}: {name} must be floating point, got {x.dtype}")
+    if x.dtype.itemsize < 2:
+        raise TypeError(f"{op}: {name} must be floating point of 16 bits or more, got {x.dtype}")
     return x
 
 
@@ -69,6 +77,11 @@ def require_integer(op: str, name: str, x: Tensor) -> Tensor:
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{op}: {name} must hold integers, got {x.dtype}")
     return x
+
+
+def require_ids(op: str, name: str, x: object) -> Tensor:
+    """What stands for labels, targets or rows: (N,) integers; returned in int64, where -1 is nobody's number."""
+    return require_integer(op, name, require_1d(op, name, as_tensor(op, name, x))).long()
 
 
 def require_finite(op: str, name: str, x: Tensor, *, always: bool = False) -> Tensor:
@@ -156,18 +169,24 @@ def require_same_device(op: str, name: str, x: Tensor, other_name: str, other: T
     return x
 
 
+def require_int(op: str, name: str, value: object) -> int:
+    """``value`` is a whole number; NumPy integers are taken, bool and float are not."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
+    return int(value)
+
+
 def require_positive_int(op: str, name: str, value: object) -> int:
     """``value`` is a whole number of at least 1."""
     return require_int_at_least(op, name, value, 1)
 
 
 def require_int_at_least(op: str, name: str, value: object, low: int) -> int:
-    """``value`` is a whole number of at least ``low``; NumPy integers are taken, bool and float are not."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{op}: {name} must be an integer, got {value!r}")
-    if value < low:
+    """``value`` is a whole number of at least ``low``."""
+    number = require_int(op, name, value)
+    if number < low:
         raise ValueError(f"{op}: {name} must be at least {low}, got {value}")
-    return int(value)
+    return number
 
 
 def require_positive(op: str, name: str, value: object) -> float:

@@ -81,6 +81,12 @@ def test_ignored_samples_take_no_part():
     torch.testing.assert_close(batch_hard_triplet(x, renamed, ignore_index=255), batch_hard_triplet(x, targets))
 
 
+def test_a_byte_of_255_is_a_target():
+    x, targets = batch(12, 3)
+    expected = batch_hard_triplet(x, targets.where(targets >= 0, 255))
+    torch.testing.assert_close(batch_hard_triplet(x, targets.to(torch.uint8)), expected)
+
+
 def test_compiles_whole():
     x, targets = batch(9, 3, dtype=torch.float32)
     run = torch.compile(batch_hard_triplet, backend="aot_eager", fullgraph=True)
@@ -99,3 +105,9 @@ def test_compiles_whole():
 def test_rejects(x, targets, reduction, error, message):
     with pytest.raises(error, match=f"batch_hard_triplet: {message}"):
         batch_hard_triplet(x, targets, reduction=reduction)
+
+
+@pytest.mark.parametrize("ignore_index", [None, 0.5])
+def test_ignore_index_is_an_integer(ignore_index):
+    with pytest.raises(TypeError, match="batch_hard_triplet: ignore_index must be an integer, got"):
+        batch_hard_triplet(torch.ones(2, 2), torch.tensor([0, 1]), ignore_index=ignore_index)

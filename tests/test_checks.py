@@ -20,10 +20,16 @@ from fastreid_u.ops import _dispatch as dispatch
         np.arange(6.0).reshape(2, 3),
         np.arange(6.0).reshape(2, 3)[::-1],
         np.arange(6, dtype=">f4"),
+        np.arange(6, dtype=np.longdouble),
+        np.array([(1, 2.0), (3, 4.0)], dtype=[("label", "i4"), ("score", "f8")])["score"],
+        np.frombuffer(bytes(9), np.int64, offset=1),
         [[1, 2], [3, 4]],
+        [np.arange(3.0), np.ones(3)],
+        (np.array(1), np.array(2)),
         range(5),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_as_tensor_keeps_the_numbers(x):
     np.testing.assert_array_equal(checks.as_tensor("op", "x", x).numpy(), np.asarray(x))
 
@@ -43,7 +49,13 @@ def test_as_tensor_copies_read_only_arrays():
     assert array[1] == 0
 
 
-@pytest.mark.parametrize("x", [None, "abc", {1, 2}, object(), [[1, 2], [3]], ["a"], np.array(["a"]), np.array([None])])
+@pytest.mark.parametrize(
+    "x",
+    [
+        None, "abc", {1, 2}, object(), [[1, 2], [3]], ["a"], np.array(["a"]), np.array([None]),
+        [np.ones(2), np.ones(3)], [np.array(["a"])],
+    ],
+)  # fmt: skip
 def test_as_tensor_names_what_it_cannot_take(x):
     with pytest.raises(TypeError, match="op: x must "):
         checks.as_tensor("op", "x", x)
@@ -100,6 +112,19 @@ def test_dense_and_integer():
         checks.require_2d("op", "x", graph)
     with pytest.raises(TypeError, match=r"op: y must hold integers, got torch\.bool"):
         checks.require_integer("op", "y", torch.tensor([True]))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.uint32, torch.uint64], ids=str
+)
+def test_ids_become_int64(dtype):
+    ids = checks.require_ids("op", "y", torch.tensor([0, 100]).to(dtype))
+    assert (ids.dtype, ids.tolist()) == (torch.int64, [0, 100])
+
+
+def test_features_are_not_of_8_bits():
+    with pytest.raises(TypeError, match="op: x must be floating point of 16 bits or more"):
+        checks.require_floating("op", "x", torch.ones(2).to(torch.float8_e5m2))
 
 
 def test_values_in_skips_the_ignored():

@@ -151,6 +151,8 @@ def test_compiles_without_a_graph_break(batch):
         ({"targets": torch.tensor([0.0, 1.0, 2.0])}, TypeError, "targets must hold integers, got torch.float32"),
         ({"memory": torch.zeros(5, 3)}, ValueError, "memory must have 4 columns like x, got 3"),
         ({"memory": torch.zeros(0, 4)}, ValueError, r"memory must have at least one row, got shape \(0, 4\)"),
+        ({"ignore_index": None}, TypeError, "ignore_index must be an integer, got None"),
+        ({"ignore_index": 0.5}, TypeError, "ignore_index must be an integer, got 0.5"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
         ({"weight": torch.ones(2)}, ValueError, r"weight must have one entry for each row of x \(3\), got 2"),
     ],

@@ -40,6 +40,17 @@ def test_no_gradient_to_the_goals():
     assert torch.autograd.gradcheck(lambda x: cosine_align(x, goals), (x,))
 
 
+def test_samples_that_take_no_part_may_hold_anything():
+    index, goals = torch.tensor([2, -1, 1, -1]), rows(3)
+    spoilt, goals[0] = rows(4).requires_grad_(), torch.nan
+    spoilt.data[[1, 3]] = torch.tensor([[torch.nan], [torch.inf]], dtype=torch.float64)
+    loss = cosine_align(spoilt, goals, index)
+    loss.backward()
+    torch.testing.assert_close(loss, cosine_align(rows(4)[[0, 2]], goals[[2, 1]]))
+    assert (spoilt.grad[[1, 3]] == 0).all()
+    assert torch.isfinite(spoilt.grad).all()
+
+
 def test_some_take_no_part_or_nobody():
     x, goals = rows(4), rows(7)
     some = cosine_align(x, goals, torch.tensor([2, -1, 6, -1]))

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ClusterMemory against the published class: loss, gradient, rows after one step and ten, in both of its forms."""
+"""ClusterMemory against the published class: loss, gradient, rows after one step and ten, in both of its forms.
 
+And what all memories take in: arrays, any integers, features with a graph.
+"""
+
+import copy
+
+import numpy as np
 import pytest
 import torch
 
-from fastreid_u import ClusterMemory
+from fastreid_u import ClusterMemory, InstanceMemory, ProxyMemory
 
 FILES = ["cm_one_b64_d96_k40", "cm_random_b50_d48_k23"]
 SETTINGS = [(0.05, 0.1), (0.05, 0.2), (0.05, 0.9), (0.1, 0.2)]
@@ -184,3 +190,123 @@ def test_all_state_is_in_the_state_dict():
 def test_refuses(settings, name):
     with pytest.raises(ValueError, match=f"ClusterMemory: {name} must"):
         ClusterMemory(8, 4, **settings)
+
+
+LABELS = [0, 1, 2, 0, 1, 2]
+READ_ONLY = np.array(LABELS)
+READ_ONLY.flags.writeable = False
+KINDS = {
+    **{
+        str(dtype): torch.tensor(LABELS, dtype=dtype)
+        for dtype in (torch.uint8, torch.int16, torch.uint16, torch.uint64)
+    },
+    "list": LABELS,
+    "int32 array": np.array(LABELS, np.int32),
+    "big-endian": np.array(LABELS, ">i8"),
+    "reversed": np.array(LABELS[::-1])[::-1],
+    "read-only": READ_ONLY,
+}
+
+
+def every_memory(features, labels=LABELS):
+    """One of each kind, of 6 rows of 4."""
+    instance = InstanceMemory.from_features(features)
+    instance.set_labels(labels)
+    return {
+        "cluster": ClusterMemory.from_centroids(features),
+        "instance": instance,
+        "proxy": ProxyMemory.from_features(features, labels, [0, 0, 0, 1, 1, 1]),
+    }
+
+
+def features_and_batch():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(6, 4, generator=generator), torch.randn(6, 4, generator=generator)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("samples", [6, 4], ids=["as many samples as rows", "fewer"])
+@pytest.mark.parametrize("given", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("name", ["cluster", "instance", "proxy"])
+def test_takes_integers_of_any_kind(name, given, samples):
+    features, x = features_and_batch()
+    results = []
+    for ids in (torch.tensor(LABELS), given):
+        memory = every_memory(features, ids)[name]
+        leaf = x[:samples].clone().requires_grad_()
+        loss = memory(leaf, ids[:samples])
+        loss.backward()
+        memory.update_(leaf, ids[:samples])
+        results.append((loss.detach(), memory.loss(leaf, ids[:samples]).detach(), leaf.grad, *memory.buffers()))
+    torch.testing.assert_close(*results)
+    if name == "proxy":
+        assert memory.rows(given, given).tolist() == memory.rows(torch.tensor(LABELS), torch.tensor(LABELS)).tolist()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["cluster", "instance", "proxy"])
+def test_takes_features_as_an_array_or_with_a_graph(name):
+    features, x = features_and_batch()
+    results = []
+    for rows, batch in ((features, x), (features.numpy(), x.numpy()), (features.clone().requires_grad_(), x)):
+        memory = every_memory(rows)[name]
+        assert not memory.features.requires_grad
+        loss = memory(batch, LABELS)
+        memory.update_(batch, LABELS)
+        memory(x.clone().requires_grad_(), LABELS).backward()
+        results.append((loss, *memory.buffers()))
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(results[2], results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_rows_are_float32_whatever_the_default(dtype):
+    features, _ = features_and_batch()
+    torch.set_default_dtype(dtype)
+    try:
+        memories = [ClusterMemory(4, 3), InstanceMemory(4, 3), ProxyMemory(4, 3), *every_memory(features).values()]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for memory in memories:
+        assert {buffer.dtype for buffer in memory.buffers()} <= {torch.float32, torch.int64}
+
+
+@pytest.mark.parametrize("name", ["cluster", "instance", "proxy"])
+@pytest.mark.parametrize("way", ["pickle", "copy"])
+def test_can_be_saved_whole_and_copied(tmp_path, name, way):
+    features, x = features_and_batch()
+    memory = every_memory(features)[name]
+    if way == "copy":
+        other = copy.deepcopy(memory)
+    else:  # torch.save pickles
+        torch.save(memory, tmp_path / "memory.pt")
+        other = torch.load(tmp_path / "memory.pt", weights_only=False)
+    other.load_state_dict(memory.state_dict())
+    for each in (memory, other):
+        each.update_(x, torch.tensor(LABELS))
+    torch.testing.assert_close(list(other.buffers()), list(memory.buffers()))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: ClusterMemory.from_centroids(torch.ones(3)), ValueError, "centroids must be 2-D"),
+        (lambda: ClusterMemory.from_centroids([[1, 2]]), TypeError, "centroids must be floating point"),
+        (lambda: InstanceMemory.from_features(torch.ones(2, 2) / 0), ValueError, "features must be finite"),
+        (
+            lambda: InstanceMemory.from_features(torch.ones(2, 2), source_centroids=torch.ones(2, 3)),
+            ValueError,
+            "source_centroids must have 2 columns like features, got 3",
+        ),
+        (lambda: ClusterMemory(2, 3)(torch.ones(1, 2), [0.5]), TypeError, "targets must hold integers"),
+        (lambda: InstanceMemory(2, 3)(torch.ones(1, 2), None), TypeError, "rows must be a tensor or an array"),
+        (
+            lambda: ProxyMemory(2, 3).rows([1, 2], [1]),
+            ValueError,
+            r"cameras must have one entry for each row of labels",
+        ),
+    ],
+)
+def test_names_what_it_cannot_take(make, error, message):
+    with pytest.raises(error, match=rf"Memory[.\w]*: {message}"):
+        make()

@@ -75,3 +75,4 @@ def test_every_rank_has_the_memory_of_one_process(tmp_path, world):
 def test_alone_nothing_is_gathered():
     x, targets = torch.ones(2, 3), torch.tensor([0, 1])
     assert gather_in_rank_order(x, targets) == (x, targets)
+    assert gather_in_rank_order(x, [0, 1])[1].tolist() == [0, 1]

@@ -136,6 +136,14 @@ def test_a_loaded_memory_goes_on_where_the_saved_one_was(small):
     torch.testing.assert_close(other.cluster_means, memory.cluster_means)
 
 
+@pytest.mark.filterwarnings("error")  # the reference says that it is slow
+def test_means_have_the_dtype_of_the_rows(small):
+    memory, x = small
+    memory.double().set_labels([0, 2, 2, -1, 0, 3])
+    assert memory.cluster_means.dtype == torch.float64
+    memory.update_(x.double(), torch.arange(5))
+
+
 def test_no_update_without_gradients(small):
     memory, x = small
     before = memory.features.clone()

@@ -281,12 +281,35 @@ def test_squares_that_overflow_are_not_an_error(unit_memory):
     torch.testing.assert_close(unit_memory, before)  # as published: a length of infinity leaves nothing of the sample
 
 
-@pytest.mark.parametrize("bad", [torch.tensor(1.0), torch.tensor([1])])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_half_memory_is_computed_in_float32_and_rounded_once(dtype, rule):
+    generator = torch.Generator().manual_seed(1)
+    rows = F.normalize(torch.randn(5, 19, generator=generator)).to(dtype)
+    x, targets = torch.randn(17, 19, generator=generator), torch.randint(-1, 5, (17,), generator=generator)
+    x[2], x[6] = 0, 1e5  # neither is to be lost in half precision
+    settings = {"rule": rule, **settings_of(rule, targets, 5)}
+    expected = momentum_update_(rows.float(), x, targets, backend="reference", **settings)
+    found = momentum_update_(rows.clone(), x, targets, backend="reference", **settings)
+    # rows of "push_sequential" read each other, rounded as they are stored
+    slack = torch.finfo(dtype).eps if rule == "push_sequential" else 0
+    torch.testing.assert_close(found, expected.to(dtype), rtol=0, atol=slack)
+
+
+@pytest.mark.parametrize("rule", ["sequential", "hard", "mean", "push", "push_sequential"])
+def test_zeros_and_large_numbers_make_no_nan_of_a_half_row(rule):
+    for x in (torch.zeros(1, 3), torch.full((1, 3), 1e5)):
+        rows = torch.eye(3).half()
+        momentum_update_(rows, x, [0], momentum=0.5, rule=rule, backend="reference")
+        assert torch.isfinite(rows).all()
+
+
+@pytest.mark.parametrize("bad", [torch.tensor(1.0), torch.tensor([1]), np.ones(1)])
 def test_found_inf_skips_the_update(unit_memory, bad):
     before = unit_memory.clone()
     momentum_update_(unit_memory, torch.full((1, 5), torch.inf), torch.tensor([0]), found_inf=bad)
     assert torch.equal(unit_memory, before)
-    momentum_update_(unit_memory, torch.ones(1, 5), torch.tensor([0]), found_inf=torch.zeros_like(bad))
+    momentum_update_(unit_memory, torch.ones(1, 5), torch.tensor([0]), found_inf=bad * 0)
     assert not torch.equal(unit_memory, before)
 
 
@@ -326,6 +349,11 @@ ROW = {"rule": "row", "labels": [0, 0, 0, 0, 1, 1], "cluster_sizes": [4, 2], "cl
         ({"labels": [0] * 6}, ValueError, "labels, cluster_sizes and cluster_means must be given together"),
         ({**ROW, "rule": "hard"}, ValueError, "labels, cluster_sizes and cluster_means must .* got rule='hard'"),
         ({**ROW, "labels": [0, 2, 0, 0, 0, 0]}, ValueError, r"labels must lie in \[0, 2\), got 2"),
+        (
+            {**ROW, "cluster_sizes": [0, 2]},
+            ValueError,
+            "cluster_sizes must be at least 1 where a row moves, got 0 for label 0",
+        ),
         ({**ROW, "cluster_sizes": [6]}, ValueError, "cluster_sizes must have one entry"),
         ({**ROW, "cluster_means": torch.ones(2, 4)}, ValueError, "cluster_means must have 5 columns"),
         ({**ROW, "cluster_means": torch.ones(2, 5, requires_grad=True)}, ValueError, "cluster_means must not require"),
@@ -335,6 +363,13 @@ ROW = {"rule": "row", "labels": [0, 0, 0, 0, 1, 1], "cluster_sizes": [4, 2], "cl
             "x must be finite",
         ),
         ({"x": torch.ones(2, 5, device="meta")}, ValueError, "x must be on cpu like memory, got meta"),
+        (
+            {"x": torch.full((2, 5), 1e200, dtype=torch.float64)},
+            ValueError,
+            "x in float32 must be finite, .*first: row 0",
+        ),
+        ({"found_inf": 0.0}, TypeError, "found_inf must be a tensor or an array with __dlpack__, got float"),
+        ({"found_inf": torch.zeros(2)}, ValueError, r"found_inf must hold one number, got shape \(2,\)"),
         ({"found_inf": torch.zeros(1, device="meta")}, ValueError, "found_inf must be on cpu like memory, got meta"),
         ({"memory": torch.zeros(0, 5)}, ValueError, r"targets must lie in \[0, 0\), got"),
         ({"x": torch.tensor([[1.0] * 5, [torch.nan] * 5])}, ValueError, "x must be finite, .*first: row 1"),

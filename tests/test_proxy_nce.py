@@ -186,6 +186,22 @@ def test_ignored_samples_take_no_part(batch, reduction):
     torch.testing.assert_close(proxy_nce(x, renamed, a, *rest, ignore_index=255, reduction=reduction), expected)
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"scope": "camera"}, {"positives": "other_cameras"}, {"compat": True}], ids=str
+)
+def test_ignored_samples_may_hold_anything(batch, settings):
+    x, y, *rest = batch()
+    y[[2, 5]] = -1
+    grads = []
+    for garbage in (x[[2, 5]], torch.tensor([[torch.nan], [torch.inf]], dtype=x.dtype)):
+        leaf = x.clone()
+        leaf[[2, 5]] = garbage
+        proxy_nce(leaf.requires_grad_(), y, *rest, **settings).backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+    assert (grads[1][[2, 5]] == 0).all()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "camera", "sum"])
 def test_nobody_left_and_nobody_there(batch, reduction):
     x, y, a, *rest = batch()
@@ -242,6 +258,9 @@ NAMES = ("x", "clusters", "cameras", "memory", "proxy_clusters", "proxy_cameras"
         ({}, {"temperature": 0}, ValueError, "temperature must be positive"),
         ({}, {"hard_negatives": 0}, ValueError, "hard_negatives must be at least 1"),
         ({}, {"hard_negatives": 2.5}, TypeError, "hard_negatives must be an integer"),
+        ({}, {"ignore_index": None}, TypeError, "ignore_index must be an integer, got None"),
+        ({}, {"ignore_index": 0.5}, TypeError, "ignore_index must be an integer, got 0.5"),
+        ({"x": torch.ones(9, 6).to(torch.float8_e4m3fn)}, {}, TypeError, "x must be floating point of 16 bits or more"),
         ({}, {"scope": "mine"}, ValueError, "scope must be one of 'all', 'camera'"),
         ({}, {"positives": "own"}, ValueError, "positives must be one of 'all', 'other_cameras'"),
         ({}, {"scope": "camera", "positives": "other_cameras"}, ValueError, "positives must be 'all' with scope"),

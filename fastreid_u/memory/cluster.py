@@ -5,7 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastreid_u._checks import require_choice, require_in_range, require_positive
+from fastreid_u._checks import (
+    as_tensor,
+    require_choice,
+    require_features,
+    require_ids,
+    require_in_range,
+    require_positive,
+)
 from fastreid_u.memory.gather import gather_in_rank_order
 from fastreid_u.memory.one_call import loss_then_update
 from fastreid_u.ops.cluster_nce import cluster_nce
@@ -57,13 +64,14 @@ class ClusterMemory(nn.Module):
         self.rule = require_choice("ClusterMemory", "rule", rule or ("hard" if use_hard else "sequential"), RULES)
         self.weight_temperature = weight_temperature
         self.push_weight = push_weight
-        self.register_buffer("features", torch.zeros(num_samples, num_features))
+        self.register_buffer("features", torch.zeros(num_samples, num_features, dtype=torch.float32))
 
     @classmethod
     def from_centroids(cls, centroids: Tensor, **settings) -> "ClusterMemory":
         """A memory that starts at ``centroids`` (C, D), normalised to unit length."""
+        centroids = require_features("ClusterMemory.from_centroids", "centroids", centroids)
         memory = cls(centroids.shape[1], centroids.shape[0], **settings).to(centroids.device)
-        memory.features.copy_(F.normalize(centroids.float(), dim=1))
+        memory.features.copy_(F.normalize(centroids, dim=1))
         return memory
 
     def loss(self, x: Tensor, targets: Tensor, **settings) -> Tensor:
@@ -82,6 +90,7 @@ class ClusterMemory(nn.Module):
                 ranks, so ``x`` and ``targets`` must then come from ``gather_in_rank_order``.
             found_inf: one number as a gradient scaler keeps it, the same on all ranks; nothing moves unless it is 0.
         """
+        x, targets = _batch(x, targets)
         if index is None:
             x, targets = gather_in_rank_order(x, targets)
         momentum_update_(
@@ -94,10 +103,14 @@ class ClusterMemory(nn.Module):
             raise ValueError(
                 "ClusterMemory: rule must not be 'index' in one call; use loss(...) and update_(..., index)"
             )
-        return loss_then_update(self, x, targets, **settings)
+        return loss_then_update(self, *_batch(x, targets), **settings)
 
     def extra_repr(self) -> str:
         return (
             f"num_features={self.num_features}, num_samples={self.num_samples}, temp={self.temp}, "
             f"momentum={self.momentum}, rule={self.rule!r}"
         )
+
+
+def _batch(x: object, targets: object) -> tuple[Tensor, Tensor]:
+    return as_tensor("ClusterMemory", "x", x), require_ids("ClusterMemory", "targets", targets)

@@ -5,6 +5,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastreid_u._checks import as_tensor
+
 
 def gather_in_rank_order(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Each tensor of every rank, concatenated along its first dimension, rank 0's first; detached.
@@ -12,6 +14,7 @@ def gather_in_rank_order(*tensors: Tensor) -> tuple[Tensor, ...]:
     All ranks must call this together, with tensors of the same shapes and dtypes. Without ``torch.distributed``, or
     with one rank, what was given comes back. Memory: world size times the tensors.
     """
+    tensors = tuple(as_tensor("gather_in_rank_order", "tensors", tensor) for tensor in tensors)
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return tensors
     gathered = []

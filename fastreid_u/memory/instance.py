@@ -6,12 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastreid_u._checks import (
-    require_1d,
+    as_tensor,
+    require_features,
+    require_ids,
     require_in_range,
     require_int_at_least,
-    require_integer,
     require_positive,
+    require_same_device,
     require_same_length,
+    require_same_width,
     require_values_in,
 )
 from fastreid_u.memory.gather import gather_in_rank_order
@@ -64,19 +67,24 @@ class InstanceMemory(nn.Module):
         self.num_source_classes = require_int_at_least("InstanceMemory", "num_source_classes", num_source_classes, 0)
         self.epsilon = require_in_range("InstanceMemory", "epsilon", epsilon, 0, 1, open_high=True)
         self.normalize = normalize
-        self.register_buffer("features", torch.zeros(num_samples, num_features))
+        self.register_buffer("features", torch.zeros(num_samples, num_features, dtype=torch.float32))
         self.register_buffer("labels", torch.full((num_samples,), -1))
-        self.register_buffer("cluster_means", torch.zeros(0, num_features), persistent=False)
+        self.register_buffer("cluster_means", self.features[:0].clone(), persistent=False)
         self.register_buffer("cluster_sizes", torch.zeros(0, dtype=torch.int64), persistent=False)
-        self.register_load_state_dict_post_hook(lambda memory, _: memory._gather_clusters())
+        self.register_load_state_dict_post_hook(_gather_after_loading)
 
     @classmethod
     def from_features(cls, features: Tensor, *, source_centroids: Tensor | None = None, **settings) -> "InstanceMemory":
         """A memory that starts at ``features`` (N, D), below ``source_centroids`` (S, D), all scaled to unit length."""
-        rows = features if source_centroids is None else torch.cat([source_centroids, features])
-        settings["num_source_classes"] = 0 if source_centroids is None else len(source_centroids)
+        op = "InstanceMemory.from_features"
+        rows, settings["num_source_classes"] = require_features(op, "features", features), 0
+        if source_centroids is not None:
+            sources = require_features(op, "source_centroids", source_centroids)
+            require_same_width(op, "source_centroids", sources, "features", rows)
+            require_same_device(op, "source_centroids", sources, "features", rows)
+            rows, settings["num_source_classes"] = torch.cat([sources, rows]), len(sources)
         memory = cls(rows.shape[1], rows.shape[0], **settings).to(rows.device)
-        memory.features.copy_(F.normalize(rows.float(), dim=1))
+        memory.features.copy_(F.normalize(rows, dim=1))
         return memory
 
     @torch.no_grad()
@@ -86,7 +94,7 @@ class InstanceMemory(nn.Module):
         Outliers that SpCL keeps are clusters of one. The numbers are shifted by S here: source classes come first.
         """
         op, s = "InstanceMemory.set_labels", self.num_source_classes
-        labels = require_integer(op, "labels", require_1d(op, "labels", torch.as_tensor(labels)))
+        labels = require_ids(op, "labels", labels)
         require_same_length(op, "labels", labels, "the images' rows", self.features[s:])
         require_values_in(op, "labels", labels, 0, 2**62, ignore=-1, always=True)
         labels = labels.to(self.labels)
@@ -97,7 +105,8 @@ class InstanceMemory(nn.Module):
     def _gather_clusters(self) -> None:
         members = self.labels[self.labels >= 0]
         self.cluster_sizes = torch.bincount(members)
-        self.cluster_means = cluster_centroids(self.features, self.labels, normalize=False)
+        means = cluster_centroids(self.features, self.labels, normalize=False)
+        self.cluster_means = means.to(self.features.dtype)
 
     def loss(self, x: Tensor, rows: Tensor, **settings) -> Tensor:
         """Loss of ``x`` (B, D) against the cluster means, each towards the cluster of its row (B,); -1 is ignored.
@@ -106,6 +115,8 @@ class InstanceMemory(nn.Module):
         """
         if len(self.cluster_means) == 0:
             raise ValueError("InstanceMemory: labels must be set before the first loss, got no cluster")
+        x, rows = _batch(x, rows)
+        require_same_device("InstanceMemory", "rows", rows, "features", self.features)
         require_values_in("InstanceMemory", "rows", rows, 0, self.num_samples, ignore=-1)
         clusters = self.labels[rows.clamp(0, self.num_samples - 1)]  # out of range on a GPU: update_ will flag it
         return cluster_nce(
@@ -119,7 +130,7 @@ class InstanceMemory(nn.Module):
 
         ``found_inf``: one number as a gradient scaler keeps it, the same on all ranks; nothing moves unless it is 0.
         """
-        x, rows = gather_in_rank_order(x, rows)
+        x, rows = gather_in_rank_order(*_batch(x, rows))
         clusters = {} if len(self.cluster_means) == 0 else {
             "labels": self.labels, "cluster_sizes": self.cluster_sizes, "cluster_means": self.cluster_means,
         }  # fmt: skip
@@ -129,10 +140,19 @@ class InstanceMemory(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor, rows: Tensor, **settings) -> Tensor:
-        return loss_then_update(self, x, rows, **settings)
+        return loss_then_update(self, *_batch(x, rows), **settings)
 
     def extra_repr(self) -> str:
         return (
             f"num_features={self.num_features}, num_samples={self.num_samples}, temp={self.temp}, "
             f"momentum={self.momentum}, num_source_classes={self.num_source_classes}"
         )
+
+
+def _batch(x: object, rows: object) -> tuple[Tensor, Tensor]:
+    return as_tensor("InstanceMemory", "x", x), require_ids("InstanceMemory", "rows", rows)
+
+
+def _gather_after_loading(memory: InstanceMemory, _: object) -> None:
+    """A function of the module, so that a memory can be pickled with its hook."""
+    memory._gather_clusters()

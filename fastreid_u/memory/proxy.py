@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastreid_u._checks import (
-    require_1d,
+    as_tensor,
     require_features,
+    require_ids,
     require_in_range,
-    require_integer,
     require_positive,
+    require_same_device,
     require_same_length,
     require_values_in,
 )
@@ -66,7 +67,7 @@ class ProxyMemory(nn.Module):
         self.positives = positives
         self.reduction = reduction
         self.compat = compat
-        self.register_buffer("features", torch.zeros(num_proxies, num_features))
+        self.register_buffer("features", torch.zeros(num_proxies, num_features, dtype=torch.float32))
         self.register_buffer("clusters", torch.zeros(num_proxies, dtype=torch.int64))
         self.register_buffer("cameras", torch.zeros(num_proxies, dtype=torch.int64))
 
@@ -79,12 +80,12 @@ class ProxyMemory(nn.Module):
         op = "ProxyMemory.from_features"
         features = F.normalize(require_features(op, "features", features), dim=1)
         labels, cameras = (
-            require_same_length(op, name, require_1d(op, name, torch.as_tensor(ids)), "features", features)
+            require_same_length(op, name, require_ids(op, name, ids), "features", features)
             for name, ids in (("labels", labels), ("cameras", cameras))
         )
         for name, ids, outlier in (("labels", labels, -1), ("cameras", cameras, None)):
-            require_values_in(op, name, require_integer(op, name, ids), 0, 2**31, ignore=outlier, always=True)
-        labels, cameras = labels.long().to(features.device), cameras.long().to(features.device)
+            require_values_in(op, name, ids, 0, 2**31, ignore=outlier, always=True)
+        labels, cameras = labels.to(features.device), cameras.to(features.device)
         kept = labels >= 0
         proxies, row = torch.unique(
             torch.stack([cameras, labels], dim=1)[kept], dim=0, return_inverse=True
@@ -97,7 +98,11 @@ class ProxyMemory(nn.Module):
 
     def rows(self, labels: Tensor, cameras: Tensor) -> Tensor:
         """The row of each image (N,) int64 by its label and camera; -1 where there is none. Reads nothing back."""
-        labels, cameras = (torch.as_tensor(ids).to(self.cameras) for ids in (labels, cameras))
+        op = "ProxyMemory.rows"
+        labels, cameras = (
+            require_ids(op, name, ids).to(self.cameras) for name, ids in (("labels", labels), ("cameras", cameras))
+        )
+        require_same_length(op, "cameras", cameras, "labels", labels)
         if self.num_proxies == 0:
             return torch.full_like(labels, -1)
         known = (self.cameras << 32) + self.clusters  # ascending, as the rows are
@@ -110,6 +115,8 @@ class ProxyMemory(nn.Module):
 
         ``targets`` (B,) are rows; -1 is ignored.
         """
+        x, targets = _batch(x, targets)
+        require_same_device("ProxyMemory", "targets", targets, "features", self.features)
         require_values_in("ProxyMemory", "targets", targets, 0, self.num_proxies, ignore=-1)
         row = targets.clamp(0, max(self.num_proxies - 1, 0))  # out of range on a GPU: update_ will flag it
         clusters = torch.where(targets >= 0, self.clusters[row], -1)
@@ -121,7 +128,7 @@ class ProxyMemory(nn.Module):
         if self.inter_weight > 0:
             settings |= {"hard_negatives": self.hard_negatives, "positives": self.positives}
             terms.append(self.inter_weight * proxy_nce(*arguments, **settings))
-        return sum(terms) if terms else (x * 0).sum()
+        return sum(terms) if terms else x[:0].sum()
 
     @torch.no_grad()
     def update_(self, x: Tensor, targets: Tensor, *, found_inf: Tensor | None = None) -> None:
@@ -129,14 +136,18 @@ class ProxyMemory(nn.Module):
 
         ``found_inf``: one number as a gradient scaler keeps it, the same on all ranks; nothing moves unless it is 0.
         """
-        x, targets = gather_in_rank_order(x, targets)
+        x, targets = gather_in_rank_order(*_batch(x, targets))
         momentum_update_(self.features, x, targets, momentum=self.momentum, found_inf=found_inf)
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
-        return loss_then_update(self, x, targets)
+        return loss_then_update(self, *_batch(x, targets))
 
     def extra_repr(self) -> str:
         return (
             f"num_features={self.num_features}, num_proxies={self.num_proxies}, temp={self.temp}, "
             f"momentum={self.momentum}, intra_weight={self.intra_weight}, inter_weight={self.inter_weight}"
         )
+
+
+def _batch(x: object, targets: object) -> tuple[Tensor, Tensor]:
+    return as_tensor("ProxyMemory", "x", x), require_ids("ProxyMemory", "targets", targets)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fastreid_u._checks import (
     as_tensor,
-    require_1d,
     require_2d,
     require_choice,
     require_floating,
-    require_integer,
+    require_ids,
+    require_int,
     require_same_device,
     require_same_length,
 )
@@ -47,9 +47,10 @@ def batch_hard_triplet(x: Tensor, targets: Tensor, *, ignore_index: int = -1, re
     """
     op = "batch_hard_triplet"
     x = require_floating(op, "x", require_2d(op, "x", as_tensor(op, "x", x)))
-    targets = require_integer(op, "targets", require_1d(op, "targets", as_tensor(op, "targets", targets)))
+    targets = require_ids(op, "targets", targets)
     require_same_length(op, "targets", targets, "x", x)
     require_same_device(op, "targets", targets, "x", x)
+    ignore_index = require_int(op, "ignore_index", ignore_index)
     require_choice(op, "reduction", reduction, ("mean", "sum", "none"))
     x = x if x.dtype == torch.float64 else x.float()
     if len(x) == 0:

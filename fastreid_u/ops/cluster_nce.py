@@ -17,6 +17,7 @@ from fastreid_u._checks import (
     require_choice,
     require_floating,
     require_in_range,
+    require_int,
     require_integer,
     require_marked,
     require_positive,
@@ -126,7 +127,7 @@ def cluster_nce(
         "normalize": bool(normalize),
         "focal": require_in_range(op, "focal", focal, 0, math.inf, open_high=True),
         "epsilon": require_in_range(op, "epsilon", epsilon, 0, 1, open_high=True),
-        "ignore_index": ignore_index,
+        "ignore_index": require_int(op, "ignore_index", ignore_index),
         "reduction": require_choice(op, "reduction", reduction, ("mean", "sum", "none")),
     }
     if 0 < focal < 1:

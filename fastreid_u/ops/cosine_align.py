@@ -13,10 +13,9 @@ from torch import Tensor
 
 from fastreid_u._checks import (
     as_tensor,
-    require_1d,
     require_2d,
     require_floating,
-    require_integer,
+    require_ids,
     require_same_device,
     require_same_length,
     require_same_width,
@@ -31,7 +30,7 @@ def cosine_align(x: Tensor, goals: Tensor, index: Tensor | None = None) -> Tenso
         x: (B, D) floating point, any device: in CACL the predictor's output of the colour branch.
         goals: (B, D) on the same device, the goal of each sample; with ``index`` (C, D), as the cluster means of the
             grey branch. No gradient flows to them.
-        index: (B,) integers, the row of ``goals`` that each sample goes to; -1 takes no part.
+        index: (B,) integers, the row of ``goals`` that each sample goes to; -1 takes no part, whatever it holds.
 
     Returns:
         float32 (float64 for float64), differentiable with respect to ``x``; 0 with zero gradients if nobody takes part.
@@ -52,7 +51,7 @@ def cosine_align(x: Tensor, goals: Tensor, index: Tensor | None = None) -> Tenso
         require_same_length(op, "goals", goals, "x", x)
         kept = x.new_ones(len(x), dtype=torch.bool)
     else:
-        index = require_integer(op, "index", require_1d(op, "index", as_tensor(op, "index", index))).long()
+        index = require_ids(op, "index", index)
         require_same_length(op, "index", index, "x", x)
         require_same_device(op, "index", index, "x", x)
         require_values_in(op, "index", index, 0, len(goals), ignore=-1)
@@ -60,6 +59,7 @@ def cosine_align(x: Tensor, goals: Tensor, index: Tensor | None = None) -> Tenso
         goals = goals[index.where(kept, 0)] if len(goals) else x.detach()
     dtype = torch.promote_types(torch.promote_types(x.dtype, goals.dtype), torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        x, goals = (F.normalize(rows.to(dtype), dim=1, eps=1e-12) for rows in (x, goals))
-        cosine = (x * goals).sum(dim=1).where(kept, 0)
+        # Rows that take no part may hold anything: as zeros neither their cosine nor their gradient is NaN.
+        x, goals = (F.normalize(rows.to(dtype).where(kept[:, None], 0), dim=1, eps=1e-12) for rows in (x, goals))
+        cosine = (x * goals).sum(dim=1)
     return -cosine.sum() / kept.sum().clamp(min=1)

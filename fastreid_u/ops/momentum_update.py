@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fastreid_u._checks import (
     as_tensor,
-    require_1d,
+    may_read,
     require_2d,
     require_choice,
     require_finite,
     require_floating,
+    require_ids,
     require_in_range,
-    require_integer,
     require_positive,
     require_same_device,
     require_same_length,
@@ -75,19 +75,21 @@ def momentum_update_(
         cluster_sizes: (K,) integers, rows in each cluster.
         cluster_means: (K, D) floating point, the mean of each cluster's rows; changed in place with them. It gathers
             rounding errors: make it anew where ``labels`` change.
-        found_inf: one number on the same device, as a gradient scaler keeps it; nothing is moved unless it is 0.
+        found_inf: a tensor of one number on the same device, as of a gradient scaler; nothing is moved unless it is 0.
         backend: "auto", "triton" (one launch, "push" two), "numba" or "reference"; anything but "auto" runs there or
             raises.
 
     Returns:
         ``memory``. Rows that no target names keep their bits; a row whose new length is 0 becomes zeros. The bits of a
         moved row depend on that row and its own samples only, not on the rest of the batch ("push": and on m').
+        Computed in float32 (float64 for a float64 memory); a half memory's rows are rounded once, at the end.
         Extra memory: on a GPU none, but for "push" 4 B D + B C / 4 bytes.
 
     Raises:
         TypeError, ValueError: wrong type, shape or value, a memory that requires grad, an argument of another rule.
-        What needs a look at the data (targets, index or labels out of range, NaN or infinity in ``x`` unless
-        ``found_inf`` is set) is seen on a CPU, and on a GPU with ``FASTREID_U_CHECK=1``; the memory is then untouched.
+        What needs a look at the data (targets, index or labels out of range, a cluster size of 0 where a row moves,
+        unless ``found_inf`` is set NaN or infinity in ``x`` in the dtype of the computation) is seen on a CPU, and on
+        a GPU with ``FASTREID_U_CHECK=1``; the memory is then untouched.
         Without it the Triton kernel reads nothing back: a target or label out of range leaves the memory untouched, a
         sample that is not finite leaves its row untouched, an index of another row's sample moves nothing, and
         ``fastreid_u.ops._device_flag.raise_flagged`` raises later.
@@ -101,12 +103,15 @@ def momentum_update_(
         raise ValueError(f"{op}: memory must not require grad, as it is changed in place, got requires_grad=True")
     require_floating(op, "memory", require_2d(op, "memory", memory))
     x = require_floating(op, "x", require_2d(op, "x", as_tensor(op, "x", x))).detach()
-    targets = require_integer(op, "targets", require_1d(op, "targets", as_tensor(op, "targets", targets))).long()
+    targets = require_ids(op, "targets", targets)
     require_same_length(op, "targets", targets, "x", x)
     require_same_width(op, "x", x, "memory", memory)
     for name, other in (("x", x), ("targets", targets)):
         require_same_device(op, name, other, "memory", memory)
     if found_inf is not None:
+        found_inf = as_tensor(op, "found_inf", found_inf)
+        if found_inf.numel() != 1:
+            raise ValueError(f"{op}: found_inf must hold one number, got shape {tuple(found_inf.shape)}")
         require_same_device(op, "found_inf", found_inf, "memory", memory)
     momentum = require_in_range(op, "momentum", momentum, 0, 1)
     require_choice(op, "rule", rule, RULES)
@@ -135,7 +140,7 @@ def _index(rule: str, index: object, memory: Tensor) -> Tensor:
     if rule != "index" or index is None:
         need = "be given with" if index is None else "be None without"
         raise ValueError(f"{OP}: index must {need} rule='index', got rule={rule!r}")
-    index = require_integer(OP, "index", require_1d(OP, "index", as_tensor(OP, "index", index))).long()
+    index = require_ids(OP, "index", index)
     require_same_length(OP, "index", index, "memory", memory)
     return require_same_device(OP, "index", index, "memory", memory)
 
@@ -154,10 +159,8 @@ def _clusters(rule: str, labels: object, sizes: object, means: object, memory: T
         )
     require_floating(OP, "cluster_means", require_2d(OP, "cluster_means", means))
     require_same_width(OP, "cluster_means", means, "memory", memory)
-    labels = require_integer(OP, "labels", require_1d(OP, "labels", as_tensor(OP, "labels", labels))).long()
+    labels, sizes = require_ids(OP, "labels", labels), require_ids(OP, "cluster_sizes", sizes)
     require_same_length(OP, "labels", labels, "memory", memory)
-    sizes = as_tensor(OP, "cluster_sizes", sizes)
-    sizes = require_integer(OP, "cluster_sizes", require_1d(OP, "cluster_sizes", sizes)).long()
     require_same_length(OP, "cluster_sizes", sizes, "cluster_means", means)
     for name, other in (("labels", labels), ("cluster_sizes", sizes), ("cluster_means", means)):
         require_same_device(OP, name, other, "memory", memory)
@@ -198,14 +201,19 @@ def _momentum_update(
     run = choose(OP, memory.device, backend, table)
     if found_inf is not None and memory.device.type == "cpu" and bool(found_inf.any()):
         return
+    look = found_inf is None or memory.device.type == "cpu"  # else an overflow is its to skip
+    if x.dtype == torch.float64 and memory.dtype != torch.float64:  # to what is computed in, where it may overflow
+        x = x.float()
+        if look:
+            require_finite(OP, "x in float32", x)
     if run is not _numba or rule in ("index", "row"):  # numba looks by itself, in passing
         require_values_in(OP, "targets", targets, 0, memory.shape[0], ignore=-1)
-    if run is not _numba and (found_inf is None or memory.device.type == "cpu"):  # an overflow is its to skip
+    if run is not _numba and look:
         require_finite(OP, "x", x)
     if index is not None:
         _require_own_samples(index, targets)
-    if labels is not None and labels.device.type == "cpu":  # of the rows that move: all would take longer than the rest
-        require_values_in(OP, "labels", labels[targets[targets >= 0]], 0, cluster_sizes.shape[0], ignore=-1)
+    if labels is not None and may_read(labels):  # of the rows that move: all would take longer than the rest
+        _require_clusters(labels[targets[targets >= 0]], cluster_sizes)
     run(
         memory, x, targets, momentum=momentum, rule=rule, normalize=normalize, weight_temperature=weight_temperature,
         push_weight=push_weight, index=index, labels=labels, cluster_sizes=cluster_sizes, cluster_means=cluster_means,
@@ -229,6 +237,16 @@ def _require_own_samples(index: Tensor, targets: Tensor) -> None:
                 f"{OP}: index must name a sample of the row itself, got {int(index[row])} for row {row}, a sample of "
                 f"row {int(targets[index[row]])}"
             )
+
+
+def _require_clusters(labels: Tensor, sizes: Tensor) -> None:
+    """The clusters of the rows that move exist and have rows to be the mean of."""
+    require_values_in(OP, "labels", labels, 0, sizes.shape[0], ignore=-1)
+    labels = labels[labels >= 0]
+    empty = labels[sizes[labels] < 1]
+    if len(empty):
+        rule = "be at least 1 where a row moves"
+        raise ValueError(f"{OP}: cluster_sizes must {rule}, got {int(sizes[empty[0]])} for label {int(empty[0])}")
 
 
 def _triton(memory: Tensor, x: Tensor, targets: Tensor, **settings) -> None:

@@ -11,11 +11,11 @@ from torch import Tensor
 from fastreid_u._checks import (
     as_tensor,
     may_read,
-    require_1d,
     require_2d,
     require_choice,
     require_floating,
-    require_integer,
+    require_ids,
+    require_int,
     require_positive,
     require_positive_int,
     require_same_device,
@@ -77,7 +77,7 @@ def proxy_nce(
         positives: "all" or "other_cameras". A sample whose cluster only its own camera has seen then has the loss 0 and
             still counts in the mean.
         normalize: scale the rows of ``x`` to unit length first; False if the caller did. A row of zeros stays zero.
-        ignore_index: cluster of samples that take no part.
+        ignore_index: cluster of samples that take no part; whatever else they hold, their gradient is zero.
         reduction: "mean" over the samples that take part; "camera", the sum over the cameras in the batch of the mean
             over the samples of each, which grows with the number of cameras (CAP, ICE); "sum"; or "none" for (B,) with
             zeros at samples that take no part. With no sample left all are 0 with zero gradients.
@@ -113,6 +113,7 @@ def proxy_nce(
     temperature = require_positive(op, "temperature", temperature)
     if hard_negatives is not None:
         hard_negatives = require_positive_int(op, "hard_negatives", hard_negatives)
+    ignore_index = require_int(op, "ignore_index", ignore_index)
     require_choice(op, "scope", scope, ("all", "camera"))
     require_choice(op, "positives", positives, ("all", "other_cameras"))
     if scope == "camera" and positives == "other_cameras":
@@ -146,7 +147,7 @@ def proxy_nce(
 
 def _ids(name: str, ids: Tensor, other_name: str, other: Tensor) -> Tensor:
     """Cluster or camera numbers, one for each row of ``other`` and beside it."""
-    ids = require_integer(OP, name, require_1d(OP, name, as_tensor(OP, name, ids))).long()
+    ids = require_ids(OP, name, ids)
     require_same_length(OP, name, ids, other_name, other)
     return require_same_device(OP, name, ids, other_name, other)
 

@@ -41,10 +41,13 @@ def momentum_update_(
     rows in order of their first sample, m' as it is by then.
 
     "row" also adds to ``cluster_means[labels[m]]`` what its rows moved, over ``cluster_sizes``.
+
+    In float32, or float64 for a float64 memory; the rows of a half memory are rounded once, when they are stored.
     """
     if found_inf is not None and bool(found_inf.any()):
         return memory
-    x = x.to(memory.dtype)
+    dtype = torch.promote_types(memory.dtype, torch.float32)
+    x = x.to(dtype)
     if normalize:
         x = F.normalize(x, dim=1, eps=1e-12)
     members: dict[int, list[int]] = {}  # the samples of each row, rows by first appearance
@@ -53,34 +56,36 @@ def momentum_update_(
             members.setdefault(row, []).append(b)
     before = memory.clone() if rule == "push" else memory
     for row, samples in members.items():
-        old = memory[row].clone()
+        old = memory[row].to(dtype, copy=True)
+        new = old.clone()
         if rule in ("sequential", "row"):
             for b in samples:
-                _move(memory[row], momentum, x[b])
+                _move(new, momentum, x[b])
         elif rule == "mean":
-            _move(memory[row], momentum, x[samples].mean(dim=0))
+            _move(new, momentum, x[samples].mean(dim=0))
         elif rule == "weighted":
             weights = torch.softmax(-(x[samples] @ old) / weight_temperature, dim=0)
-            _move(memory[row], momentum, weights @ x[samples])
+            _move(new, momentum, weights @ x[samples])
         elif rule == "index":
             if int(index[row]) in samples:
-                _move(memory[row], momentum, x[index[row]])
+                _move(new, momentum, x[index[row]])
         elif rule in ("hard", "push", "push_sequential"):
             similarity = x[samples] @ old
-            lowest = similarity.tolist().index(similarity.min().item())
+            lowest = int(similarity.argmin())  # the first of equals
             hardest = x[samples[lowest]]
             if rule == "hard":
-                _move(memory[row], momentum, hardest)
+                _move(new, momentum, hardest)
             else:
                 step = (1 - momentum) * (1 - similarity[lowest]) * (old - hardest)
-                others = before @ old
+                others = before.to(dtype) @ old
                 others[row] = -torch.inf
                 if len(memory) > 1:
                     step += push_weight * (1 + others.max()) * (old + before[others.argmax()])
-                memory[row].sub_(step)
-                memory[row].div_(memory[row].norm().clamp(min=1e-12))
+                new.sub_(step)
+                new.div_(new.norm().clamp(min=1e-12))
         else:
             raise ValueError(f"momentum_update_: rule must be a known rule, got {rule!r}")
+        memory[row] = new
         if cluster_means is not None and labels[row] != -1:
             cluster_means[labels[row]] += (memory[row] - old) / cluster_sizes[labels[row]]
     return memory

@@ -47,12 +47,13 @@ def proxy_nce(
     count = positive.sum(dim=1)
 
     with torch.autocast(x.device.type, enabled=False):
-        x, memory = x.to(dtype), memory.detach().to(dtype)
+        takes_part = kept & (count > 0)
+        # A sample that takes no part may hold anything and must not make a NaN, in the gradient neither.
+        x, memory = x.to(dtype).where(takes_part[:, None], 0), memory.detach().to(dtype)
         if normalize:
             x = F.normalize(x, dim=1, eps=1e-12)
         logits = x @ memory.T / temperature
-        takes_part = kept & (count > 0)
-        pulled = positive | ~takes_part[:, None]  # a sample that takes no part must not make a NaN
+        pulled = positive | ~takes_part[:, None]
         terms = [logits.masked_fill(~pulled, -torch.inf), logits.masked_fill(~negative, -torch.inf)]
         if scope == "all" and hard_negatives is not None:
             terms[1] = terms[1].topk(min(hard_negatives, len(memory)), sorted=False).values
