@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run folder has one owner: two runs that write into one folder would both end well and leave a mixture."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -41,11 +42,12 @@ def _locked(folder: Path) -> IO[str]:
         file = (folder / _NAME).open("a+")
         try:
             _lock(file)
-        except OSError:
-            file.seek(0)
-            owner = file.read().strip() or "another one"
-            file.close()
-            raise FolderInUse(f"train: logs_dir must not be in use, got {folder}, where process {owner} runs") from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                raise FolderInUse(
+                    f"train: logs_dir must not be in use, got {folder}, where process {_owner(file)} runs"
+                ) from None
+            # a file system without locks: there it is left to the user
         try:
             same = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / _NAME))
         except FileNotFoundError:  # its last owner has just removed it
@@ -56,6 +58,13 @@ def _locked(folder: Path) -> IO[str]:
             file.flush()
             return file
         file.close()
+
+
+def _owner(file: IO[str]) -> str:
+    with file, suppress(OSError):  # Windows does not let a locked byte be read
+        file.seek(0)
+        return file.read().strip() or "another"
+    return "another"
 
 
 def _lock(file: IO[str]) -> None:
