@@ -352,7 +352,7 @@ def test_several_eps_and_given_lists(clustered):
     assert together.shape == (3, 200)
     for eps, labels in zip((0.6, 0.4, 0.7), together, strict=True):
         assert torch.equal(labels, pseudo_labels(x, eps=eps))
-    with pytest.raises(ValueError, match="pseudo_labels: eps must name at least one radius"):
+    with pytest.raises(ValueError, match="pseudo_labels: eps must hold at least one number"):
         pseudo_labels(x, eps=[])
     with pytest.raises(ValueError, match=r"pseudo_labels: eps must lie in \(0, 1\), got 1.2"):
         pseudo_labels(x, eps=[0.5, 1.2])
