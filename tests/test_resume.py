@@ -34,12 +34,12 @@ def train(world, folder, **settings):
 
 
 def resumed(folder, **settings):
-    return fastreid_u.train("market1501", logs_dir=folder, resume=True, quiet=True, device="cpu", **settings)
+    return fastreid_u.train(logs_dir=folder, resume=True, quiet=True, device="cpu", **settings)
 
 
 def test_a_run_goes_on_from_what_it_was_told(world, tmp_path):
     """Root, options and settings are the run's; more epochs are remembered for the next time."""
-    run = train(world, tmp_path / "run", epochs=1)
+    run = train(world, tmp_path / "run", epochs=1, method="csa_hps")
     told = load_toml((run.folder / "config.toml").read_text())["run"]
     assert told["dataset"] == "market1501"
     assert told["root"] == told["data_dir"] == str(world)

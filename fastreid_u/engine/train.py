@@ -58,9 +58,9 @@ class Run:
 
 
 def train(
-    dataset: "str | os.PathLike | ReIDDataset",
+    dataset: "str | os.PathLike | ReIDDataset | None" = None,
     *,
-    method: str | type[Recipe] = "cluster_contrast",
+    method: str | type[Recipe] | None = None,
     root: str | os.PathLike | None = None,
     logs_dir: str | os.PathLike | None = None,
     resume: bool = False,
@@ -75,8 +75,10 @@ def train(
 
     Args:
         dataset: a known name (``fastreid_u.data.dataset_names()``), a folder of crops, a CSV of ``path,pid,camid``, or
-            a ready ``ReIDDataset``. Identities, where known, are used to report ARI, NMI and mAP, never to train.
-        method: a name from ``fastreid_u.methods()`` or a ``Recipe`` subclass.
+            a ready ``ReIDDataset``. Identities, where known, are used to report ARI, NMI and mAP, never to train. May
+            be left out with ``resume``, unless it was a ready one.
+        method: a name from ``fastreid_u.methods()`` or a ``Recipe`` subclass; default "cluster_contrast", with
+            ``resume`` the run's own.
         root: where data sets lie; default ``$FASTREID_U_DATA``, else ``./data``.
         logs_dir: the run folder; default ``runs/<dataset>-<method>``, numbered if taken.
         resume: go on with the run in ``logs_dir`` after its last finished epoch. On a CPU the result equals that of
@@ -101,26 +103,30 @@ def train(
     from fastreid_u.data import ReIDDataset, known_name
     from fastreid_u.data.catalogue import data_root
 
-    recipe_class, device = get_method(method), _device(device)
+    device = _device(device)
     folder = None if logs_dir is None else Path(logs_dir).expanduser()
-    given = isinstance(dataset, ReIDDataset)
-    name = "" if given else located("dataset", dataset, root)
     for argument, options in (("data", data), ("source_data", source_data)):
         if not isinstance(options, Mapping | None):
             raise TypeError(f"train: {argument} must map a reader's options to values, got {options!r}")
-    if overrides.get("source") is not None:
-        overrides["source"] = located("source", overrides["source"], root)
-
     stored: dict[str, dict[str, Any]] | None = None
     if resume:
         if folder is None:
             raise ValueError("train: logs_dir must name the run to resume, got None")
         checkpoint.require_resumable(folder, overwrite=overwrite)
         stored = stored_tables(folder)
-        config = stored_config(stored, recipe_class, overrides)
+        dataset = (stored["run"]["dataset"] or None) if dataset is None else dataset
+        method = stored["run"]["method"] if method is None else method
         root = stored["run"].get("data_dir") if root is None else root
         data = stored["data"] if data is None else data
         source_data = stored["source_data"] if source_data is None else source_data
+
+    recipe_class = get_method("cluster_contrast" if method is None else method)
+    given = isinstance(dataset, ReIDDataset)
+    name = "" if given else located("dataset", dataset, root)
+    if overrides.get("source") is not None:
+        overrides["source"] = located("source", overrides["source"], root)
+    if stored:
+        config = stored_config(stored, recipe_class, overrides)
     else:
         config = recipe_class.Config.for_dataset(dataset.name if given else name, **overrides)
         if folder is not None:
@@ -150,7 +156,9 @@ def train(
         session = open_session(recipe, reid, labelled, device, display, folder)
         run = stored["run"] if stored else {
             "method": recipe_class.name, "dataset": name, "root": os.path.abspath(reid.root),
-            "data_dir": os.path.abspath(data_root(root)), "fastreid_u": _version(), "torch": torch.__version__,
+            # what is rendered has a place of its own unless told
+            "data_dir": None if root is None and name == "synthetic" else os.path.abspath(data_root(root)),
+            "fastreid_u": _version(), "torch": torch.__version__,
             "device": str(device), "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }  # fmt: skip
         options = {"data": dict(data or {}), "source_data": dict(source_data or {})}
