@@ -187,8 +187,9 @@ def test_a_rendered_set_is_found_by_the_dials_of_the_run(own, tmp_path, monkeypa
 
 def test_a_set_that_is_not_known_must_be_named(own, tmp_path):
     nameless = retold(own, tmp_path / "nameless", dataset="")
+    own_name = retold(own, tmp_path / "own name", dataset="crops")
     alone = shutil.copy(own.folder / "model_last.safetensors", tmp_path / "alone.safetensors")
-    for run in (nameless, alone):
+    for run in (nameless, own_name, alone):
         with pytest.raises(ValueError, match=r"evaluate: dataset must be given for .*, got none for"):
             fastreid_u.evaluate(run, device="cpu", quiet=True)
     moved = retold(own, tmp_path / "moved", dataset=str(tmp_path / "gone"), root=str(tmp_path / "gone"))

@@ -13,14 +13,14 @@ def pick_device(op: str, device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(device)
-        torch.empty(0, device=device)  # a CUDA build that is missing shows only here
+        found = torch.device(device)
+        torch.empty(0, device=found)  # a CUDA build that is missing shows only here
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{op}: device must be cpu, cuda, cuda:1, ... and present, got {device!r} ({reason})"
+            f"{op}: device must be cpu, cuda, cuda:1, ... and present, got {str(device)!r} ({reason})"
         ) from None
-    return device
+    return found
 
 
 def uses_bfloat16(amp: str, device: torch.device) -> bool:

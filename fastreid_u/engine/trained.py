@@ -177,11 +177,12 @@ def _own_dataset(
         name, stored, options = told["run"]["dataset"], told["run"]["root"], told["data"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"evaluate: {file} must be as a run wrote it, got {type(error).__name__}: {error}") from error
-    if not name:
+    known = known_name(name)
+    if known is None and not os.path.isabs(name):  # empty for a ready ReIDDataset
         raise ValueError(f"evaluate: dataset must be given for a run that was given a ready one, got none for {run}")
-    if root is None and known_name(name) is not None:
+    if root is None and known is not None:
         # "synthetic" takes the folder above its renderings. Where the data have moved, the usual places are looked in.
-        root = os.path.dirname(stored) if known_name(name) == "synthetic" else stored
+        root = os.path.dirname(stored) if known == "synthetic" else stored
         root = root if os.path.isdir(root) else None
     return name, root, {**options, **dict(data or {})}
 
