@@ -195,6 +195,8 @@ def test_a_set_that_is_not_known_must_be_named(own, tmp_path):
     moved = retold(own, tmp_path / "moved", dataset=str(tmp_path / "gone"), root=str(tmp_path / "gone"))
     with pytest.raises(FileNotFoundError, match=r"name must be one of .* existing folder"):
         fastreid_u.evaluate(moved, device="cpu", quiet=True)
+    with pytest.raises(ValueError, match=r"root must be left out for the run's own folder .*gone, got /here; name the"):
+        fastreid_u.evaluate(moved, root="/here", device="cpu", quiet=True)
 
 
 def header(about):

@@ -180,6 +180,10 @@ def _own_dataset(
     known = known_name(name)
     if known is None and not os.path.isabs(name):  # empty for a ready ReIDDataset
         raise ValueError(f"evaluate: dataset must be given for a run that was given a ready one, got none for {run}")
+    if known is None and root is not None:
+        raise ValueError(
+            f"evaluate: root must be left out for the run's own folder {name}, got {root}; name the dataset"
+        )
     if root is None and known is not None:
         # "synthetic" takes the folder above its renderings. Where the data have moved, the usual places are looked in.
         root = os.path.dirname(stored) if known == "synthetic" else stored
