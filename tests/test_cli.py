@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: field names and the field's usual flags, every message a person may meet."""
 
+import os
 import re
 
 import numpy as np
@@ -62,8 +63,96 @@ def test_what_was_said_counts_even_if_it_is_the_default(seen):
 
 
 @pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("market1501 -b8 -aresnet18_w32 -j0", {"batch_size": 8, "arch": "resnet18_w32", "workers": 0}),
+        ("-d market1501 --iters 200", {"iters": 200}),
+        ("-dmarket1501 -b=64", {"batch_size": 64}),
+        ("-b 256 -a resnet50 -d market1501", {"batch_size": 256, "arch": "resnet50"}),
+        ("--epochs 1 --quiet market1501 --use-hard", {"epochs": 1, "use_hard": True}),
+        ("--use-hard market1501 --bn-group None", {"use_hard": True, "bn_group": None}),
+    ],
+)
+def test_flags_in_any_order_and_spelling_are_all_heard(seen, words, expected):
+    assert main(["train", *words.split()]) == 0
+    call = seen[0]
+    ours = {"dataset", "method", "root", "logs_dir", "resume", "overwrite", "device", "quiet", "data", "source_data"}
+    assert call["dataset"] == "market1501"
+    assert {name: call[name] for name in call.keys() - ours} == expected
+
+
+def test_a_method_of_unusual_option_types_is_heard_too(seen, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import dataclasses, pathlib\n"
+        "from fastreid_u.config import option\n"
+        "from fastreid_u.methods import get_method\n"
+        "Base = get_method('cluster_contrast')\n"
+        "class Mine(Base):\n"
+        "    name = 'mine'\n"
+        "    @dataclasses.dataclass(frozen=True, kw_only=True)\n"
+        "    class Config(Base.Config):\n"
+        "        extra: pathlib.Path = option(pathlib.Path('a'), 'a file')\n"
+    )
+    method = f"{tmp_path / 'mine.py'}:Mine"
+    assert main(["train", "synthetic", "--method", method]) == 0
+    assert "extra" not in seen[0]
+    assert main(["train", "synthetic", "--method", method, "--extra", "b"]) == 0
+    assert str(seen[1]["extra"]) == "b"
+
+
+@pytest.mark.parametrize("words", ["market1501 crops", "market1501 --iter 5", "market1501 --use-hard=yes"])
+def test_a_word_that_sets_nothing_is_refused(seen, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *words.split()])
+    assert stop.value.code == 2
+    assert "Unrecognized options" in capsys.readouterr().err
+    assert not seen
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train synthetic", "interrupted: no epoch was finished"),
+        ("train synthetic --logs-dir a", "interrupted: no epoch was finished"),
+        ("train synthetic --logs-dir b", "go on with the same words and --logs-dir b --resume"),
+        ("train market1501", "go on with the same words and --logs-dir runs/new --resume"),
+        ("train synthetic --logs-dir old --resume", "--logs-dir old --resume"),
+    ],
+)
+def test_ctrl_c_says_what_there_is_to_go_on_from(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/old", "old"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "state.safetensors").touch()
+        os.utime(tmp_path / folder / "state.safetensors", (1, 1))
+
+    def stopped(dataset, *, logs_dir, **arguments):
+        if finished := {("synthetic", "b"): "b", ("market1501", None): "runs/new"}.get((dataset, logs_dir)):
+            (tmp_path / finished).mkdir()
+            (tmp_path / finished / "state.safetensors").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastreid_u.engine.train.train", stopped)
+    assert main(words.split()) == 130
+    assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_of_other_commands_promises_nothing(monkeypatch, capsys):
+    def stopped(*arguments, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastreid_u.engine.trained.evaluate", stopped)
+    assert main(["evaluate", "run"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["train", "crops", "-d", "market1501"], "dataset must be given once, got 'crops' and -d 'market1501'"),
+        (["evaluate", "x", "--data", "shift"], "evaluate: --data must be KEY=VALUE, got 'shift'"),
+        (["extract", "x", "y", "--out", "/nowhere/f.npz"], "--out must be a file in an existing folder .*, got /nowhe"),
+        (["extract", "x", "y", "--out", "/"], "--out must be a file in an existing folder"),
         (["train"], "dataset must be one of .*market1501.*, a folder or a CSV, got none"),
         (["train", "markt1501"], "(?s)markt1501.*market1501"),
         (["train", "synthetic", "--method", "spcll"], "method must be one of .*, got 'spcll'"),
@@ -110,8 +199,10 @@ def test_train_evaluate_extract_from_the_shell(tiny_world, tmp_path, capsys):
     assert main(["evaluate", folder, "market1501", "--data-dir", str(tiny_world), "--device", "cpu"]) == 0
     block = out[out.index("Mean AP:") : out.index("mINP")]
     assert block in capsys.readouterr().out, "the same network, the same figures"
+    assert main(["extract", folder, train_folder, "--out", str(tmp_path / "features"), "--device", "cpu"]) == 0
     target = tmp_path / "features.npz"
-    assert main(["extract", folder, train_folder, "--out", str(target), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith(f"{target}: (72, ")
+    assert list(tmp_path.glob("*feat*")) == [target], "written beside its place, then renamed"
     stored = np.load(target)
     assert len(stored["features"]) == len(stored["paths"]) == 72
     np.testing.assert_allclose(np.linalg.norm(stored["features"], axis=1), 1, atol=1e-5)

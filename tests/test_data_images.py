@@ -2,6 +2,7 @@
 """Decoding: every kind of pixel to upright RGB, and nothing that a damaged file can do but raise ``BadImage``."""
 
 import io
+import os
 import pickle
 import struct
 import zlib
@@ -24,6 +25,12 @@ def picture():
 
 def pixels(path):
     return np.asarray(read_rgb(path)).astype(int)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(BadImage, match="not a file"):
+        read_rgb(tmp_path / "a.jpg")
 
 
 def test_rgb_as_it_is(tmp_path, picture):

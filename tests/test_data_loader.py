@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loader: same batches for every number of workers, bad files reported and never fatal, pixels cached."""
 
+import multiprocessing
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -58,6 +61,61 @@ def test_an_epoch_left_early_does_not_disturb_the_next(samples):
         images, indices, _ = collect(loader.epoch(range(20), seed=9))
         assert torch.equal(images, expected[0])
         assert indices.tolist() == list(range(20))
+
+
+def test_close_ends_the_workers_and_a_later_epoch_has_new_ones(samples):
+    loader = make_loader(samples, test_transform(*SIZE), batch_size=4, workers=1)
+    before = set(multiprocessing.active_children())
+    held = loader.epoch()
+    next(held)
+    assert set(multiprocessing.active_children()) > before
+    loader.close()
+    assert set(multiprocessing.active_children()) == before
+    assert sum(len(batch.indices) for batch in loader) == len(samples)
+    loader.close()
+    loader.close()
+    make_loader(samples, test_transform(*SIZE), batch_size=4).close()
+
+
+SCRIPT = """
+import multiprocessing, sys
+multiprocessing.set_start_method("spawn")
+from fastreid_u.data import Sample, make_loader, test_transform
+samples = [Sample(path, 0, 0) for path in sys.argv[1:]]
+loader = make_loader(samples, test_transform(16, 8), batch_size=2, workers=1)
+print(sum(len(batch.indices) for batch in loader), "images")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
+def test_a_script_without_a_guard_may_have_workers(samples, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    words = [sys.executable, tmp_path / "script.py", *(sample.path for sample in samples[:4])]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "4 images\n", done.stderr
+
+
+def test_where_workers_cannot_be_forked_the_guard_is_named(samples, monkeypatch):
+    loader = make_loader(samples, test_transform(*SIZE), batch_size=4)
+
+    class Bootstrapping:
+        def __iter__(self):
+            raise RuntimeError("An attempt has been made to start a new process before ... its bootstrapping phase.")
+
+    monkeypatch.setattr(loader, "_batches", Bootstrapping())
+    with pytest.raises(RuntimeError, match=r"guarded by `if __name__ == '__main__':`.* or use workers=0$"):
+        loader.epoch()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_default_dtype_changes_no_pixel(samples, workers):
+    view = train_transform(*SIZE, erase=1.0)
+    expected = collect(make_loader(samples, view, batch_size=4, workers=workers))[0]
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(collect(make_loader(samples, view, batch_size=4, workers=workers))[0], expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_draws_depend_on_seed_and_position_only(samples):

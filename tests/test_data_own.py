@@ -11,6 +11,7 @@ from fastreid_u.data import (
     Sample,
     load_dataset,
 )
+from fastreid_u.data.locate import list_images
 
 MARKET = ("bounding_box_train", "query", "bounding_box_test")
 
@@ -149,6 +150,29 @@ class TestFolder:
         data = check(load_dataset(tmp_path / "crops"))
         assert rows(data.train) == [("1.jpg", -1, 0), ("2.jpg", -1, 0)]
 
+    @pytest.mark.parametrize("inside", ["runs/crops-spcl", "."])
+    def test_a_run_inside_is_no_part_of_it(self, plant, inside):
+        """``cd crops; fastreid-u train .`` leaves ./runs; its curves are no crop."""
+        folder = plant("crops", "a/1.jpg", "b/1.jpg", f"{inside}/curves.png")
+        for name in ("config.toml", "metrics.jsonl"):
+            (folder / inside / name).touch()
+        assert [os.path.relpath(s.path, folder) for s in check(load_dataset(folder)).train] == ["a/1.jpg", "b/1.jpg"]
+        (folder / inside / "metrics.jsonl").unlink()
+        assert len(load_dataset(folder).train) == 3, "one such file may be the user's own"
+
+    def test_what_is_called_like_an_image(self, plant):
+        """Folders are entered, pipes never opened, dead links reported when read."""
+        folder = plant("crops", "a.jpg/1.jpg", "b.PNG/2.jpg", "3.jpg")
+        os.mkfifo(folder / "pipe.jpg")
+        (folder / "to pipe.jpg").symlink_to("pipe.jpg")
+        (folder / "dead.jpg").symlink_to("gone")
+        (folder / "self.jpg").symlink_to("self.jpg")
+        found = list_images(folder, recursive=True)
+        assert [os.path.relpath(path, folder) for path in found] == [
+            "3.jpg", "a.jpg/1.jpg", "b.PNG/2.jpg", "dead.jpg", "self.jpg"
+        ]  # fmt: skip
+        assert [os.path.basename(path) for path in list_images(folder)] == ["3.jpg", "dead.jpg", "self.jpg"]
+
     def test_links_in_a_circle(self, tmp_path, plant):
         folder = plant("crops", "1.jpg", "inner/2.jpg")
         (folder / "inner" / "up").symlink_to(folder)
@@ -200,6 +224,14 @@ class TestCSV:
         assert not data.has_cameras
         assert data.notes == ("1 images have no camera: cameras are not used",)
 
+    def test_some_identities_missing(self, listed):
+        """The known ones count, in the table and wherever labels are looked at."""
+        data = load_dataset(listed("path,pid\ncrops/a.jpg,9\ncrops/b.jpg,\ncrops/c.jpg,9\ncrops/d.jpg,4\n"))
+        assert [sample.pid for sample in data.train] == [1, -1, 1, 0]
+        assert data.has_pids
+        assert data.notes[0].startswith("1 of 4 training images have no identity")
+        assert data.table().splitlines()[2].split(" | ")[1].strip() == "2"
+
     @pytest.mark.parametrize(
         "content", [b"\xff\xfe\x00\x01 not text", b'path\n"' + b"x" * (csv.field_size_limit() + 1)]
     )
@@ -223,3 +255,16 @@ class TestCSV:
     def test_rejects(self, listed, text, error, message):
         with pytest.raises(error, match=message):
             load_dataset(listed(text))
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        (None, TypeError, "name must be a name or a path, got None"),
+        ("crops/a.jpg", ValueError, r"name must be a folder or a CSV file, got the image .*a\.jpg"),
+    ],
+)
+def test_what_is_neither_folder_nor_list_is_named(plant, tmp_path, name, error, message):
+    plant("crops", "a.jpg")
+    with pytest.raises(error, match=message):
+        load_dataset(name, tmp_path)

@@ -247,6 +247,8 @@ class TestCUHK03:
         data = check(load_dataset("cuhk03", tmp_path))
         assert rows(data.train) == [("0001_c1_1.png", 0, 0), ("0004_c2_1.png", 1, 1)]
         assert data.notes == (("boxes: labeled",) if folder.endswith("labeled") else ())
+        variant = {"variant": "labeled"} if folder.endswith("labeled") else {}
+        assert load_dataset("cuhk03", data.root, **variant) == data, "a run finds it again by its root and options"
 
     def test_variant_that_is_not_there(self, tmp_path, plant):
         plant_cuhk03(plant, "cuhk03", "labeled")

@@ -79,6 +79,23 @@ def test_display_logs_what_it_prints_and_is_plain_without_a_terminal(tmp_path, m
     assert "\x1b" not in stream.getvalue()
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_display_says_what_cannot_be_encoded_in_escapes(tmp_path, terminal):
+    """A file name may hold any byte, and a stream any encoding."""
+
+    class Narrow(io.TextIOWrapper):
+        def isatty(self):
+            return terminal
+
+    stream = Narrow(io.BytesIO(), encoding="ascii")
+    display = Display(tmp_path / "log.txt", stream=stream)
+    with display.phase("extract", 1):
+        display.line("truncé \udce9.jpg")
+    stream.flush()
+    assert b"trunc\\xe9 \\udce9.jpg\n" in stream.buffer.getvalue().replace(b"\r", b"")
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "truncé \\udce9.jpg\n"
+
+
 def test_display_shows_bars_on_a_terminal(tmp_path):
     class Terminal(io.StringIO):
         def isatty(self):

@@ -13,7 +13,7 @@ from fastreid_u.data.csv_list import read_csv
 from fastreid_u.data.cuhk03 import CUHK03_LAYOUTS, read_cuhk03
 from fastreid_u.data.dataset import ReIDDataset
 from fastreid_u.data.folder import read_folder, read_unlabelled
-from fastreid_u.data.locate import DatasetNotFound, find_layout, plain_name
+from fastreid_u.data.locate import IMAGE_SUFFIXES, DatasetNotFound, find_layout, plain_name
 from fastreid_u.data.market import (
     MARKET_FOLDERS,
     PERSONX_CAMERAS,
@@ -165,8 +165,10 @@ def load_dataset(
     Raises:
         DatasetNotFound: not there; the message says where it was looked for and who grants access.
         ValueError: an unknown name, or files that contradict the layout.
-        TypeError: an option that the reader does not have.
+        TypeError: a name that is no string or path, or an option that the reader does not have.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"load_dataset: name must be a name or a path, got {name!r}")
     text = os.fspath(name)
     if not text:
         raise ValueError("load_dataset: name must not be empty, got ''")
@@ -183,6 +185,8 @@ def load_dataset(
             _check_options(text, read_folder, options)
             return read_folder(path, **options)
         if path.is_file():
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                raise ValueError(f"load_dataset: name must be a folder or a CSV file, got the image {path}")
             _check_options(text, read_csv, options)
             return read_csv(path, **options)
     close = difflib.get_close_matches(plain_name(text), dataset_names(), n=3, cutoff=0.5)

@@ -43,7 +43,7 @@ def read_cuhk03(folder: Path, *, variant: str | None = None) -> ReIDDataset:
             return _read_split(folder, candidate, note)
         if all((folder / candidate / part).is_dir() for part in MARKET_FOLDERS):
             dataset = read_market_like("cuhk03", folder / candidate, cameras=one_based(2))
-            return replace(dataset, notes=(note, *dataset.notes))
+            return replace(dataset, root=folder, notes=(note, *dataset.notes))
     if variant is None and all((folder / part).is_dir() for part in MARKET_FOLDERS):
         return read_market_like("cuhk03", folder, cameras=one_based(2))
     raise DatasetNotFound(f"cuhk03: variant must exist under {folder}, got {variant!r}, which does not")

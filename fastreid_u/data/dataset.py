@@ -30,7 +30,7 @@ class ReIDDataset:
         root: folder in which the data were found.
         train, query, gallery: the splits; query and gallery are empty for a plain folder of crops. Pids of ``train``
             and of the test splits are separate numberings: the same number does not mean the same person.
-        has_pids: whether the identities of ``train`` are known.
+        has_pids: whether identities of ``train`` are known, at least of some images; the others have pid -1.
         has_cameras: whether cameras are known and more than one. If not, evaluation must not remove same-camera
             matches (it would remove all of them) and camera-aware methods do not apply.
         notes: what a user should know about how the files were read.
@@ -54,8 +54,8 @@ class ReIDDataset:
         """The ``subset | # ids | # images | # cameras`` table, one subset a line; "-" marks what is not known."""
         rows = [("subset", "# ids", "# images", "# cameras")]
         for subset, samples in (("train", self.train), ("query", self.query), ("gallery", self.gallery)):
-            known = bool(samples) and all(sample.pid >= 0 for sample in samples)
-            ids = f"{len({sample.pid for sample in samples}):,}" if known else "-"
+            known = {sample.pid for sample in samples if sample.pid >= 0}
+            ids = f"{len(known):,}" if known else "-"
             cameras = f"{len({sample.camid for sample in samples}):,}" if samples and self.has_cameras else "-"
             rows.append((subset, ids, f"{len(samples):,}", cameras))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -105,6 +105,11 @@ def from_rows(
     splits = (train, *test)
     cameras = _numbering(camera for rows in splits for _, _, camera in rows)
     notes = list(notes)
+    nameless = sum(pid is None for _, pid, _ in train)
+    if nameless and train_pids:
+        notes.append(
+            f"{nameless} of {len(train)} training images have no identity: they do not count in ARI, NMI and ids"
+        )
     unseen = sum(camera is None for rows in splits for _, _, camera in rows)
     if unseen and cameras:
         notes.append(f"{unseen} images have no camera: cameras are not used")
@@ -124,7 +129,7 @@ def from_rows(
         train=number(train, train_pids),
         query=number(test[0], test_pids),
         gallery=number(test[1], test_pids),
-        has_pids=bool(train) and all(pid is not None for _, pid, _ in train),
+        has_pids=bool(train_pids),
         has_cameras=has_cameras,
         notes=tuple(notes),
     )

@@ -2,6 +2,7 @@
 """From a file to uint8 RGB pixels, whatever the file is; what cannot be read is a named error, not a crash."""
 
 import os
+import stat
 import struct
 
 import numpy as np
@@ -58,10 +59,12 @@ def read_rgb(path: str | os.PathLike) -> Image.Image:
     the EXIF orientation is applied. At most ``MAX_PIXELS`` pixels, checked before anything is decoded.
 
     Raises:
-        BadImage: empty, truncated, not an image, too large, or no longer there.
+        BadImage: empty, truncated, not an image, not a regular file, too large, or no longer there.
     """
     path = os.fspath(path)
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for a writer
+            raise BadImage(path, "not a file")
         with Image.open(path, formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(path, f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")

@@ -3,6 +3,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,11 @@ from torch.utils.data import DataLoader
 from fastreid_u.data.dataset import Sample
 from fastreid_u.data.images import BadImage, read_pixels
 from fastreid_u.data.transforms import View
+
+# A forked worker needs no script to run again, so that scripts without a __main__ guard work whatever Python's default
+# is. It is sound here: workers decode on one thread (the DataLoader sees to that) and never touch a GPU. macOS is not
+# safe to fork, Windows cannot: there Python's default holds.
+_START = "fork" if sys.platform == "linux" else None
 
 
 class Batch(NamedTuple):
@@ -94,7 +100,7 @@ class _Reader:
             for images, view in zip(views, self.views, strict=True):
                 images.append(view(pixels, rng))
             indices.append(order.index)
-        empty = torch.empty(0, 3, self.views[0].height, self.views[0].width)
+        empty = torch.empty(0, 3, self.views[0].height, self.views[0].width, dtype=torch.float32)
         stacked = tuple(torch.stack(images) if images else empty for images in views)
         return Batch(stacked if len(stacked) > 1 else stacked[0], torch.tensor(indices, dtype=torch.int64), bad)
 
@@ -129,7 +135,8 @@ class _Chunks:
 
 
 class ReIDLoader:
-    """Batches over ``samples``; made by ``make_loader``. Worker processes start once and live as long as the loader.
+    """Batches over ``samples``; made by ``make_loader``. Worker processes start once and live until ``close`` or as
+    long as the loader.
 
     ``for batch in loader`` runs the order and seed given at construction; ``loader.epoch(order, seed)`` any other.
     One epoch at a time: starting the next ends the one before.
@@ -158,6 +165,7 @@ class ReIDLoader:
             collate_fn=_as_is,
             num_workers=workers,
             persistent_workers=workers > 0,
+            multiprocessing_context=_START if workers > 0 else None,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # its own, so that an epoch does not advance torch's global generator
         )
@@ -170,7 +178,24 @@ class ReIDLoader:
         seed = self.seed if seed is None else seed
         self._chunks.order = self.order if order is None else order
         self._chunks.seed = (seed,) if isinstance(seed, int) else tuple(int(s) for s in seed)
-        return iter(self._batches)
+        try:
+            return iter(self._batches)
+        except RuntimeError as error:
+            if "bootstrapping" not in str(error):
+                raise
+            raise RuntimeError(
+                "make_loader: workers must be started by a script that is guarded by `if __name__ == '__main__':`, got "
+                "none, and worker processes run an unguarded script once more; or use workers=0"
+            ) from None
+
+    def close(self) -> None:
+        """End the worker processes now, whoever still holds the loader (an exception's traceback in a notebook, say).
+
+        A later epoch starts new ones.
+        """
+        running, self._batches._iterator = self._batches._iterator, None
+        if running is not None:
+            running._shutdown_workers()
 
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch()

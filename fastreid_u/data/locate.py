@@ -7,6 +7,11 @@ from pathlib import Path
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
+# What tells a run's folder, and the picture in it; both are there before the picture is (engine/checkpoint.py, which
+# data/ may not import). One alone could be a user's own.
+_RUN_FILES = ("config.toml", "metrics.jsonl")
+_RUN_PICTURE = "curves.png"
+
 _MAX_DEPTH = 3  # market1501/Market-1501-v15.09.15/<folders> is the deepest nesting in use; one level to spare
 
 
@@ -22,9 +27,10 @@ def plain_name(name: str) -> str:
 def list_images(folder: str | os.PathLike, *, recursive: bool = False) -> list[str]:
     """Absolute paths of the image files in ``folder``, sorted; files are recognised by suffix and not opened.
 
-    Hidden files (``._x.jpg`` left by some archivers) are skipped. ``recursive`` descends, through symbolic links too,
-    but reads no folder twice: links that run in a circle end, and a folder that is also linked to counts once.
-    A million files take a few seconds and about 150 MB.
+    Hidden files (``._x.jpg`` left by some archivers), pipes and devices are skipped. ``recursive`` descends, through
+    symbolic links too, but reads no folder twice: links that run in a circle end, and a folder that is also linked to
+    counts once. A run's folder inside ``folder`` is not entered, for its curves are no crop. A million files take a few
+    seconds and about 150 MB.
     """
     found: list[str] = []
     todo, links = [os.path.abspath(folder)], []
@@ -38,16 +44,36 @@ def list_images(folder: str | os.PathLike, *, recursive: bool = False) -> list[s
         if real in seen:
             continue
         seen.add(real)
+        skip = ""
+        if all(os.path.exists(os.path.join(path, name)) for name in _RUN_FILES):
+            if len(seen) > 1:
+                continue
+            skip = _RUN_PICTURE  # a run among the crops themselves: --logs-dir .
         with os.scandir(path) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if entry.name.startswith(".") or entry.name == skip:
                     continue
-                if entry.name.lower().endswith(IMAGE_SUFFIXES):
+                if _is_folder(entry):  # whatever its name ends with
+                    if recursive:
+                        (links if entry.is_symlink() else todo).append(entry.path)
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES) and _may_be_read(entry):
                     found.append(entry.path)
-                elif recursive and entry.is_dir():
-                    (links if entry.is_symlink() else todo).append(entry.path)
     found.sort()
     return found
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, say
+        return False
+
+
+def _may_be_read(entry: os.DirEntry) -> bool:
+    """Not a pipe or a device, which could be waited for for ever; a dead link passes and is reported as unreadable."""
+    if not entry.is_symlink():
+        return entry.is_file()
+    return os.path.isfile(entry.path) or not os.path.exists(entry.path)
 
 
 def candidate_folders(root: Path, names: Iterable[str]) -> Iterator[Path]:
@@ -117,7 +143,7 @@ def _not_found(name: str, root: Path, names: tuple[str, ...], layouts: tuple[tup
         "Looked in:",
         *(f"    {folder}  ({_contents(folder)})" for folder in searched),
         f"Access: {access} This library reads local folders and downloads nothing.",
-        "Another place: root=..., --root, or the environment variable FASTREID_U_DATA.",
+        "Another place: root=... (--data-dir), or the environment variable FASTREID_U_DATA.",
     ]
     return "\n".join(lines)
 

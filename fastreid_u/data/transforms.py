@@ -115,8 +115,8 @@ class Normalize:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-        mean = torch.tensor(self.mean)[:, None, None]
-        std = torch.tensor(self.std)[:, None, None]
+        mean = torch.tensor(self.mean, dtype=torch.float32)[:, None, None]
+        std = torch.tensor(self.std, dtype=torch.float32)[:, None, None]
         return image.to(torch.float32).div_(255.0).sub_(mean).div_(std)
 
 

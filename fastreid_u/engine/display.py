@@ -32,11 +32,14 @@ class Display:
         return not self.quiet and self.stream.isatty()
 
     def line(self, text: str = "") -> None:
+        """Say and log ``text``; characters that cannot be encoded (file names hold any byte) are written as escapes."""
         if self.log is not None:
-            with self.log.open("a", encoding="utf-8") as file:
+            with self.log.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text + "\n")
         if self.quiet:
             return
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        text = text.encode(encoding, errors="backslashreplace").decode(encoding)
         if self._progress is not None:  # above the bar, not through it
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:

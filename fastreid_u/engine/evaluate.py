@@ -36,7 +36,10 @@ def test_split(dataset: "ReIDDataset", display: Display) -> Split | None:
     """What can be ranked, with a warning where it is less than a query and a gallery with cameras; None = nothing."""
     if dataset.query and dataset.gallery:
         if not dataset.has_cameras:
-            display.line("warning: no camera ids: images of the query's own camera cannot be left out of its ranking")
+            display.line(
+                "warning: no camera ids, or one camera only: images of the query's own camera cannot be left out of "
+                "its ranking"
+            )
         return Split(dataset.query + dataset.gallery, len(dataset.query), dataset.has_cameras)
     named = tuple(sample for sample in dataset.train if sample.pid >= 0) if dataset.has_pids else ()
     if named:

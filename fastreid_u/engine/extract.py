@@ -25,11 +25,13 @@ class BadImageLog:
     Args:
         total: images in the split.
         display: where the paths are named.
+        share: what is too many; 1 never stops.
     """
 
-    def __init__(self, total: int, display: Display) -> None:
+    def __init__(self, total: int, display: Display, *, share: float = BAD_SHARE) -> None:
         self.total = total
         self.display = display
+        self.share = share
         self.reasons: dict[str, str] = {}
 
     def note(self, bad: Iterable["BadImage"]) -> None:
@@ -37,10 +39,10 @@ class BadImageLog:
             if image.path not in self.reasons:
                 self.reasons[image.path] = image.reason
                 self.display.line(f"warning: left out, cannot be read: {image.path} ({image.reason})")
-        if len(self.reasons) > BAD_SHARE * self.total:
+        if len(self.reasons) > self.share * self.total:
             named = "\n".join(f"  {path}: {reason}" for path, reason in list(self.reasons.items())[:10])
             raise TooManyBadImages(
-                f"{len(self.reasons)} of {self.total} images cannot be read, more than {BAD_SHARE:.0%}; the first:\n"
+                f"{len(self.reasons)} of {self.total} images cannot be read, more than {self.share:.0%}; the first:\n"
                 + named
             )
 
@@ -61,7 +63,8 @@ def extract_features(
 
     Raises:
         FloatingPointError: the network gives NaN or infinity for readable images (it has diverged).
-        TooManyBadImages: more than 5 % of the images cannot be read.
+        TooManyBadImages: more of the images than ``log`` allows cannot be read.
+        ValueError: none of them can.
     """
     model.eval()
     count = len(samples)
@@ -79,7 +82,8 @@ def extract_features(
                 features[batch.indices.to(device)] = rows
             advance(len(batch.indices) + len(batch.bad))
     if features is None:
-        raise ValueError(f"{name}: no image to extract features from")
+        first = "".join(f", {path}: {reason}" for path, reason in list(log.reasons.items())[:1])
+        raise ValueError(f"{name}: images must hold one that can be read, got {unreadable} that cannot{first}")
     wrong = (~torch.isfinite(features).all(dim=1)).sum().item() - unreadable
     if wrong > 0:
         raise FloatingPointError(

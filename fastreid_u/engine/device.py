@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a network runs, and in which precision: one answer for training, evaluation and extraction."""
+
+import torch
+
+
+def pick_device(op: str, device: str | torch.device | None) -> torch.device:
+    """``device``, by default a GPU if there is one.
+
+    Raises:
+        ValueError: torch knows no such device, or it is not there; the message begins with ``op``.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)  # a CUDA build that is missing shows only here
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{op}: device must be cpu, cuda, cuda:1, ... and present, got {str(device)!r} ({reason})"
+        ) from None
+    return found
+
+
+def uses_bfloat16(amp: str, device: torch.device) -> bool:
+    """Whether ``Config.amp`` means bfloat16 autocast on ``device``."""
+    if amp == "auto":  # bfloat16 that the CPU only imitates is slower than float32
+        native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        return device.type == "cpu" and native is not None and native()
+    return amp == "bf16"
