@@ -41,8 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         sys.stdout = None
         return 1
-    except (ValueError, TypeError, RuntimeError, ArithmeticError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, OSError, ImportError, MemoryError) as error:
+        print(f"error: {error or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
 
@@ -52,12 +52,17 @@ def _train(argv: list[str]) -> None:
     import tyro
 
     from fastreid_u.data import dataset_names, known_name
+    from fastreid_u.engine.resume import stored_tables
     from fastreid_u.engine.train import train
     from fastreid_u.methods import get_method
 
     parser = _train_parser()
     known, rest = parser.parse_known_args(argv)
-    config_class = get_method(known.method).Config
+    method = known.method
+    if known.resume and method is None and known.logs_dir is not None:
+        folder = Path(known.logs_dir).expanduser()
+        method = stored_tables(folder)["run"]["method"] if (folder / "config.toml").exists() else None
+    config_class = get_method(method or "cluster_contrast").Config
     words = [word for word in rest if word not in ("-h", "--help")]
     overrides = _given(config_class, words)
     dataset = overrides.pop("dataset", None)
@@ -69,7 +74,7 @@ def _train(argv: list[str]) -> None:
         print("\nOptions of the method (defaults for this data set):\n")
         options = _options_class(config_class, config_class.for_dataset(known_name(dataset or "") or "").to_dict())
         tyro.cli(options, prog="fastreid-u train", args=["--help"])
-    if dataset is None:
+    if dataset is None and not known.resume:
         raise ValueError(f"train: dataset must be one of {', '.join(dataset_names())}, a folder or a CSV, got none")
     before = {} if known.resume else _finished(known.logs_dir)
     try:
@@ -80,7 +85,7 @@ def _train(argv: list[str]) -> None:
             **overrides,
         )  # fmt: skip
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(_finished(known.logs_dir), before)) from None
+        raise KeyboardInterrupt(_how_to_go_on(_finished(known.logs_dir), before, known.method)) from None
 
 
 def _train_parser() -> argparse.ArgumentParser:
@@ -97,7 +102,8 @@ def _train_parser() -> argparse.ArgumentParser:
         description=f"DATASET, here or after -d: {names}, a folder of crops, or a CSV file",
     )  # fmt: skip
     parser.add_argument("-d", "--dataset", help="same as the plain argument")
-    parser.add_argument("--method", default="cluster_contrast", help=", ".join(method_names()) + ", or FILE.py:CLASS")
+    methods = ", ".join(method_names())
+    parser.add_argument("--method", help=f"{methods}, or FILE.py:CLASS (default cluster_contrast, or the run's own)")
     parser.add_argument("--data-dir", dest="root", help="where data sets lie (default $FASTREID_U_DATA or ./data)")
     parser.add_argument(
         "--data", action="append", default=[], metavar="KEY=VALUE", help="option of the data set's reader"
@@ -175,13 +181,14 @@ def _finished(logs_dir: str | None) -> dict[Path, int]:
     return {state.parent: state.stat().st_mtime_ns for state in states if state.exists()}
 
 
-def _how_to_go_on(now: dict[Path, int], before: dict[Path, int]) -> str:
+def _how_to_go_on(now: dict[Path, int], before: dict[Path, int], method: str | None) -> str:
     """What an interrupted training leaves: the finished epoch that was not there before it, if there is one."""
     new = [folder for folder in now if now[folder] != before.get(folder)]
     if not new:
         return "no epoch was finished, so there is none to go on from"
     folder = shlex.quote(str(max(new, key=now.get)))
-    return f"finished epochs are saved, go on with the same words and --logs-dir {folder} --resume"
+    own = f" --method {shlex.quote(method)}" if method and ":" in method else ""  # a run knows the name, not the file
+    return f"finished epochs are saved, go on with: fastreid-u train --logs-dir {folder} --resume{own}"
 
 
 def _pairs(items: list[str], flag: str) -> dict[str, Any]:

@@ -165,8 +165,10 @@ def validate(config: Config) -> None:
     """Types, choices and ranges; raises ValueError or TypeError naming field, rule and value."""
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value = plain(getattr(config, field.name))
-        object.__setattr__(config, field.name, value)
+        value = getattr(config, field.name)
+        if not isinstance(value, os.PathLike) or not isinstance(value, hints[field.name]):
+            value = plain(value)
+            object.__setattr__(config, field.name, value)
         if isinstance(value, int) and not isinstance(value, bool) and hints[field.name] is float:
             object.__setattr__(config, field.name, float(value))
         elif not isinstance(value, hints[field.name]) or (isinstance(value, bool) and hints[field.name] is not bool):

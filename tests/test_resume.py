@@ -160,7 +160,7 @@ def test_files_have_the_users_modes_and_debris_is_swept(world, tmp_path):
 @pytest.mark.parametrize(
     ("given", "error"),
     [
-        ({"device": "foo"}, "device must be one that torch knows, got 'foo'"),
+        ({"device": "foo"}, r"train: device must be cpu, cuda, cuda:1, \.\.\. and present, got 'foo'"),
         ({"dataset": None}, "dataset must be a name, a path or a ready data set, got None"),
         ({"data": "seed=1"}, "data must map a reader's options to values, got 'seed=1'"),
         ({"seed": 10**30}, r"seed must lie in \[0, 2\*\*32\)"),

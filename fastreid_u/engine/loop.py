@@ -67,6 +67,13 @@ class Session:
     labels: np.ndarray | None = None  # of the last finished epoch
     records: list[dict[str, Any]] = field(default_factory=list)
 
+    def close(self) -> None:
+        """End the worker processes, which an exception that somebody keeps would keep too."""
+        source = (self.source.plain, self.source.augmented) if self.source else ()
+        for loader in (self.plain, self.augmented, self.ranked, *source):
+            if loader is not None:
+                loader.close()
+
 
 def run_epochs(session: Session) -> None:
     """Train from ``session.start`` to the last epoch, saving after each."""

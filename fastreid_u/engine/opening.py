@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastreid_u.config import Config
+from fastreid_u.engine.device import uses_bfloat16
 from fastreid_u.engine.display import Display, Phase
 from fastreid_u.engine.evaluate import test_split
 from fastreid_u.engine.extract import BadImageLog
@@ -132,7 +133,7 @@ def open_session(
         bad_train=BadImageLog(len(reid.train), display),
         bad_test=BadImageLog(len(split.samples), display) if split else None,
         device=device,
-        autocast=wants_autocast(config, device),
+        autocast=uses_bfloat16(config.amp, device),
         display=display,
         folder=folder,
         data=fingerprint(reid, labelled),
@@ -144,10 +145,3 @@ def images_of(reid: "ReIDDataset", *, pids: bool = False) -> Images:
     camids = torch.tensor([s.camid for s in reid.train]) if reid.has_cameras else None
     known = torch.tensor([s.pid for s in reid.train]).unique(return_inverse=True)[1] if pids else None
     return Images(len(reid.train), camids, known)
-
-
-def wants_autocast(config: Config, device: torch.device) -> bool:
-    if config.amp == "auto":  # bfloat16 that the CPU only imitates is slower than float32
-        native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-        return device.type == "cpu" and native is not None and native()
-    return config.amp == "bf16"

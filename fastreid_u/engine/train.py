@@ -16,6 +16,7 @@ import torch
 from fastreid_u.config import Config, dump_toml
 from fastreid_u.engine import checkpoint
 from fastreid_u.engine.claim import FolderInUse, claimed
+from fastreid_u.engine.device import pick_device
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.loop import Session, run_epochs, start_networks
 from fastreid_u.engine.opening import build_network, images_of, load, load_source, located, open_session
@@ -103,7 +104,7 @@ def train(
     from fastreid_u.data import ReIDDataset, known_name
     from fastreid_u.data.catalogue import data_root
 
-    device = _device(device)
+    device = pick_device("train", device)
     folder = None if logs_dir is None else Path(logs_dir).expanduser()
     for argument, options in (("data", data), ("source_data", source_data)):
         if not isinstance(options, Mapping | None):
@@ -154,6 +155,7 @@ def train(
         stack.callback(early.unlink, missing_ok=True)
         display = Display(folder / "log.txt" if resume else early, quiet=quiet)
         session = open_session(recipe, reid, labelled, device, display, folder)
+        stack.callback(session.close)
         run = stored["run"] if stored else {
             "method": recipe_class.name, "dataset": name, "root": os.path.abspath(reid.root),
             # what is rendered has a place of its own unless told
@@ -249,13 +251,6 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    try:
-        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"train: device must be one that torch knows, got {device!r}") from error
 
 
 def _version() -> str:
