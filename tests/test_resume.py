@@ -162,6 +162,7 @@ def test_files_have_the_users_modes_and_debris_is_swept(world, tmp_path):
     [
         ({"device": "foo"}, r"train: device must be cpu, cuda, cuda:1, \.\.\. and present, got 'foo'"),
         ({"dataset": None}, "dataset must be a name, a path or a ready data set, got None"),
+        ({"dataset": b"caf\xe9".decode("utf-8", "surrogateescape")}, "dataset must be a path in UTF-8, got 'caf"),
         ({"data": "seed=1"}, "data must map a reader's options to values, got 'seed=1'"),
         ({"seed": 10**30}, r"seed must lie in \[0, 2\*\*32\)"),
     ],

@@ -6,12 +6,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastreid_u._checks import as_tensor, require_1d, require_integer, require_values_in
+from fastreid_u._checks import (
+    require_ids,
+    require_values_in,
+)
 
 
 def require_labels(op: str, name: str, labels: object) -> Tensor:
     """(N,) integers of at least -1, as int64; such labels are small enough to be counted."""
-    labels = require_integer(op, name, require_1d(op, name, as_tensor(op, name, labels))).long()
+    labels = require_ids(op, name, labels)
     return require_values_in(op, name, labels, -1, max(1, 2 * len(labels)), always=True)
 
 

@@ -8,10 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastreid_u._checks import (
-    as_tensor,
-    require_1d,
     require_features,
-    require_integer,
+    require_ids,
     require_same_device,
     require_same_length,
     require_values_in,
@@ -90,6 +88,6 @@ def proxy_centroids(
 
 
 def _ids(op: str, name: str, ids: Tensor, x: Tensor) -> Tensor:
-    ids = require_integer(op, name, require_1d(op, name, as_tensor(op, name, ids))).long()
+    ids = require_ids(op, name, ids)
     require_same_length(op, name, ids, "x", x)
     return require_same_device(op, name, ids, "x", x)

@@ -16,9 +16,9 @@ from fastreid_u._checks import (
     require_2d,
     require_choice,
     require_floating,
+    require_ids,
     require_in_range,
     require_int,
-    require_integer,
     require_marked,
     require_positive,
     require_reals_in,
@@ -115,7 +115,7 @@ def cluster_nce(
     op = OP
     x = require_floating(op, "x", require_2d(op, "x", as_tensor(op, "x", x)))
     memory = require_floating(op, "memory", require_2d(op, "memory", as_tensor(op, "memory", memory)))
-    targets = require_integer(op, "targets", require_1d(op, "targets", as_tensor(op, "targets", targets))).long()
+    targets = require_ids(op, "targets", targets)
     require_same_length(op, "targets", targets, "x", x)
     require_same_width(op, "memory", memory, "x", x)
     if memory.shape[0] == 0:

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from fastreid_u._checks import (
     as_tensor,
-    require_1d,
     require_2d,
     require_floating,
-    require_integer,
+    require_ids,
     require_positive,
     require_positive_int,
     require_same_device,
@@ -62,7 +61,7 @@ def segment_attention(
     op = "segment_attention"
     query = require_floating(op, "query", require_2d(op, "query", as_tensor(op, "query", query)))
     key = require_floating(op, "key", require_2d(op, "key", as_tensor(op, "key", key)))
-    labels = require_integer(op, "labels", require_1d(op, "labels", as_tensor(op, "labels", labels))).long()
+    labels = require_ids(op, "labels", labels)
     require_same_length(op, "key", key, "query", query)
     require_same_width(op, "key", key, "query", query)
     require_same_length(op, "labels", labels, "query", query)

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from fastreid_u._checks import (
     as_tensor,
-    require_1d,
     require_2d,
     require_floating,
+    require_ids,
     require_int_at_least,
-    require_integer,
     require_same_device,
     require_same_length,
     require_values_in,
@@ -57,7 +56,7 @@ def segment_sizes(labels: Tensor, num_segments: int) -> Tensor:
 
 def _checked(op: str, x: Tensor, labels: Tensor, num_segments: int | None) -> tuple[Tensor, Tensor, int]:
     x = require_floating(op, "x", require_2d(op, "x", as_tensor(op, "x", x)))
-    labels = require_integer(op, "labels", require_1d(op, "labels", as_tensor(op, "labels", labels))).long()
+    labels = require_ids(op, "labels", labels)
     require_same_length(op, "labels", labels, "x", x)
     require_same_device(op, "labels", labels, "x", x)
     if num_segments is None:
