@@ -81,7 +81,8 @@ def require_integer(op: str, name: str, x: Tensor) -> Tensor:
 
 def require_ids(op: str, name: str, x: object) -> Tensor:
     """What stands for labels, targets or rows: (N,) integers; returned in int64, where -1 is nobody's number."""
-    return require_integer(op, name, require_1d(op, name, as_tensor(op, name, x))).long()
+    x = require_1d(op, name, as_tensor(op, name, x))
+    return x.long() if x.numel() == 0 else require_integer(op, name, x).long()  # an empty list has no integer type
 
 
 def require_finite(op: str, name: str, x: Tensor, *, always: bool = False) -> Tensor:

@@ -61,7 +61,7 @@ def _train(argv: list[str]) -> None:
     method = known.method
     if known.resume and method is None and known.logs_dir is not None:
         folder = Path(known.logs_dir).expanduser()
-        method = stored_tables(folder)["run"]["method"] if (folder / "config.toml").exists() else None
+        method = stored_tables("train", folder)["run"]["method"] if (folder / "config.toml").exists() else None
     config_class = get_method(method or "cluster_contrast").Config
     words = [word for word in rest if word not in ("-h", "--help")]
     overrides = _given(config_class, words)
@@ -81,7 +81,8 @@ def _train(argv: list[str]) -> None:
         train(
             dataset, method=known.method, root=known.root, logs_dir=known.logs_dir, resume=known.resume,
             overwrite=known.overwrite, device=known.device, quiet=known.quiet,
-            data=_pairs(known.data, "train: --data"), source_data=_pairs(known.source_data, "train: --source-data"),
+            data=_pairs(known.data, "train: --data") or None,  # none said: a resumed run's own
+            source_data=_pairs(known.source_data, "train: --source-data") or None,
             **overrides,
         )  # fmt: skip
     except KeyboardInterrupt:

@@ -191,7 +191,9 @@ def validate(config: Config) -> None:
 
 
 def plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, paths as text: what a file of settings can hold."""
+    """NumPy's numbers and truth values as Python's, paths as text: what a file of settings can hold."""
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, bool | str) or not isinstance(value, numbers.Real):
@@ -218,7 +220,7 @@ def _toml_value(value: Any) -> str:
         return repr(value)
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(c if c >= " " else f"\\u{ord(c):04x}" for c in escaped) + '"'
+        return '"' + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped) + '"'
     raise TypeError(f"config: a value must be str, int, float, bool or None to be saved, got {value!r}")
 
 

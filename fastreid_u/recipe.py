@@ -127,6 +127,11 @@ class Recipe(ABC):
             raise ValueError(f"train: method {self.name!r} needs source, a labelled data set to learn from, got none")
 
     @classmethod
+    def is_published(cls) -> bool:
+        """Whether there are published settings to depart from: not for a design of ours, nor for a user's subclass."""
+        return cls.published and cls.__module__.startswith("fastreid_u.")
+
+    @classmethod
     def describe_labels(cls, config: Config) -> str:
         """How labels are made, for the recipe card."""
         return f"k1 {config.k1}, k2 {config.k2}, eps {config.eps}, min_samples {config.min_samples}"

@@ -209,8 +209,8 @@ def header(about):
         (header('{"config": {"arch": "resnet10"}}'), "must describe its network in its header, got no pooling_type, "),
         (header("[]"), "must describe its network in its header, got no arch, "),
         (header("{"), "must be described by JSON in its header, got "),
-        (lambda folder: (folder / "config.toml").write_text("[config]\n"), "must be as a run wrote it, got KeyError"),
-        (lambda folder: (folder / "config.toml").write_text("a ="), "must be as a run wrote it, got TOML"),
+        (lambda folder: (folder / "config.toml").write_text("[config]\n"), "must be as train wrote it, got no data, dataset"),
+        (lambda folder: (folder / "config.toml").write_text("a ="), "must be as train wrote it, got Invalid value"),
     ],
 )
 def test_a_damaged_run_is_named(own, tmp_path, tamper, message):

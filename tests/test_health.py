@@ -130,6 +130,7 @@ def test_quiet_is_quiet_but_logs(tmp_path):
 def test_quiet_warnings_are_logged_and_stay_warnings_once(tmp_path):
     display = Display(tmp_path / "log.txt", quiet=True)
     with warnings.catch_warnings(record=True) as caught, display.hearing_warnings():
+        warnings.simplefilter("always")
         for _ in range(3):
             warnings.warn("k1 clipped", RuntimeWarning, stacklevel=1)
     assert [str(warning.message) for warning in caught] == ["k1 clipped"]

@@ -57,6 +57,15 @@ def test_positions_of_another_grid_are_resampled(tmp_path, size):
     torch.testing.assert_close(found[0, 1:, 0], expected.repeat_interleave(2))
 
 
+def test_as_many_positions_in_another_shape_are_resampled_too(tmp_path):
+    net = timm.create_model("test_vit", pretrained=False, num_classes=0, img_size=(160, 160))
+    net.pos_embed.data[0, 1:] = torch.arange(10.0).repeat_interleave(10)[:, None]  # grows from row to row
+    torch.save(net.state_dict(), tmp_path / "square.pth")
+    found = build_model("timm/test_vit", weights=tmp_path / "square.pth", image_size=(320, 80)).backbone.net.pos_embed
+    expected = ((torch.arange(20) + 0.5) / 2 - 0.5).clamp(0, 9)
+    torch.testing.assert_close(found[0, 1:, 0], expected.repeat_interleave(5))
+
+
 def test_positions_of_no_known_grid_are_refused(tmp_path):
     net = timm.create_model("test_vit", pretrained=False, num_classes=0, img_size=(96, 32))
     torch.save(net.state_dict(), tmp_path / "person.pth")

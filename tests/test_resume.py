@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fastreid_u
+from fastreid_u.cli import main
 from fastreid_u.config import load_toml
 from fastreid_u.engine.claim import FolderInUse, claimed
 from fastreid_u.models import build_model
@@ -42,7 +43,7 @@ def test_a_run_goes_on_from_what_it_was_told(world, tmp_path):
     run = train(world, tmp_path / "run", epochs=1, method="csa_hps")
     told = load_toml((run.folder / "config.toml").read_text())["run"]
     assert told["dataset"] == "market1501"
-    assert told["root"] == told["data_dir"] == str(world)
+    assert told["root"] == str(world)
     assert resumed(run.folder, epochs=2).last["epoch"] == 1
     (run.folder / "state.safetensors").rename(tmp_path / "kept")
     with pytest.raises(FileNotFoundError, match=r"no state\.safetensors"):
@@ -51,6 +52,56 @@ def test_a_run_goes_on_from_what_it_was_told(world, tmp_path):
         train(world, run.folder)
     (tmp_path / "kept").rename(run.folder / "state.safetensors")
     assert resumed(run.folder).config.epochs == 2
+
+
+def test_a_run_with_options_goes_on_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """Rendered data of its own dials, a source, another directory: nothing has to be said again."""
+    monkeypatch.setenv("FASTREID_U_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    dials = dict(
+        train_ids=6, test_ids=2, cameras=2, images_per_camera=4, camera_presence=1.0, distractors=0, height=64, width=32
+    )
+    first = fastreid_u.train(
+        "synthetic", method="spcl_uda", logs_dir=tmp_path / "run", data=dials, source="synthetic",
+        source_data={**dials, "seed": 5}, epochs=1, **TINY,
+    )  # fmt: skip
+    rendered = sorted((tmp_path / "cache").iterdir())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["train", "--logs-dir", str(first.folder), "--resume", "--epochs", "2", "--device", "cpu"]) == 0
+    assert "resumed after epoch 0" in capsys.readouterr().out
+    assert sorted((tmp_path / "cache").iterdir()) == rendered
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_data_that_have_moved_are_found_in_the_usual_places(world, tmp_path, monkeypatch):
+    run = train(world, tmp_path / "run", epochs=1)
+    moved = world.rename(tmp_path / "market1501")
+    monkeypatch.setenv("FASTREID_U_DATA", str(tmp_path))
+    assert resumed(run.folder, epochs=2).last["epoch"] == 1
+    assert load_toml((run.folder / "config.toml").read_text())["run"]["root"] == str(moved)
+
+
+def test_what_a_run_does_not_know_must_be_given_again(world, tmp_path):
+    from fastreid_u.data import load_dataset
+    from fastreid_u.methods import get_method
+
+    class Mine(get_method("cluster_contrast")):
+        name = "mine"
+
+    ready = load_dataset("market1501", world)
+    run = fastreid_u.train(ready, method=Mine, logs_dir=tmp_path / "run", epochs=1, **TINY)
+    log = (run.folder / "log.txt").read_text()
+    assert "published" not in log.replace("(ours, not in the published recipe)", "")
+    with pytest.raises(ValueError, match="dataset must be given again"):
+        resumed(run.folder, method=Mine)
+    with pytest.raises(ValueError, match=r"method must be given again, as FILE.py:CLASS .*\('mine'\)"):
+        fastreid_u.train(ready, logs_dir=run.folder, resume=True)
+    with pytest.raises(ValueError, match="data must be left out with a ready dataset"):
+        fastreid_u.train(ready, logs_dir=tmp_path / "other", data={"layout": "flat"})
+    (run.folder / ".log.early").write_text("left by a killed process\n")
+    fastreid_u.train(ready, method=Mine, logs_dir=run.folder, resume=True, quiet=True, device="cpu", epochs=2)
+    assert (run.folder / "log.txt").read_text().startswith(log)
 
 
 def test_other_data_are_refused(world, tmp_path):
@@ -82,7 +133,7 @@ def test_a_torn_last_record_is_left_out_and_a_torn_other_one_named(world, tmp_pa
     with pytest.raises(FileNotFoundError, match=r"metrics.jsonl must be there"):
         resumed(run.folder)
     (run.folder / "config.toml").write_text("[config]\n")
-    with pytest.raises(ValueError, match=r"config.toml must be as train wrote it, got no data, dataset, method, run"):
+    with pytest.raises(ValueError, match=r"config.toml must be as train wrote it, got no data, dataset, method, root, run"):
         resumed(run.folder)
 
 
@@ -105,7 +156,9 @@ def test_stochastic_depth_repeats_and_resumes(world, tmp_path):
 
 
 def test_numbers_of_numpy_are_settings(world, tmp_path):
-    run = train(world, tmp_path / "run", epochs=np.int64(1), eps=np.float64(0.55), lr=np.float32(1e-3))
+    numbers = dict(epochs=np.int64(1), eps=np.float64(0.55), lr=np.float32(1e-3), no_cam=np.True_)
+    run = train(world, tmp_path / "run", **numbers)
+    assert run.config.no_cam is True
     assert (run.config.epochs, run.config.eps) == (1, 0.55)
     assert load_toml((run.folder / "config.toml").read_text())["config"]["eps"] == 0.55
     assert resumed(run.folder, epochs=2).last["epoch"] == 1
@@ -162,7 +215,6 @@ def test_files_have_the_users_modes_and_debris_is_swept(world, tmp_path):
     [
         ({"device": "foo"}, r"train: device must be cpu, cuda, cuda:1, \.\.\. and present, got 'foo'"),
         ({"dataset": None}, "dataset must be a name, a path or a ready data set, got None"),
-        ({"dataset": b"caf\xe9".decode("utf-8", "surrogateescape")}, "dataset must be a path in UTF-8, got 'caf"),
         ({"data": "seed=1"}, "data must map a reader's options to values, got 'seed=1'"),
         ({"seed": 10**30}, r"seed must lie in \[0, 2\*\*32\)"),
     ],

@@ -40,16 +40,14 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise SaveError(
-            f"cannot write {path}: {error.strerror or error}; earlier files of the run are intact"
-        ) from error
+        raise SaveError(f"cannot write {path}: {error.strerror or error}; what was there before is intact") from error
     finally:
         with contextlib.suppress(OSError):  # nothing to remove where all went well
             partial.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8", errors="surrogateescape"))
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -167,11 +165,9 @@ def require_resumable(folder: Path, *, overwrite: bool) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """``folder`` is there and can be written in, or an error says why not."""
+    """``folder`` is there, or an error says why not; whether it can be written in shows when it is claimed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / ".writable", "")
-        (folder / ".writable").unlink()
     except OSError as error:
         raise PermissionError(f"train: cannot write in run folder {folder}: {error}") from error
 

@@ -21,7 +21,7 @@ def claimed(folder: Path) -> Iterator[None]:
     """Own ``folder``, which must exist, for as long as the block lasts. The lock of a killed process is gone with it.
 
     Raises:
-        FolderInUse: someone else does.
+        FolderInUse: someone else does. PermissionError: it cannot be written in.
     """
     folder = folder.resolve()
     if folder in _mine:
@@ -39,7 +39,10 @@ def claimed(folder: Path) -> Iterator[None]:
 
 def _locked(folder: Path) -> IO[str]:
     while True:
-        file = (folder / _NAME).open("a+")
+        try:
+            file = (folder / _NAME).open("a+")
+        except OSError as error:
+            raise PermissionError(f"train: cannot write in run folder {folder}: {error}") from error
         try:
             _lock(file)
         except OSError as error:

@@ -32,10 +32,6 @@ def located(argument: str, value: object, root: str | os.PathLike | None) -> str
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"train: {argument} must be a name, a path or a ready data set, got {value!r}")
     text = os.fspath(value)
-    try:
-        os.path.abspath(text).encode()
-    except UnicodeEncodeError as error:  # what the run is told is written as UTF-8
-        raise ValueError(f"train: {argument} must be a path in UTF-8, got {text!r}") from error
     places = (Path(text).expanduser(), data_root(root) / text) if text and not known_name(text) else ()
     return known_name(text) or next((os.path.abspath(place) for place in places if place.exists()), text)
 
@@ -105,7 +101,7 @@ def open_session(
 
     config = recipe.config
     if config.center_per_camera and not reid.has_cameras:
-        display.line("warning: center_per_camera has no effect: these data have no camera ids")
+        display.line("warning: center_per_camera has no effect: these data have no camera ids, or one camera only")
     plain = test_transform(config.height, config.width, **config.pixel_statistics())
     augmented = recipe.views()
 

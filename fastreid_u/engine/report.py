@@ -50,7 +50,9 @@ def recipe_card(
         lines.append(f"  compat      {how} published code, docs/quirks.md")
     elif config.compat:
         lines.append("  compat      on, which changes nothing in this method")
-    recipe, whose = ("the published recipe", "published") if method.published else ("our own defaults", "default")
+    recipe, whose = (
+        ("the published recipe", "published") if method.is_published() else ("the method's own defaults", "default")
+    )
     if differing:
         lines.append(f"  differs from {recipe} in:")
         width = max(len(f.name) for f in differing)

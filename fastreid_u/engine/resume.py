@@ -21,23 +21,37 @@ if TYPE_CHECKING:
 _RESUMABLE = {"epochs", "workers", "cache_images", "print_freq", "eval_step", "eval_batch_size"}
 
 
-def stored_tables(folder: Path) -> dict[str, dict[str, Any]]:
+def stored_tables(op: str, folder: Path) -> dict[str, dict[str, Any]]:
     """The run's ``config.toml``.
 
     Raises:
-        ValueError: it is not one that ``train`` wrote.
+        ValueError: it is not one that ``train`` wrote; the message begins with ``op``.
     """
     path = folder / "config.toml"
     try:
-        tables = load_toml(path.read_text(encoding="utf-8"))
+        tables = load_toml(path.read_text(encoding="utf-8", errors="surrogateescape"))
     except ValueError as error:  # not TOML, or not text
-        raise ValueError(f"train: {path} must be as train wrote it, got {error}") from error
-    missing = {"run", "config", "data", "source_data"} - tables.keys() | {"method", "dataset"} - tables.get(
+        raise ValueError(f"{op}: {path} must be as train wrote it, got {error}") from error
+    missing = {"run", "config", "data", "source_data"} - tables.keys() | {"method", "dataset", "root"} - tables.get(
         "run", {}
     ).keys()
     if missing:
-        raise ValueError(f"train: {path} must be as train wrote it, got no {', '.join(sorted(missing))}")
+        raise ValueError(f"{op}: {path} must be as train wrote it, got no {', '.join(sorted(missing))}")
     return tables
+
+
+def place(name: str, root: str | None) -> str | None:
+    """The ``root`` with which ``load_dataset(name, root)`` finds again what it found in ``root``.
+
+    None, the usual places, where the data have moved, and for folders and files, whose name is their path.
+    """
+    from fastreid_u.data import known_name
+
+    known = known_name(name)
+    if known is None or root is None:
+        return None
+    root = os.path.dirname(root) if known == "synthetic" else root  # "synthetic" takes the folder above its renderings
+    return root if os.path.isdir(root) else None
 
 
 def stored_config(tables: Mapping[str, Any], recipe_class: type[Recipe], overrides: Mapping[str, Any]) -> Config:

@@ -21,8 +21,8 @@ from fastreid_u.engine.display import Display
 from fastreid_u.engine.loop import Session, run_epochs, start_networks
 from fastreid_u.engine.opening import build_network, images_of, load, load_source, located, open_session
 from fastreid_u.engine.report import metric_block, recipe_card
-from fastreid_u.engine.resume import restore, stored_config, stored_tables
-from fastreid_u.methods import get_method
+from fastreid_u.engine.resume import place, restore, stored_config, stored_tables
+from fastreid_u.methods import get_method, method_names
 from fastreid_u.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -102,7 +102,6 @@ def train(
         FloatingPointError: the network diverged. SaveError: the disk is full, say. All four keep finished epochs.
     """
     from fastreid_u.data import ReIDDataset, known_name
-    from fastreid_u.data.catalogue import data_root
 
     device = pick_device("train", device)
     folder = None if logs_dir is None else Path(logs_dir).expanduser()
@@ -114,15 +113,23 @@ def train(
         if folder is None:
             raise ValueError("train: logs_dir must name the run to resume, got None")
         checkpoint.require_resumable(folder, overwrite=overwrite)
-        stored = stored_tables(folder)
-        dataset = (stored["run"]["dataset"] or None) if dataset is None else dataset
+        stored = stored_tables("train", folder)
+        if dataset is None and not stored["run"]["dataset"]:
+            raise ValueError("train: dataset must be given again for a run that was given a ready one, got None")
+        dataset = stored["run"]["dataset"] if dataset is None else dataset
+        if method is None and stored["run"]["method"] not in method_names():
+            raise ValueError(
+                "train: method must be given again, as FILE.py:CLASS or the class, for a run of one's own method "
+                f"({stored['run']['method']!r}), got None"
+            )
         method = stored["run"]["method"] if method is None else method
-        root = stored["run"].get("data_dir") if root is None else root
         data = stored["data"] if data is None else data
         source_data = stored["source_data"] if source_data is None else source_data
 
     recipe_class = get_method("cluster_contrast" if method is None else method)
     given = isinstance(dataset, ReIDDataset)
+    if given and data and not resume:
+        raise ValueError(f"train: data must be left out with a ready dataset, got {dict(data)}")
     name = "" if given else located("dataset", dataset, root)
     if overrides.get("source") is not None:
         overrides["source"] = located("source", overrides["source"], root)
@@ -133,13 +140,17 @@ def train(
         if folder is not None:
             checkpoint.refuse_taken(folder, overwrite=overwrite)
 
+    places = {"root": root, "source_root": root}
+    if stored and root is None:
+        places["root"] = place(name, stored["run"]["root"])
+        places["source_root"] = place(getattr(config, "source", None) or "", stored["run"].get("source_root"))
     with _undisturbed(device), ExitStack() as stack:
-        reid = dataset if given else load(dataset, root, data, Display(quiet=quiet))
+        reid = dataset if given else load(dataset, places["root"], data, Display(quiet=quiet))
         if not reid.train:
             raise ValueError(f"train: dataset must hold training images, got none in {reid.root}")
         if recipe_class.uses_source and config.source is not None:
             source_data = {**recipe_class.source_dials.get(known_name(config.source), {}), **dict(source_data or {})}
-        labelled = load_source(recipe_class, config, root, source_data, display=Display(quiet=quiet))
+        labelled = load_source(recipe_class, config, places["source_root"], source_data, display=Display(quiet=quiet))
         if labelled is not None and not {s.path for s in reid.train}.isdisjoint(s.path for s in labelled.train):
             raise ValueError(f"train: source must hold other images than the set to learn, got {reid.root} for both")
         recipe = recipe_class(config, images_of(reid), images_of(labelled, pids=True) if labelled else None)
@@ -152,17 +163,16 @@ def train(
             stack.enter_context(claimed(folder))
             checkpoint.refuse_taken(folder, overwrite=overwrite or resume)  # again, now that nobody else can make one
         early = folder / ".log.early"  # an older run's log must last until nothing more can be refused
+        early.unlink(missing_ok=True)
         stack.callback(early.unlink, missing_ok=True)
         display = Display(folder / "log.txt" if resume else early, quiet=quiet)
         session = open_session(recipe, reid, labelled, device, display, folder)
         stack.callback(session.close)
-        run = stored["run"] if stored else {
-            "method": recipe_class.name, "dataset": name, "root": os.path.abspath(reid.root),
-            # what is rendered has a place of its own unless told
-            "data_dir": None if root is None and name == "synthetic" else os.path.abspath(data_root(root)),
-            "fastreid_u": _version(), "torch": torch.__version__,
+        run = dict(stored["run"]) if stored else {
+            "method": recipe_class.name, "dataset": name, "fastreid_u": _version(), "torch": torch.__version__,
             "device": str(device), "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }  # fmt: skip
+        run |= {"root": os.path.abspath(reid.root), "source_root": labelled and os.path.abspath(labelled.root)}
         options = {"data": dict(data or {}), "source_data": dict(source_data or {})}
         told = dump_toml({"run": run, "config": config.to_dict(), **options})
         checkpoint.sweep(folder, run=overwrite)
@@ -221,7 +231,7 @@ def _selects(session: Session) -> str:
     if session.split is None:
         return "nothing to evaluate on, so no model_best"
     text = f"model_best is chosen on the {_ranked_on(session)}"
-    if session.split.queries is None or not session.recipe.published:
+    if session.split.queries is None or not session.recipe.is_published():
         return text
     return f"{text}, as published" if session.recipe.published_model == "best" else f"{text}; published: the last epoch"
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastreid_u.config import load_toml, pixel_statistics
+from fastreid_u.config import pixel_statistics
 from fastreid_u.engine.checkpoint import load_model_file
 from fastreid_u.engine.device import pick_device, uses_bfloat16
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.evaluate import evaluate_split, test_split
 from fastreid_u.engine.extract import BadImageLog, extract_features
 from fastreid_u.engine.report import metric_block
+from fastreid_u.engine.resume import place, stored_tables
 
 if TYPE_CHECKING:
     from fastreid_u.data import ReIDDataset, Sample, View
@@ -172,11 +173,8 @@ def _own_dataset(
         raise ValueError(
             f"evaluate: dataset must be given for a model file outside its run's folder, got none for {run}"
         )
-    try:
-        told = load_toml(file.read_text(encoding="utf-8"))
-        name, stored, options = told["run"]["dataset"], told["run"]["root"], told["data"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"evaluate: {file} must be as a run wrote it, got {type(error).__name__}: {error}") from error
+    told = stored_tables("evaluate", file.parent)
+    name, options = told["run"]["dataset"], told["data"]
     known = known_name(name)
     if known is None and not os.path.isabs(name):  # empty for a ready ReIDDataset
         raise ValueError(f"evaluate: dataset must be given for a run that was given a ready one, got none for {run}")
@@ -184,11 +182,7 @@ def _own_dataset(
         raise ValueError(
             f"evaluate: root must be left out for the run's own folder {name}, got {root}; name the dataset"
         )
-    if root is None and known is not None:
-        # "synthetic" takes the folder above its renderings. Where the data have moved, the usual places are looked in.
-        root = os.path.dirname(stored) if known == "synthetic" else stored
-        root = root if os.path.isdir(root) else None
-    return name, root, {**options, **dict(data or {})}
+    return name, place(name, told["run"]["root"]) if root is None else root, {**options, **dict(data or {})}
 
 
 def extract(

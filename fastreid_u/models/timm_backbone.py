@@ -75,15 +75,15 @@ class TimmBackbone(nn.Module):
     def resampled_positions(self, given: Tensor) -> Tensor:
         """Learned positions (1, T, D) of a square grid or one twice as high as wide, bilinearly on this network's grid.
 
-        Those of the class token and its like stay as they are. What is no such grid, or fits already, is returned.
+        Those of the class token and its like stay as they are. What is no such grid, or is this one, is returned.
         """
         extra = getattr(self.net, "num_prefix_tokens", 0)
-        if given.ndim != 3 or self.positions in (None, given.shape[1]):
+        if given.ndim != 3 or self.positions is None:
             return given
         cells = given.shape[1] - extra
         side, width = (math.isqrt(max(n, 0)) for n in (cells, cells // 2))
         shape = (side, side) if side * side == cells else (2 * width, width)
-        if cells < 1 or shape[0] * shape[1] != cells:
+        if cells < 1 or shape[0] * shape[1] != cells or shape == tuple(self.net.patch_embed.grid_size):
             return given
         grid = given[:, extra:].float().transpose(1, 2).unflatten(2, shape)
         fitted = F.interpolate(grid, size=self.net.patch_embed.grid_size, mode="bilinear", align_corners=False)

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from fastreid_u._checks import (
     as_tensor,
-    require_1d,
     require_2d,
     require_choice,
     require_features,
     require_finite,
     require_floating,
-    require_integer,
+    require_ids,
     require_positive_int,
     require_same_device,
     require_same_width,
@@ -102,10 +101,7 @@ def rank_metrics(
 
 
 def _ids(op: str, name: str, values: object, count: int) -> Tensor:
-    values = as_tensor(op, name, values)
-    if values.numel() == 0:
-        values = values.long()  # an empty list has no integer type of its own
-    values = require_integer(op, name, require_1d(op, name, values))
+    values = require_ids(op, name, values)
     if len(values) != count:
         raise ValueError(f"{op}: {name} must have {count} entries, got {len(values)}")
-    return values.long()
+    return values

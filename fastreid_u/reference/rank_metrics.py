@@ -13,7 +13,7 @@ from torch import Tensor
 from .knn import pair_sq_dist
 
 _BLOCK_ENTRIES = 2**23
-_NEAR = 2.0**-16  # share of |q|^2 + |g|^2 below which their difference is measured rather than computed
+_NEAR = 2.0**-22  # share of |q|^2 + |g|^2 below which their difference is measured rather than computed
 
 
 @dataclass(frozen=True, eq=False)
