@@ -209,7 +209,7 @@ def header(about):
         (header('{"config": {"arch": "resnet10"}}'), "must describe its network in its header, got no pooling_type, "),
         (header("[]"), "must describe its network in its header, got no arch, "),
         (header("{"), "must be described by JSON in its header, got "),
-        (lambda folder: (folder / "config.toml").write_text("[config]\n"), "must be as train wrote it, got no data, dataset"),
+        (lambda folder: (folder / "config.toml").write_text("[config]\n"), "as train wrote it, got no data, dataset"),
         (lambda folder: (folder / "config.toml").write_text("a ="), "must be as train wrote it, got Invalid value"),
     ],
 )

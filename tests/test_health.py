@@ -62,7 +62,8 @@ def test_final_block_has_the_usual_lines():
 
 
 def test_curves_are_drawn_even_from_little(tmp_path):
-    draw_curves([{"epoch": 0, "clusters": 3, "unclustered": 0.5, "loss": 1.0}], tmp_path / "curves.png", "folder")
+    odd = "fold\udcffer"  # a name whose bytes are no text
+    draw_curves([{"epoch": 0, "clusters": 3, "unclustered": 0.5, "loss": 1.0}], tmp_path / "curves.png", odd)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

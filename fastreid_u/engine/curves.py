@@ -22,7 +22,8 @@ def draw_curves(records: list[dict[str, Any]], path: Path, title: str, true_clus
 
     figure = Figure(figsize=(10, 6.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=12)
+    # fonts know nothing of the bytes that a folder's name may hold
+    figure.suptitle(title.encode("utf-8", "backslashreplace").decode(), fontsize=12)
     (ranking, clusters), (quality, loss) = figure.subplots(2, 2)
 
     def plot(axes, name: str, label: str, color: str, scale: float = 1.0) -> None:
