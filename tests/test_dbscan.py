@@ -321,22 +321,6 @@ def test_several_eps_give_a_row_each() -> None:
     assert fastreid_u.dbscan(graph, np.array([0.6]), 3).shape == (1, 50)
 
 
-def test_estimator_drops_in_for_sklearn() -> None:
-    graph = random_graph(np.random.default_rng(4), 80)
-    theirs = sklearn.cluster.DBSCAN(eps=0.3, min_samples=4, metric="precomputed", n_jobs=-1)
-    ours = fastreid_u.DBSCAN(eps=0.3, min_samples=4, metric="precomputed", n_jobs=-1)
-    expected, labels = theirs.fit_predict(graph), ours.fit_predict(graph)
-    assert isinstance(labels, np.ndarray)
-    assert labels.dtype == expected.dtype
-    np.testing.assert_array_equal(labels, expected)
-    np.testing.assert_array_equal(ours.labels_, theirs.labels_)
-    np.testing.assert_array_equal(ours.core_sample_indices_, theirs.core_sample_indices_)
-    assert ours.fit(torch.from_numpy(graph)) is ours
-    assert repr(fastreid_u.DBSCAN()) == "DBSCAN(eps=0.5, min_samples=5, metric='precomputed', n_jobs=None)"
-    with pytest.raises(ValueError, match="DBSCAN: metric must be one of 'precomputed', got 'euclidean'"):
-        fastreid_u.DBSCAN(metric="euclidean").fit(graph)
-
-
 # Refusals
 
 
@@ -506,12 +490,3 @@ def test_eps_and_radius_are_compared_as_the_graph_rounds_them():
 
 def test_more_neighbours_than_there_are_points():
     assert (fastreid_u.dbscan(torch.zeros(5, 5), 0.5, 10**30) == -1).all()
-
-
-def test_the_estimator_can_be_cloned():
-    from sklearn.base import clone
-
-    found = clone(fastreid_u.DBSCAN(0.3, min_samples=2)).set_params(eps=0.4)
-    assert found.get_params() == {"eps": 0.4, "min_samples": 2, "metric": "precomputed", "n_jobs": None}
-    with pytest.raises(ValueError, match="DBSCAN: params must be one of"):
-        found.set_params(radius=1)

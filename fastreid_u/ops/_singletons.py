@@ -6,10 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastreid_u._checks import (
-    require_ids,
-    require_values_in,
-)
+from fastreid_u._checks import require_ids, require_values_in
 
 
 def require_labels(op: str, name: str, labels: object) -> Tensor:
