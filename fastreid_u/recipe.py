@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastreid_u.config import Config
+from fastreid_u.ranks import label_group
 
 if TYPE_CHECKING:
     from fastreid_u.data import View
@@ -80,12 +81,6 @@ def center_per_camera(features: Tensor, camids: Tensor) -> Tensor:
         rows = camids == camid
         centered[rows] -= features[rows].mean(dim=0)
     return F.normalize(centered, dim=1)
-
-
-def label_ranks() -> str | None:
-    """The ``group`` of ``pseudo_labels``: "world" where torch.distributed has several ranks, None for one process."""
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return "world" if ready and torch.distributed.get_world_size() > 1 else None
 
 
 class Recipe(ABC):
@@ -188,7 +183,7 @@ class Recipe(ABC):
 
         c = self.config
         return pseudo_labels(
-            features, eps=self.eps(epoch), min_samples=c.min_samples, k1=c.k1, k2=c.k2, group=label_ranks()
+            features, eps=self.eps(epoch), min_samples=c.min_samples, k1=c.k1, k2=c.k2, group=label_group()
         )
 
     def eps(self, epoch: int) -> float:

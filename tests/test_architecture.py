@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. A module belongs to the first floor that lists it or a package above it.
 FLOORS = [
     ("ground", ["kernels", "reference", "cpu", "_C"]),
-    ("environment", ["_env", "_ext", "_checks", "config"]),
+    ("environment", ["_env", "_ext", "_checks", "config", "ranks"]),
     ("ops", ["ops"]),
     ("parts", ["recipe", "memory", "losses", "models", "data"]),
     ("methods", ["methods"]),
@@ -114,6 +114,25 @@ def blind_violations(root: Path) -> list[str]:
     ]
 
 
+def rank_violations(root: Path) -> list[str]:
+    """Ranks have one room: only ranks.py asks torch.distributed how many there are, and lets them exchange."""
+    found = []
+    for name, path in sources(root):
+        if name == "fastreid_u.ranks":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            named = []
+            if isinstance(node, ast.Import):
+                named = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                named = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Attribute):
+                named = [ast.unparse(node)]
+            if any(within(each, {"torch.distributed"}) for each in named):
+                found.append(f"{name}:{node.lineno}: asks torch.distributed, which only ranks.py may")
+    return found
+
+
 def style_violations(root: Path) -> list[str]:
     """No swallowed errors, no assert on users' input, no drawer for everything."""
     found = []
@@ -142,7 +161,7 @@ def licence_violations(root: Path) -> list[str]:
     return found
 
 
-CHECKS = [import_violations, blind_violations, style_violations, licence_violations]
+CHECKS = [import_violations, blind_violations, rank_violations, style_violations, licence_violations]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -176,6 +195,10 @@ SPDX = "# SPDX-License-Identifier: Apache-2.0\n"
         (import_violations, "fastreid_u/cpu/x.py", "import torch", "cpu/ may not"),
         (import_violations, "fastreid_u/elsewhere.py", "import os", "on no floor"),
         (blind_violations, "fastreid_u/reference/x.py", "from fastreid_u.reference import knn", "by name"),
+        (rank_violations, "fastreid_u/ops/x.py", "import torch.distributed as dist", "only ranks.py"),
+        (rank_violations, "fastreid_u/memory/x.py", "from torch import distributed", "only ranks.py"),
+        (rank_violations, "fastreid_u/engine/x.py", "from torch.distributed import get_rank", "only ranks.py"),
+        (rank_violations, "fastreid_u/recipe.py", "def f():\n    return torch.distributed", "only ranks.py"),
         (style_violations, "fastreid_u/ops/x.py", "try:\n    f()\nexcept Exception:\n    pass", "catches everything"),
         (style_violations, "fastreid_u/ops/x.py", "try:\n    f()\nexcept:\n    pass", "catches everything"),
         (style_violations, "fastreid_u/ops/x.py", "assert x", "assert"),
@@ -197,6 +220,7 @@ def test_what_is_allowed_is_not_reported(tmp_path: Path) -> None:
     files = {
         "fastreid_u/__init__.py": "import importlib\nfrom fastreid_u.engine import train",
         "fastreid_u/ops/x.py": "import faiss\nfrom fastreid_u import _env, _ext\nfrom fastreid_u.kernels import x",
+        "fastreid_u/ranks.py": "import torch.distributed as dist",
         "fastreid_u/reference/x.py": "import math\nimport torch\nfrom .y import z",
         "fastreid_u/methods/x.py": "from fastreid_u.methods import y\nfrom fastreid_u.recipe import Recipe",
         "kernels/x.py": "from __future__ import annotations\nimport torch\nimport triton.language as tl",

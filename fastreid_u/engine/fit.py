@@ -12,6 +12,7 @@ from fastreid_u.config import Config
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.extract import BadImageLog
 from fastreid_u.ops._device_flag import raise_flagged
+from fastreid_u.ranks import gather_batch
 from fastreid_u.recipe import Batch, Recipe
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def fit_epoch(
         for batch in _batches(recipe, order, loader, source_loader, targets, epoch, log, device):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
                 x = recipe.forward(batch)
-            x = _each(x, Tensor.float)
+            x, batch = gather_batch(_each(x, Tensor.float), batch)
             loss = recipe.loss(x, batch)
             total += loss.detach()
             steps += 1
