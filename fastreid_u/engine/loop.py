@@ -124,11 +124,13 @@ def start_networks(s: Session, model: "ReIDModel", *, calibrate: bool) -> None:
     """
     config = s.recipe.config
     if calibrate and config.calibrate_bn:
+        from fastreid_u.data import chunks
         from fastreid_u.models import calibrate_batchnorm
 
         # Any fixed spread over the images will do; batches of near-identical neighbours would not.
         order = torch.randperm(len(s.dataset.train), generator=torch.Generator().manual_seed(config.seed)).tolist()
-        batches = (batch.images.to(s.device) for batch in s.plain.epoch(order))
+        fixed = chunks(order, config.eval_batch_size)
+        batches = (batch.images.to(s.device) for batch in s.plain.epoch(fixed))
         with torch.autocast(s.device.type, dtype=torch.bfloat16, enabled=s.autocast):
             calibrate_batchnorm(model, islice(batches, config.calibrate_bn))
     s.recipe.build(model)
