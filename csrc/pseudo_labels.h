@@ -17,7 +17,7 @@
 #pragma once
 
 #include "dbscan.h"
-#include "encoding.h"
+#include "prefix_index.h"
 
 namespace fastreid_u {
 
