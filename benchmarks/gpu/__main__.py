@@ -164,7 +164,7 @@ def sanitizer_errors(output: str) -> dict[str, Any]:
 
 
 def benchmark_figures(path: Path) -> dict[str, Any]:
-    """By benchmark: the median in milliseconds and whatever it says of itself."""
+    """By benchmark: the median in milliseconds and its ``extra_info``."""
     return {
         row["name"]: {"group": row["group"], "ms": row["stats"]["median"] * 1e3, **row["extra_info"]}
         for row in json.loads(path.read_text())["benchmarks"]
