@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. A module belongs to the first floor that lists it or a package above it.
 FLOORS = [
     ("ground", ["kernels", "reference", "cpu", "_C"]),
-    ("environment", ["_env", "_ext", "_checks", "config"]),
+    ("environment", ["_env", "_ext", "_checks", "_toml", "config"]),
     ("ops", ["ops"]),
     ("parts", ["recipe", "memory", "losses", "models", "data"]),
     ("methods", ["methods"]),

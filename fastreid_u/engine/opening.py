@@ -102,7 +102,7 @@ def open_session(
     config = recipe.config
     if config.center_per_camera and not reid.has_cameras:
         display.line("warning: center_per_camera has no effect: these data have no camera ids, or one camera only")
-    plain = test_transform(config.height, config.width, **config.pixel_statistics())
+    plain = test_transform(config.height, config.width, pixel_norm=config.pixel_norm)
     augmented = recipe.views()
 
     def loaders(samples):

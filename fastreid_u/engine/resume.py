@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastreid_u.config import Config, load_toml, plain
+from fastreid_u._toml import load_toml, plain
+from fastreid_u.config import Config
 from fastreid_u.engine import checkpoint
 from fastreid_u.engine.loop import Session
 from fastreid_u.recipe import Recipe

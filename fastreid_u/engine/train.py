@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastreid_u.config import Config, dump_toml
+from fastreid_u._toml import dump_toml
+from fastreid_u.config import Config
 from fastreid_u.engine import checkpoint
 from fastreid_u.engine.claim import FolderInUse, claimed
 from fastreid_u.engine.device import pick_device

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastreid_u.config import pixel_statistics
 from fastreid_u.engine.checkpoint import load_model_file
 from fastreid_u.engine.device import pick_device, uses_bfloat16
 from fastreid_u.engine.display import Display
@@ -158,7 +157,7 @@ def _path(op: str, run: str | os.PathLike) -> Path:
 def _plain_view(config: Mapping[str, Any]) -> "View":
     from fastreid_u.data import test_transform
 
-    return test_transform(config["height"], config["width"], **pixel_statistics(config["pixel_norm"]))
+    return test_transform(config["height"], config["width"], pixel_norm=config["pixel_norm"])
 
 
 def _own_dataset(
