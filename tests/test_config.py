@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings: defaults with sources, per-dataset rows, rules, changed defaults, and the TOML file they are kept in."""
+"""Settings: defaults with sources, per-dataset rows, rules, and changed defaults."""
 
 import dataclasses
 
 import pytest
 
-from fastreid_u._toml import dump_toml, load_toml
 from fastreid_u.config import Config, Rule, at_least, changed, option
 from fastreid_u.methods import get_method, method_names
 from fastreid_u.methods.cluster_contrast import ClusterContrastConfig
@@ -163,17 +162,3 @@ def test_an_unknown_option_suggests_the_known():
 def test_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ClusterContrastConfig().eps = 0.4
-
-
-def test_toml_round_trip():
-    config = ClusterContrastConfig(weights=None, bn_group=None, lr=1e-9)
-    text = dump_toml({"config": config.to_dict(), "run": {"path": 'a "quoted" C:\\folder\n\ttab', "flag": True}})
-    back = load_toml(text)
-    assert back["run"] == {"path": 'a "quoted" C:\\folder\n\ttab', "flag": True}
-    values = {name: back["config"].get(name) for name in config.to_dict()}
-    assert ClusterContrastConfig(**values) == config
-
-
-def test_toml_refuses_what_it_cannot_say():
-    with pytest.raises(TypeError, match="got \\[1\\]"):
-        dump_toml({"data": {"list": [1]}})
