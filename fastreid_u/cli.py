@@ -52,7 +52,7 @@ def _train(argv: list[str]) -> None:
     import tyro
 
     from fastreid_u.data import dataset_names, known_name
-    from fastreid_u.engine.resume import stored_tables
+    from fastreid_u.engine.folder import RunFolder
     from fastreid_u.engine.train import train
     from fastreid_u.methods import get_method
 
@@ -60,8 +60,8 @@ def _train(argv: list[str]) -> None:
     known, rest = parser.parse_known_args(argv)
     method = known.method
     if known.resume and method is None and known.logs_dir is not None:
-        folder = Path(known.logs_dir).expanduser()
-        method = stored_tables("train", folder)["run"]["method"] if (folder / "config.toml").exists() else None
+        folder = RunFolder(known.logs_dir)
+        method = folder.settings("train")["run"]["method"] if folder.has_settings else None
     config_class = get_method(method or "cluster_contrast").Config
     words = [word for word in rest if word not in ("-h", "--help")]
     overrides = _given(config_class, words)
@@ -177,9 +177,10 @@ def _options_class(
 
 def _finished(logs_dir: str | None) -> dict[Path, int]:
     """Run folders that hold a finished epoch, and when it was written; all below runs/ where ``logs_dir`` is None."""
-    folders = Path("runs").glob("*") if logs_dir is None else [Path(logs_dir).expanduser()]
-    states = [folder / "state.safetensors" for folder in folders]
-    return {state.parent: state.stat().st_mtime_ns for state in states if state.exists()}
+    from fastreid_u.engine.folder import RunFolder
+
+    folders = RunFolder.all_unnamed() if logs_dir is None else [RunFolder(logs_dir)]
+    return {folder.path: folder.finished_at for folder in folders if folder.finished_at is not None}
 
 
 def _how_to_go_on(now: dict[Path, int], before: dict[Path, int], method: str | None) -> str:
@@ -217,7 +218,7 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from fastreid_u.engine.trained import evaluate
+    from fastreid_u.trained.evaluate import evaluate
 
     evaluate(
         arguments.run, arguments.dataset, root=arguments.root, data=_pairs(arguments.data, "evaluate: --data"),
@@ -239,7 +240,7 @@ def _extract(arguments: argparse.Namespace) -> None:
 
     from fastreid_u.engine.checkpoint import write_whole
     from fastreid_u.engine.display import Display
-    from fastreid_u.engine.trained import extract
+    from fastreid_u.trained.extract import extract
 
     out = _writable(arguments.out)
     result = extract(arguments.run, arguments.images, which=arguments.which, device=arguments.device, quiet=False)
