@@ -18,6 +18,7 @@ FLOORS = [
     ("parts", ["recipe", "memory", "losses", "models", "data"]),
     ("methods", ["methods"]),
     ("engine", ["engine"]),
+    ("trained", ["trained"]),
     ("roof", ["", "cli", "doctor", "__main__"]),
 ]
 HEIGHT = {module: height for height, (_, modules) in enumerate(FLOORS) for module in modules}

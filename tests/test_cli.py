@@ -265,7 +265,7 @@ def test_ctrl_c_of_other_commands_promises_nothing(monkeypatch, capsys):
     def stopped(*arguments, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastreid_u.engine.trained.evaluate", stopped)
+    monkeypatch.setattr("fastreid_u.trained.evaluate.evaluate", stopped)
     assert main(["evaluate", "run"]) == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
 

@@ -20,7 +20,7 @@ def evaluate(words: list[str]) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default a GPU if there is one)")
     given = vars(parser.parse_args(words))
 
-    from fastreid_u.engine import trained
+    from fastreid_u.trained import evaluate as trained
 
     given["data"] = read_pairs(given["data"], "evaluate: --data")
     trained.evaluate(given.pop("run"), given.pop("dataset"), **given)

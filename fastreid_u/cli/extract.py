@@ -18,9 +18,9 @@ def extract(words: list[str]) -> None:
 
     import numpy as np
 
-    from fastreid_u.engine import trained
     from fastreid_u.engine.checkpoint import write_whole
     from fastreid_u.engine.display import Display
+    from fastreid_u.trained import extract as trained
 
     out = _writable(given.out)
     result = trained.extract(given.run, given.images, which=given.which, device=given.device, quiet=False)

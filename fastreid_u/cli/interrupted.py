@@ -7,9 +7,10 @@ from pathlib import Path
 
 def finished_epochs(logs_dir: str | None) -> dict[Path, int]:
     """Run folders that hold a finished epoch, and when it was written; all below runs/ where ``logs_dir`` is None."""
-    folders = Path("runs").glob("*") if logs_dir is None else [Path(logs_dir).expanduser()]
-    states = [folder / "state.safetensors" for folder in folders]
-    return {state.parent: state.stat().st_mtime_ns for state in states if state.exists()}
+    from fastreid_u.engine.folder import RunFolder
+
+    folders = RunFolder.all_unnamed() if logs_dir is None else [RunFolder(logs_dir)]
+    return {folder.path: folder.finished_at for folder in folders if folder.finished_at is not None}
 
 
 def how_to_go_on(now: dict[Path, int], before: dict[Path, int], method: str | None) -> str:

@@ -4,7 +4,6 @@
 import argparse
 import dataclasses
 import difflib
-from pathlib import Path
 
 from fastreid_u.cli.interrupted import finished_epochs, how_to_go_on
 from fastreid_u.cli.options import add_options
@@ -80,15 +79,15 @@ def _parser_of_the_run() -> argparse.ArgumentParser:
 
 def _method(given: argparse.Namespace) -> str | None:
     """The method that was asked for; of a run to go on with, its own, which must be ours: its file is not imported."""
-    from fastreid_u.engine.resume import stored_tables
+    from fastreid_u.engine.folder import RunFolder
     from fastreid_u.methods import method_names
 
     if given.method is not None or not given.resume or given.logs_dir is None:
         return given.method
-    folder = Path(given.logs_dir).expanduser()
-    if not (folder / "config.toml").exists():
+    folder = RunFolder(given.logs_dir)
+    if not folder.has_settings:
         return None
-    method = stored_tables("train", folder)["run"]["method"]
+    method = folder.settings("train")["run"]["method"]
     if method not in method_names():
         raise ValueError(
             "train: method must be given again, as FILE.py:CLASS or the class, for a run of one's own method "
