@@ -57,6 +57,12 @@ print(fastreid_u.dbscan(graph, 0.6, radius=1.0).shape)
     assert python(code, tmp_path) == "torch.Size([40])"
 
 
+def test_the_command_line_starts_without_torch(tmp_path) -> None:
+    """A command imports what it needs once it has been called; ``--help`` and a mistyped command need nothing."""
+    code = "import sys, fastreid_u.cli; print(sorted({'torch', 'numpy', 'rich'} & set(sys.modules)))"
+    assert python(code, tmp_path) == "[]"
+
+
 @pytest.mark.parametrize("name", sorted(fastreid_u.__all__))
 def test_every_public_name_is_there(name: str) -> None:
     assert getattr(fastreid_u, name) is not None
