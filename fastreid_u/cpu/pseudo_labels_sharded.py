@@ -90,7 +90,7 @@ def _merged(parent: np.ndarray, ranks: Exchange) -> np.ndarray:
 def _gathered(own: Rows, ranks: Exchange) -> Rows:
     count = ranks.gather(np.diff(own.indptr))
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(count)])
-    return Rows(indptr, ranks.gather(own.column), ranks.gather(own.value))
+    return Rows(indptr, ranks.gather(own.column), ranks.gather(own.mass))
 
 
 def encode_sorted(x: np.ndarray, lists: np.ndarray, k2: int, ranks: Exchange, *, compat: bool, threads: int) -> Rows:
