@@ -52,6 +52,7 @@ def _train(argv: list[str]) -> None:
     import tyro
 
     from fastreid_u.data import dataset_names, known_name
+    from fastreid_u.engine.arguments import stored_method
     from fastreid_u.engine.folder import RunFolder
     from fastreid_u.engine.train import train
     from fastreid_u.methods import get_method
@@ -61,7 +62,7 @@ def _train(argv: list[str]) -> None:
     method = known.method
     if known.resume and method is None and known.logs_dir is not None:
         folder = RunFolder(known.logs_dir)
-        method = folder.settings("train")["run"]["method"] if folder.has_settings else None
+        method = stored_method(folder.settings("train")) if folder.has_settings else None
     config_class = get_method(method or "cluster_contrast").Config
     words = [word for word in rest if word not in ("-h", "--help")]
     overrides = _given(config_class, words)

@@ -53,15 +53,10 @@ class Arguments:
         run = stored["run"]
         if self.dataset is None and not run["dataset"]:
             raise ValueError("train: dataset must be given again for a run that was given a ready one, got None")
-        if self.method is None and run["method"] not in method_names():
-            raise ValueError(
-                "train: method must be given again, as FILE.py:CLASS or the class, for a run of one's own method "
-                f"({run['method']!r}), got None"
-            )
         return dataclasses.replace(
             self,
             dataset=run["dataset"] if self.dataset is None else self.dataset,
-            method=run["method"] if self.method is None else self.method,
+            method=stored_method(stored) if self.method is None else self.method,
             data=stored["data"] if self.data is None else self.data,
             source_data=stored["source_data"] if self.source_data is None else self.source_data,
         )
@@ -150,6 +145,23 @@ def absolute_name(argument: str, value: object, root: str | os.PathLike | None) 
     text = os.fspath(value)
     places = (Path(text).expanduser(), data_root(root) / text) if text and not known_name(text) else ()
     return known_name(text) or next((os.path.abspath(place) for place in places if place.exists()), text)
+
+
+def stored_method(stored: Mapping[str, Any]) -> str:
+    """The method of a run's settings, where it is one of ours.
+
+    A file or module that settings name is never imported: the folder may come from someone else.
+
+    Raises:
+        ValueError: it is not one of ours, so the caller has to give it again.
+    """
+    method = stored["run"]["method"]
+    if method not in method_names():
+        raise ValueError(
+            "train: method must be given again, as FILE.py:CLASS or the class, for a run of one's own method "
+            f"({method!r}), got None"
+        )
+    return method
 
 
 def stored_root(name: str, root: str | None) -> str | None:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from fastreid_u.engine.own_file import open_own
+
 PLAIN_SECONDS = 10.0  # without a terminal, a long phase shows where it is this often
 
 
@@ -16,7 +18,7 @@ class Display:
     """The lines and the progress of one run.
 
     Args:
-        log: file to which every line is appended; without one, lines are kept until ``log_to`` names it.
+        log: file to which every line is appended, refused if it is a link; None keeps lines until ``log_to`` names it.
         quiet: show nothing on ``stream`` (lines are logged all the same).
         stream: where lines are shown; a terminal gets progress bars.
     """
@@ -29,7 +31,11 @@ class Display:
         self._progress = None
 
     def log_to(self, log: Path) -> None:
-        """Append the lines shown so far, and all that follow, to ``log``."""
+        """Append the lines shown so far, and all that follow, to ``log``.
+
+        Raises:
+            PermissionError: ``log`` is a link or a device. OSError: it cannot be written.
+        """
         self._log = log
         kept, self._kept = self._kept, []
         self._append(kept)
@@ -54,7 +60,7 @@ class Display:
         if self._log is None:
             self._kept += lines
             return
-        with self._log.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        with open_own(self._log, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(line + "\n" for line in lines)
 
     @contextmanager

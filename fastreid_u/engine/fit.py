@@ -2,7 +2,8 @@
 """One epoch of steps: forward, loss, backward, memory, weights."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from fastreid_u.engine.optimizer import learning_rate
 from fastreid_u.ops._device_flag import raise_flagged
-from fastreid_u.recipe import Batch
+from fastreid_u.ranks import gather_batch
+from fastreid_u.recipe import Batch, balanced_batches
 
 if TYPE_CHECKING:
-    from fastreid_u.data.loader import Batch as Loaded
+    from fastreid_u.data import Loaded
     from fastreid_u.engine.session import Session
 
 
@@ -35,13 +37,12 @@ def fit_epoch(session: "Session", epoch: int, targets: Tensor) -> float:
     recipe.networks.train()
     total = torch.zeros((), device=machine.device)
     steps = 0
-    order = recipe.order(targets.cpu(), epoch)
-    expected = max(1, len(order) // config.batch_size) if isinstance(order, Sized) else config.iters
-    with machine.display.phase(f"epoch {epoch}", expected, unit="steps") as advance:
-        for batch in _batches(session, order, targets, epoch):
+    batches = recipe.batches(targets.cpu(), epoch)
+    with machine.display.phase(f"epoch {epoch}", len(batches), unit="steps") as advance:
+        for batch in _loaded(session, batches, targets, epoch):
             with machine.precision():
                 outputs = recipe.forward(batch)
-            outputs = _each(outputs, Tensor.float)
+            outputs, batch = gather_batch(_each(outputs, Tensor.float), batch)
             loss = recipe.loss(outputs, batch)
             total += loss.detach()
             steps += 1
@@ -58,18 +59,19 @@ def fit_epoch(session: "Session", epoch: int, targets: Tensor) -> float:
     return total.item() / max(steps, 1)
 
 
-def _batches(session: "Session", order: Iterable[int], targets: Tensor, epoch: int) -> Iterator[Batch]:
+def _loaded(session: "Session", batches: Sequence[Sequence[int]], targets: Tensor, epoch: int) -> Iterator[Batch]:
     """The epoch's batches on the device, each with one of source images where there is a source.
 
     A step whose images, or whose source images, are all unreadable is left out.
     """
     recipe, device = session.recipe, session.machine.device
     seed = (recipe.config.seed, epoch)
-    source = None
+    source = repeat(None)
     if session.source is not None:
-        source = session.source.train_batches(recipe.source_order(epoch), (*seed, 1))
-    for loaded in session.target.train_batches(order, seed):
-        labelled = None if source is None else next(source)
+        own = balanced_batches(recipe.source, recipe.source.pids, recipe.config, epoch, len(batches))
+        source = session.source.train_batches(own, (*seed, 1))
+    target = session.target.train_batches(batches, seed)
+    for loaded, labelled in zip(target, source):  # noqa: B905 - repeat(None) has no end
         if len(loaded.indices) and (labelled is None or len(labelled.indices)):
             extra = None if labelled is None else _on_device(labelled, recipe.source.pids, recipe.source.camids, device)
             yield _on_device(loaded, targets, recipe.images.camids, device, extra)

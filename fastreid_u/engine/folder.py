@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fastreid_u.config import dump_toml, load_toml
 from fastreid_u.engine.checkpoint import SaveError, read_described, write_described, write_text
 from fastreid_u.engine.lock import FolderInUse, locked
+from fastreid_u.engine.own_file import open_own
 from fastreid_u.engine.records import Records
 
 # The number of this form of a run folder, in config.toml, in the state and in the models. It rises when a version
@@ -239,7 +240,7 @@ class RunFolder:
         """Append to the records."""
         self.records.append(record)
         try:
-            with self.metrics.open("a", encoding="utf-8") as file:
+            with open_own(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise SaveError(f"cannot write {self.metrics}: {error}") from error

@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from fastreid_u.engine.own_file import open_own
+
 _NAME = ".lock"
 _held: set[Path] = set()  # the system lets a process lock a file twice, so its own locks are remembered here
 
@@ -40,7 +42,7 @@ def locked(folder: Path) -> Iterator[None]:
 def _open_locked(folder: Path) -> IO[str]:
     while True:
         try:
-            file = (folder / _NAME).open("a+")
+            file = open_own(folder / _NAME, "a+")
         except OSError as error:
             raise PermissionError(f"train: cannot write in run folder {folder}: {error}") from error
         try:

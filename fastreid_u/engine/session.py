@@ -116,12 +116,14 @@ def start_networks(session: Session, model: "ReIDModel", *, calibrate: bool) -> 
     recipe, machine = session.recipe, session.machine
     config = recipe.config
     if calibrate and config.calibrate_bn:
+        from fastreid_u.data import chunks
         from fastreid_u.models import calibrate_batchnorm
 
         # Any fixed spread over the images will do; batches of near-identical neighbours would not.
         generator = torch.Generator().manual_seed(config.seed)
         order = torch.randperm(len(session.target.samples), generator=generator).tolist()
-        batches = (batch.images.to(machine.device) for batch in session.target.plain.epoch(order))
+        spread = session.target.plain.epoch(chunks(order, config.eval_batch_size))
+        batches = (loaded.images.to(machine.device) for loaded in spread)
         with machine.precision():
             calibrate_batchnorm(model, islice(batches, config.calibrate_bn))
     recipe.build(model)

@@ -63,6 +63,7 @@ def load_model(
     missing = [name for name in _NEEDED if not isinstance(config, dict) or name not in config]
     if missing:
         raise ValueError(f"load_model: {path} must describe its network in its header, got no {', '.join(missing)}")
+    refuse_import("load_model", path, about.get("method", ""))
     with torch.inference_mode(False):  # else a network loaded under inference_mode could never be trained
         model = build_model(
             config["arch"], pooling=config["pooling_type"], weights=None, stem_relu=config["stem_relu"],
@@ -76,6 +77,16 @@ def load_model(
         layout = torch.channels_last if config["channels_last"] else torch.contiguous_format
         model = model.to(device, torch.float32, memory_format=layout)
     return model.eval(), about
+
+
+def refuse_import(op: str, path: Path, method: Any) -> None:
+    """``train`` stores the name of a method; a file or module to import in its place was written by someone else.
+
+    Raises:
+        ValueError: ``method`` is no name; the message begins with ``op`` and names the file at ``path``.
+    """
+    if not isinstance(method, str) or ":" in method:
+        raise ValueError(f"{op}: {path} must hold the name of a method, as train wrote it, got {method!r}")
 
 
 def run_path(op: str, run: str | os.PathLike) -> Path:
