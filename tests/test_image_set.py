@@ -68,7 +68,7 @@ def test_train_batches_repeat_by_seed_and_note_what_cannot_be_read(plant):
     folder = plant("crops", "a.jpg", "b.jpg")
     views = (train_transform(8, 4, erase=0.9), transform(8, 4))
     images = image_set(folder, ["a.jpg", "gone.jpg", "b.jpg"], bad_share=1.0, train_views=views, train_batch_size=3)
-    first, again, other = (list(images.train_batches([2, 1, 0, 2], seed)) for seed in ((1, 0), (1, 0), (1, 1)))
+    first, again, other = (list(images.train_batches([[2, 1, 0], [2]], seed)) for seed in ((1, 0), (1, 0), (1, 1)))
     assert [batch.indices.tolist() for batch in first] == [[2, 0], [2]]
     assert all(len(batch.images) == 2 for batch in first)
     assert torch.equal(first[0].images[0], again[0].images[0])
@@ -82,7 +82,7 @@ def test_close_ends_the_workers_of_both_loaders(plant):
     folder = plant("crops", "a.jpg", "b.jpg")
     images = image_set(folder, ["a.jpg", "b.jpg"], train_views=(transform(8, 4),), train_batch_size=1, workers=1)
     before = set(multiprocessing.active_children())
-    next(images.train_batches([0, 1], (1,)))
+    next(images.train_batches([[0], [1]], (1,)))
     images.features(Mean())
     assert len(set(multiprocessing.active_children()) - before) == 2
     images.close()

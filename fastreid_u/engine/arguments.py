@@ -63,21 +63,6 @@ class Arguments:
         )
 
 
-def stored_method(stored: Mapping[str, Any]) -> str:
-    """The method of a run folder's settings, if it is one of ours. A stored file or module is never imported.
-
-    Raises:
-        ValueError: it is not one of ours, so the caller has to give it again.
-    """
-    method = stored["run"]["method"]
-    if method not in method_names():
-        raise ValueError(
-            "train: method must be given again, as FILE.py:CLASS or the class, for a run of one's own method "
-            f"({method!r}), got None"
-        )
-    return method
-
-
 @dataclass(frozen=True)
 class Experiment:
     """What a training learns, by which method and settings, and where its data lie.
@@ -161,6 +146,23 @@ def absolute_name(argument: str, value: object, root: str | os.PathLike | None) 
     text = os.fspath(value)
     places = (Path(text).expanduser(), data_root(root) / text) if text and not known_name(text) else ()
     return known_name(text) or next((os.path.abspath(place) for place in places if place.exists()), text)
+
+
+def stored_method(stored: Mapping[str, Any]) -> str:
+    """The method of a run's settings, where it is one of ours.
+
+    A file or module that settings name is never imported: the folder may come from someone else.
+
+    Raises:
+        ValueError: it is not one of ours, so the caller has to give it again.
+    """
+    method = stored["run"]["method"]
+    if method not in method_names():
+        raise ValueError(
+            "train: method must be given again, as FILE.py:CLASS or the class, for a run of one's own method "
+            f"({method!r}), got None"
+        )
+    return method
 
 
 def stored_root(name: str, root: str | None) -> str | None:

@@ -276,16 +276,6 @@ def require_readable(op: str, path: Path, layout: object) -> None:
     )
 
 
-def refuse_import(op: str, path: Path, method: object) -> None:
-    """Refuse a stored ``method`` that is a file or a module to import: ``train`` stores names only.
-
-    Raises:
-        ValueError: someone else wrote ``path``.
-    """
-    if not isinstance(method, str) or ":" in method:
-        raise ValueError(f"{op}: {path} must hold the name of a method, as train wrote it, got {method!r}")
-
-
 def settings_text(tables: Mapping[str, Mapping[str, Any]]) -> str:
     """``config.toml`` of ``tables``, numbered with this version's layout.
 

@@ -12,8 +12,7 @@ from fastreid_u.engine.device import Machine
 from fastreid_u.engine.display import Display
 
 if TYPE_CHECKING:
-    from fastreid_u.data import BadImage, Sample, View
-    from fastreid_u.data.loader import Loaded
+    from fastreid_u.data import BadImage, Loaded, Sample, View
 
 BAD_SHARE = 0.05  # past this share of unreadable images, the folder is more likely wrong than damaged
 
@@ -124,17 +123,17 @@ class ImageSet:
         device, count = self.machine.device, len(self.samples)
         features, unreadable = None, 0
         with self.machine.display.phase(phase, count) as advance:
-            for batch in self.plain:
-                self.bad.note(batch.bad)
-                unreadable += len(batch.bad)
-                if len(batch.indices):
-                    images = batch.images.to(device, non_blocking=True)
+            for loaded in self.plain:
+                self.bad.note(loaded.bad)
+                unreadable += len(loaded.bad)
+                if len(loaded.indices):
+                    images = loaded.images.to(device, non_blocking=True)
                     with self.machine.precision():
                         rows = network(images).float()
                     if features is None:
                         features = torch.full((count, rows.shape[1]), torch.nan, dtype=torch.float32, device=device)
-                    features[batch.indices.to(device)] = rows
-                advance(len(batch.indices) + len(batch.bad))
+                    features[loaded.indices.to(device)] = rows
+                advance(len(loaded.indices) + len(loaded.bad))
         if features is None:
             first = "".join(f", {path}: {reason}" for path, reason in list(self.bad.reasons.items())[:1])
             raise ValueError(f"{phase}: images must hold one that can be read, got {unreadable} that cannot{first}")
@@ -142,7 +141,7 @@ class ImageSet:
         return features
 
     def train_batches(self, batches: Sequence[Sequence[int]], seed: Sequence[int]) -> "Iterator[Loaded]":
-        """``batches`` of image indices under the training views; unreadable images are left out and noted in ``bad``.
+        """Read ``batches`` of indices under the training views; unreadable images are left out and noted in ``bad``.
 
         The workers begin at once, before the first batch is asked for.
         """

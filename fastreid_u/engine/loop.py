@@ -27,7 +27,7 @@ class NoClustersError(RuntimeError):
 def run_epochs(session: Session) -> None:
     """Train from ``session.start`` to the last epoch, saving after each."""
     s, config, display = session, session.recipe.config, session.machine.display
-    if s.start == 0 and config.eval_initial and s.ranked:
+    if s.start == 0 and config.eval_initial and s.test:
         s.folder.add_record({"epoch": -1, **_ranking(s)[0]})
     display.line(table_head())
     for record in s.folder.records:
@@ -63,8 +63,8 @@ def _ranking(s: Session) -> tuple[dict[str, Any], nn.Module]:
     """
     networks = s.recipe.ranked()
     found: list[dict[str, Any]] = []
-    for name, network in networks.items() if s.ranked else ():
-        figures = evaluate_split(network, s.ranked, s.recipe.config.ap)
+    for name, network in networks.items() if s.test else ():
+        figures = evaluate_split(network, s.test, s.recipe.config.ap)
         if figures["queries"]:
             found.append(figures | {"network": name})
     best = highest_map(found)
@@ -112,7 +112,7 @@ def save_epoch(s: Session, record: dict[str, Any], network: nn.Module) -> None:
     }
     s.folder.save_epoch(record, network, about, current_state(s, record["epoch"]))
     people = len({sample.pid for sample in target.train if sample.pid >= 0}) if target.has_pids else None
-    place = {"ranked_on": s.ranked.split.place} if s.ranked else {}
+    place = {"ranked_on": s.test.split.place} if s.test else {}
     title = f"{recipe.title} on {target.name}"
     draw_curves(s.folder.records, s.folder.curves, title, true_clusters=people, **place)
     s.machine.display.line(table_row(record))

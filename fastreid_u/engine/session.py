@@ -31,7 +31,7 @@ class Session:
         datasets: the data sets, with names, identities and cameras.
         target: the images to learn.
         source: the images of the labelled set, where the method learns from one.
-        ranked: the images to evaluate on; None where nothing can be ranked.
+        test: the images to evaluate on; None where nothing can be ranked.
         machine: device, precision and display.
         folder: where the run is saved, with its records so far.
         optimizer: made by ``start_networks``.
@@ -43,7 +43,7 @@ class Session:
     datasets: Datasets
     target: ImageSet
     source: ImageSet | None
-    ranked: SplitImages | None
+    test: SplitImages | None
     machine: Machine
     folder: RunFolder
     optimizer: torch.optim.Optimizer | None = None
@@ -56,7 +56,7 @@ class Session:
 
     def close(self) -> None:
         """End the worker processes, which would last as long as an exception that refers to this session."""
-        for images in (self.target, self.source, self.ranked):
+        for images in (self.target, self.source, self.test):
             if images is not None:
                 images.close()
 
@@ -102,7 +102,7 @@ def open_session(recipe: Recipe, datasets: Datasets, machine: Machine, folder: R
         datasets=datasets,
         target=ImageSet(target.train, reading, machine),
         source=ImageSet(source.train, reading, machine) if source else None,
-        ranked=SplitImages(split, replace(reading, train_views=None), machine) if split else None,
+        test=SplitImages(split, replace(reading, train_views=None), machine) if split else None,
         machine=machine,
         folder=folder,
     )
@@ -122,8 +122,8 @@ def start_networks(session: Session, model: "ReIDModel", *, calibrate: bool) -> 
         # Any fixed spread over the images will do; batches of near-identical neighbours would not.
         generator = torch.Generator().manual_seed(config.seed)
         order = torch.randperm(len(session.target.samples), generator=generator).tolist()
-        fixed = chunks(order, config.eval_batch_size)
-        batches = (batch.images.to(machine.device) for batch in session.target.plain.epoch(fixed))
+        spread = session.target.plain.epoch(chunks(order, config.eval_batch_size))
+        batches = (loaded.images.to(machine.device) for loaded in spread)
         with machine.precision():
             calibrate_batchnorm(model, islice(batches, config.calibrate_bn))
     recipe.build(model)

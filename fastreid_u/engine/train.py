@@ -155,7 +155,7 @@ def _introduce(session: Session, model: "ReIDModel", experiment: Experiment) -> 
         for line in datasets.source.table().splitlines():
             display.line(line)
     display.line()
-    selects = model_selection(recipe, session.ranked.split if session.ranked else None)
+    selects = model_selection(recipe, session.test.split if session.test else None)
     name, device = experiment.name or datasets.target.name, str(session.machine.device)
     card = RecipeCard(type(recipe), recipe.config, name, model.describe(), device, selects)
     for line in [*card.lines(), f"  run folder  {session.folder}", ""]:
@@ -170,7 +170,7 @@ def _finish(session: Session) -> Run:
         display.line()
         for line in metric_block(run.last):
             display.line(line)
-        best = f"best mAP {run.best['mAP']:.1%} at epoch {run.best['epoch']}, on the {session.ranked.split.place}"
+        best = f"best mAP {run.best['mAP']:.1%} at epoch {run.best['epoch']}, on the {session.test.split.place}"
         display.line(f"last epoch {run.last['epoch']}; {best}")
     files = ", ".join(file.name for file in (folder.model_file("last"), folder.curves, folder.metrics, folder.log))
     display.line(f"run folder: {folder}  ({files})")

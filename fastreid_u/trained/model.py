@@ -11,7 +11,7 @@ import torch
 
 from fastreid_u.engine.checkpoint import read_described
 from fastreid_u.engine.device import pick_device
-from fastreid_u.engine.folder import LAYOUT, LayoutError, RunFolder, refuse_import
+from fastreid_u.engine.folder import LAYOUT, LayoutError, RunFolder
 from fastreid_u.engine.image_set import Reading
 
 if TYPE_CHECKING:
@@ -76,6 +76,16 @@ def load_model(
         layout = torch.channels_last if config["channels_last"] else torch.contiguous_format
         model = model.to(device, torch.float32, memory_format=layout)
     return model.eval(), about
+
+
+def refuse_import(op: str, path: Path, method: Any) -> None:
+    """``train`` stores the name of a method; a file or module to import in its place was written by someone else.
+
+    Raises:
+        ValueError: ``method`` is no name; the message begins with ``op`` and names the file at ``path``.
+    """
+    if not isinstance(method, str) or ":" in method:
+        raise ValueError(f"{op}: {path} must hold the name of a method, as train wrote it, got {method!r}")
 
 
 def run_path(op: str, run: str | os.PathLike) -> Path:
