@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastreid_u.kernels import cluster_nce as nce
-from fastreid_u.ops import _device_flag
+from fastreid_u.ops import device_flag
 from fastreid_u.ops.cluster_nce import _cluster_nce, _cluster_nce_backward, cluster_nce
 from fastreid_u.ops.cluster_nce import _triton as triton
 from fastreid_u.reference.cluster_nce import cluster_nce as reference
@@ -25,7 +25,7 @@ METHODS = ["DCCC", "SpCL", "CACL", "PPLR body", "PPLR parts", "all"]
 
 @pytest.fixture(autouse=True)
 def no_flags(monkeypatch):
-    monkeypatch.setattr(_device_flag, "_flags", {})
+    monkeypatch.setattr(device_flag, "_flags", {})
 
 
 def batch(method, b=9, c=14, d=6, device=DEVICE):
@@ -121,11 +121,11 @@ def test_a_share_of_nothing_costs_nothing(monkeypatch):
 def test_a_masked_target_is_raised_when_asked():
     x, targets, memory, settings = batch("SpCL")
     triton(x, targets, memory, **settings)
-    _device_flag.raise_flagged()
+    device_flag.raise_flagged()
     targets[1] = 3
     assert triton(x, targets, memory, **settings).isnan()
     with pytest.raises(ValueError, match="cluster_nce: targets must be True in class_mask, got one that is masked"):
-        _device_flag.raise_flagged()
+        device_flag.raise_flagged()
 
 
 class Counter:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastreid_u.config import Config
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.extract import BadImageLog
-from fastreid_u.ops._device_flag import raise_flagged
+from fastreid_u.ops.device_flag import raise_flagged
 from fastreid_u.recipe import Batch, Recipe
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from fastreid_u._checks import (
     require_same_width,
     require_values_in,
 )
-from fastreid_u.ops._device_flag import flag
 from fastreid_u.ops._dispatch import choose
+from fastreid_u.ops.device_flag import flag
 from fastreid_u.reference import cluster_nce as reference
 
 OP = "cluster_nce"
@@ -104,7 +104,7 @@ def cluster_nce(
     Raises:
         TypeError, ValueError: wrong type, shape or value, or options that exclude each other. Targets out of range or
         masked are seen on a CPU, and on a GPU with ``FASTREID_U_CHECK=1``; without it the Triton kernel makes the loss
-        of that sample NaN and reads nothing back, and ``fastreid_u.ops._device_flag.raise_flagged`` raises later.
+        of that sample NaN and reads nothing back, and ``fastreid_u.ops.device_flag.raise_flagged`` raises later.
 
     Which method uses what: Cluster Contrast (Dai et al., ACCV 2022, equation 1) and BMW nothing; DCCC ``teacher``;
     SpCL ``class_mask, epsilon=1e-6``; CACL those and ``focal``, a memory of cluster means both; PPLR

@@ -23,8 +23,8 @@ from fastreid_u._checks import (
     require_same_width,
     require_values_in,
 )
-from fastreid_u.ops._device_flag import flag
 from fastreid_u.ops._dispatch import choose
+from fastreid_u.ops.device_flag import flag
 from fastreid_u.reference import momentum_update as reference
 
 OP = "momentum_update_"
@@ -92,7 +92,7 @@ def momentum_update_(
         a GPU with ``FASTREID_U_CHECK=1``; the memory is then untouched.
         Without it the Triton kernel reads nothing back: a target or label out of range leaves the memory untouched, a
         sample that is not finite leaves its row untouched, an index of another row's sample moves nothing, and
-        ``fastreid_u.ops._device_flag.raise_flagged`` raises later.
+        ``fastreid_u.ops.device_flag.raise_flagged`` raises later.
 
     Dai et al., Cluster Contrast, ACCV 2022; Ge et al., SpCL, NeurIPS 2020; DCCC, ICASSP 2024; BMW, NeurIPS 2025.
     """

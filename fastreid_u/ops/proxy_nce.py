@@ -22,8 +22,8 @@ from fastreid_u._checks import (
     require_same_length,
     require_same_width,
 )
-from fastreid_u.ops._device_flag import flag
 from fastreid_u.ops._dispatch import choose
+from fastreid_u.ops.device_flag import flag
 from fastreid_u.reference import proxy_nce as reference
 
 OP = "proxy_nce"
@@ -93,7 +93,7 @@ def proxy_nce(
     Raises:
         TypeError, ValueError: wrong type, shape or value. A sample of whose cluster there is no proxy (scope "camera":
         none in its camera) is seen on a CPU, and on a GPU with ``FASTREID_U_CHECK=1``; without it the loss of that
-        sample is NaN, nothing is read back, and ``fastreid_u.ops._device_flag.raise_flagged`` raises later.
+        sample is NaN, nothing is read back, and ``fastreid_u.ops.device_flag.raise_flagged`` raises later.
 
     Wang et al., CAP, AAAI 2021; Chen et al., ICE, ICCV 2021; Cho et al., PPLR, CVPR 2022.
     """
