@@ -409,7 +409,7 @@ def test_ops_hand_over_to_the_kernels(clustered):
     from fastreid_u.ops import knn as ops_knn
 
     x = clustered(26, 12).to(DEVICE)
-    near = ops_knn._triton(x, 8, gallery=None, precision="fp32")
+    near = ops_knn._triton(x, 8, gallery=None)
     assert torch.equal(near[1].cpu(), reference_knn(x.cpu(), 8)[1])
     rows = ops_encoding._triton(x, 8, 2, knn=near, compat=False)
     assert (rows.layout, rows.dtype, rows.col_indices().dtype) == (torch.sparse_csr, torch.float32, torch.int64)

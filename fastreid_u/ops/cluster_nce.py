@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import numbers
 
@@ -27,12 +26,11 @@ from fastreid_u._checks import (
     require_same_width,
     require_values_in,
 )
-from fastreid_u.ops._dispatch import choose
+from fastreid_u.ops._dispatch import choose, no_float64
 from fastreid_u.ops.device_flag import flag
 from fastreid_u.reference import cluster_nce as reference
 
 OP = "cluster_nce"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def cluster_nce(
@@ -149,12 +147,9 @@ def cluster_nce(
         weight = _per_sample("weight", weight, x)
     settings |= {"class_mask": class_mask, "weight": weight}
 
-    table = {"triton": _triton, "reference": reference.cluster_nce}
-    if not HAS_TRITON:
-        table["triton"] = "there is no triton for this platform"
-    elif torch.float64 in (x.dtype, memory.dtype):
-        table["triton"] = "the kernel computes in float32, and float64 was given"
-    return choose(op, x.device, backend, table)(x, targets, memory, **settings)
+    cannot = {"triton": no_float64(x, memory)}
+    run = choose(op, x.device, backend, cannot=cannot, triton=_triton, reference=reference.cluster_nce)
+    return run(x, targets, memory, **settings)
 
 
 def _soft_target(

@@ -89,7 +89,7 @@ def rank_metrics(
     require_choice(op, "ap", ap, ("rank", "sklearn", "trapezoid"))
     max_rank = require_positive_int(op, "max_rank", max_rank)
 
-    run = choose(op, device, backend, {"reference": reference.rank_metrics})
+    run = choose(op, device, backend, reference=reference.rank_metrics)
     metrics = run(query, gallery, q_pids, g_pids, q_camids, g_camids, distmat=distmat, ap=ap, max_rank=max_rank)
     if metrics.num_valid_queries == 0:
         if torch.isin(q_pids.cpu(), g_pids.cpu()).any():

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreid_u import _env
 from fastreid_u._checks import (
     require_choice,
     require_features,
@@ -99,13 +98,8 @@ def refine_clusters(
         x = require_features(_OP, "x", x)
         require_same_length(_OP, "labels", labels, "x", x)
         require_same_device(_OP, "labels", labels, "x", x)
-        numba, triton = _env.numba(), _env.triton()
-        table = {
-            "numba": _numba if numba.present else numba.detail,
-            "triton": _triton if triton.present else triton.detail,
-            "reference": reference.refine_clusters,
-        }
-        run = choose(_OP, x.device, backend, table)
+        runs = {"numba": _numba, "triton": _triton, "reference": reference.refine_clusters}
+        run = choose(_OP, x.device, backend, **runs)
         k1, k2 = neighbour_counts(_OP, k1, k2, len(x))
         encoding = {"k1": k1, "k2": k2, "knn": neighbours(_OP, x, k1, knn), "compat": compat}
         if run is reference.refine_clusters:
