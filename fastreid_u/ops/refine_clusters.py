@@ -18,7 +18,9 @@ from fastreid_u._checks import (
 )
 from fastreid_u.ops._dispatch import choose
 from fastreid_u.ops._distance_graph import DistanceGraph, read_graph
-from fastreid_u.ops._singletons import (
+from fastreid_u.ops.jaccard import jaccard_graph
+from fastreid_u.ops.k_reciprocal import index_array, neighbour_counts, neighbours
+from fastreid_u.ops.label_classes import (
     move_out,
     own_classes,
     require_labels,
@@ -26,8 +28,6 @@ from fastreid_u.ops._singletons import (
     sizes,
     without_singletons,
 )
-from fastreid_u.ops.jaccard import jaccard_graph
-from fastreid_u.ops.k_reciprocal import index_array, neighbour_counts, neighbours
 from fastreid_u.reference import refine_clusters as reference
 
 _OP = "refine_clusters"
