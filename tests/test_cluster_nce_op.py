@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from fastreid_u.kernels import cluster_nce as nce
 from fastreid_u.ops import device_flag
-from fastreid_u.ops.cluster_nce import _cluster_nce, _cluster_nce_backward, cluster_nce
-from fastreid_u.ops.cluster_nce import _triton as triton
+from fastreid_u.ops._cluster_nce import cluster_nce_backward_op, cluster_nce_op
+from fastreid_u.ops._cluster_nce import run_triton as triton
+from fastreid_u.ops.cluster_nce import cluster_nce
 from fastreid_u.reference.cluster_nce import cluster_nce as reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,11 +67,11 @@ def test_opcheck(method, lean):
     if method == "all":  # the costly one once
         checks.append("test_aot_dispatch_dynamic")
     leaves = x.clone().requires_grad_(), targets, memory.clone().requires_grad_()
-    torch.library.opcheck(_cluster_nce, (*leaves, *arguments), test_utils=checks)
-    loss, stats, logits = _cluster_nce(x, targets, memory, *arguments)
+    torch.library.opcheck(cluster_nce_op, (*leaves, *arguments), test_utils=checks)
+    loss, stats, logits = cluster_nce_op(x, targets, memory, *arguments)
     settings = (*temperatures, given["smoothing"] is not None, given["normalize"], -1, True, True)
     backward = (torch.ones_like(loss), x, targets, memory, *tensors, stats, logits, *settings)
-    torch.library.opcheck(_cluster_nce_backward, backward, test_utils=checks)
+    torch.library.opcheck(cluster_nce_backward_op, backward, test_utils=checks)
 
 
 @pytest.mark.parametrize("method", METHODS)
