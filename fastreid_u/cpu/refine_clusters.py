@@ -10,40 +10,41 @@ from __future__ import annotations
 import numpy as np
 
 from ._threads import kernel, over_rows
-from .k_reciprocal import Rows, bits, encode
+from .k_reciprocal import encode
+from .rows import Rows, row_weight
 
 UNIT = 2**30
 
 
 @kernel
-def _distance(indptr, column, value, held, j, weight):
+def _distance(indptr, column, mass, held, j, weight):
     """J of the row that is spread out and row j, in units: as float32, which is how a graph stores it."""
     shared = 0
     for e in range(indptr[j], indptr[j + 1]):
-        shared += min(held[column[e]], value[e])
+        shared += min(held[column[e]], mass[e])
     return np.int64(np.rint(np.float64(np.float32(2 * (weight - shared) / (2 * weight - shared))) * UNIT))
 
 
 @kernel
 def _sum(begin, end, wanted, rows, weight, labels, members, start, tight, tight_members, tight_start, inside, changed):
-    indptr, column, value = rows
+    indptr, column, mass = rows
     held = np.zeros(len(labels), np.int32)
     for r in range(begin, end):
         i = wanted[r]
         for e in range(indptr[i], indptr[i + 1]):
-            held[column[e]] = value[e]
+            held[column[e]] = mass[e]
         for m in range(start[labels[i]], start[labels[i] + 1]):
             j = members[m]
             if j == i:
                 continue
-            distance = _distance(indptr, column, value, held, j, weight)
+            distance = _distance(indptr, column, mass, held, j, weight)
             inside[i] += distance
             if tight[j] != tight[i]:
                 changed[i] += distance
         for m in range(tight_start[tight[i]], tight_start[tight[i] + 1]):
             j = tight_members[m]
             if labels[j] != labels[i]:
-                changed[i] += _distance(indptr, column, value, held, j, weight)
+                changed[i] += _distance(indptr, column, mass, held, j, weight)
         for e in range(indptr[i], indptr[i + 1]):
             held[column[e]] = 0
 
@@ -64,7 +65,8 @@ def sums_within(
     compat: bool = False,
     threads: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) int64 each, in units of 2^-30: distances to the rest of the own cluster, and to whom ``tight`` changes.
+    """(N,) int64 each, in units of 2^-30: each point's distances to the rest of its cluster, and to the points that
+    ``tight`` adds to it or takes from it.
 
     Args:
         x: (N, D) float32, contiguous, N > 0.
@@ -76,7 +78,7 @@ def sums_within(
     Work is the number of pairs asked for times the entries of a row; memory the encoding, and 4 N for each thread.
     """
     rows: Rows = encode(x, lists, k2, compat=compat, fixed=True, threads=threads)
-    weight = k2 << bits(k2)
+    weight = row_weight(k2)
     inside, changed = np.zeros(len(x), np.int64), np.zeros(len(x), np.int64)
     groups = (labels, *_grouped(labels), tight, *_grouped(tight))
     over_rows(_sum, len(wanted), threads, wanted, tuple(rows), weight, *groups, inside, changed, most=256)

@@ -53,7 +53,7 @@ def source() -> str:
 
 
 def options() -> tuple[str, ...]:
-    """For the compiler; CuPy adds the architecture, and that a function is for the device unless it says otherwise."""
+    """For the compiler; CuPy adds the architecture, and that functions are for the device unless marked otherwise."""
     return "-std=c++17", f"-I{source_folder()}"
 
 

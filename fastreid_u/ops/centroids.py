@@ -30,7 +30,7 @@ def cluster_centroids(x: Tensor, labels: Tensor, *, normalize: bool = True, back
             a CPU); anything but "auto" runs there or raises. "cuda" is an older name of "segments".
 
     Returns:
-        (C, D) float32 on ``x``'s device, C = largest label + 1; a label that nobody has gets a row of zeros.
+        (C, D) float32 on ``x``'s device, C = largest label + 1; a label that no row has gets zeros.
         The same bits every time.
 
     Raises:

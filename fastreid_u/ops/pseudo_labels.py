@@ -143,13 +143,14 @@ def _graph_free(
 def _encode_by_numba(x: Tensor, lists: Tensor, k2: int, compat: bool) -> tuple[tuple, Callable]:
     """Row starts, ascending columns, integers, what a row adds up to; and the distance that overlaps mean."""
     from fastreid_u.cpu.jaccard import least_overlap
-    from fastreid_u.cpu.k_reciprocal import bits, encode, sort_rows
+    from fastreid_u.cpu.k_reciprocal import encode
+    from fastreid_u.cpu.rows import row_weight, sort_rows
 
     threads = torch.get_num_threads()
     rows = encode(x.contiguous().numpy(), lists.numpy(), k2, compat=compat, fixed=True, threads=threads)
     if k2 > 1:
         sort_rows(rows, np.arange(len(x), dtype=np.int32), threads)
-    return (*map(torch.from_numpy, rows), k2 << bits(k2)), least_overlap
+    return (*map(torch.from_numpy, rows), row_weight(k2)), least_overlap
 
 
 def _encode_by_triton(x: Tensor, lists: Tensor, k2: int, compat: bool) -> tuple[tuple, Callable]:

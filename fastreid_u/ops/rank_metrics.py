@@ -86,7 +86,7 @@ def rank_metrics(
 
     Returns:
         :class:`RankMetrics`. Queries without a true match left are not counted; if that is all of them, mAP, mINP and
-        CMC are NaN and a warning says why. Equal distances rank by gallery index.
+        CMC are NaN, with a warning that gives the reason. Equal distances rank by gallery index.
 
     Raises:
         TypeError, ValueError: wrong type, shape or choice, NaN or infinity; the message names argument, rule and value.

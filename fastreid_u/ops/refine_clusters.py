@@ -59,7 +59,7 @@ def refine_clusters(
       with the part, so the main part of a split cluster tends to be dissolved and stragglers to stay.
     * "mean_to_cluster", as the paper's text reads: the mean distance of the part's points to the other points of C,
       against the mean distance between points of C; a part that is its cluster stays. Stragglers leave.
-    * "none": nobody moves.
+    * "none": no point moves.
 
     Args:
         x: (N, D) floating point features, any device. None with ``graph``.
@@ -171,7 +171,8 @@ def _triton(x: Tensor, labels: Tensor, tight: Tensor, wanted: Tensor, **encoding
 
 
 def _sums_on_graph(graph: DistanceGraph, labels: Tensor, tight: Tensor) -> tuple[Tensor, Tensor]:
-    """As the CPU kernel sums them: distances to the rest of the own cluster, and to whom ``tight`` changes."""
+    """As the CPU kernel sums them: each point's distances to the rest of its cluster, and to the points that ``tight``
+    adds to it or takes from it."""
     inside, changed, absent = torch.zeros_like(labels), torch.zeros_like(labels), 0
     if graph.indptr is not None:  # start from all at 1, where an entry that is not stored is
         absent = _UNIT
