@@ -8,7 +8,7 @@ true identities of the images that it learns to find never reach it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastreid_u.config import Config
+from fastreid_u.ranks import label_group
 
 if TYPE_CHECKING:
     from fastreid_u.data import View
@@ -82,10 +83,16 @@ def center_per_camera(features: Tensor, camids: Tensor) -> Tensor:
     return F.normalize(centered, dim=1)
 
 
-def label_ranks() -> str | None:
-    """The ``group`` of ``pseudo_labels``: "world" where torch.distributed has several ranks, None for one process."""
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return "world" if ready and torch.distributed.get_world_size() > 1 else None
+def balanced_batches(images: Images, labels: Tensor, config: Config, epoch: int, iters: int | None) -> list[list[int]]:
+    """An epoch's batches, with ``num_instances`` images of each label (N,), from several cameras unless ``no_cam``.
+
+    ``iters`` batches, or those of one pass for None: see ``iterations`` in data/samplers.py. Labels of -1 take no part.
+    """
+    from fastreid_u.data.samplers import RandomMultipleGallery, iterations
+
+    camids = None if config.no_cam or images.camids is None else images.camids.tolist()
+    sampler = RandomMultipleGallery(labels.tolist(), camids, config.num_instances, seed=config.seed, epoch=epoch)
+    return iterations(sampler, iters, config.batch_size)
 
 
 class Recipe(ABC):
@@ -100,8 +107,8 @@ class Recipe(ABC):
         networks: everything with weights or buffers that must outlive an epoch; saved, restored, moved and put in
             training mode together. ``build`` fills it; ``networks["model"]`` is the engine's network, ``self.model``.
 
-    Once: ``build``. Per epoch: ``features``, ``label``, ``begin_epoch``, ``targets``, ``order``. Per step: ``forward``,
-    ``loss``, then after backward ``update``, and after the optimiser's step ``after_step``.
+    Once: ``build``. Per epoch: ``features``, ``label``, ``begin_epoch``, ``targets``, ``batches``. Per step:
+    ``forward``, ``loss``, then after backward ``update``, and after the optimiser's step ``after_step``.
     """
 
     name: ClassVar[str]
@@ -188,7 +195,7 @@ class Recipe(ABC):
 
         c = self.config
         return pseudo_labels(
-            features, eps=self.eps(epoch), min_samples=c.min_samples, k1=c.k1, k2=c.k2, group=label_ranks()
+            features, eps=self.eps(epoch), min_samples=c.min_samples, k1=c.k1, k2=c.k2, group=label_group()
         )
 
     def eps(self, epoch: int) -> float:
@@ -203,36 +210,9 @@ class Recipe(ABC):
         """(N,) int64: what each image is trained towards; -1 where it sits the epoch out."""
         return labels
 
-    def order(self, labels: Tensor, epoch: int) -> Iterable[int]:
-        """The epoch's stream of image indices, to be cut into batches; ``labels`` are ``targets`` on the CPU."""
-        from fastreid_u.data.samplers import RandomMultipleGallery
-
-        c = self.config
-        camids = None if c.no_cam or self.images.camids is None else self.images.camids.tolist()
-        sampler = RandomMultipleGallery(
-            labels.tolist(), camids, num_instances=c.num_instances, seed=c.seed, epoch=epoch
-        )
-        return self.batches(sampler)
-
-    def batches(self, sampler: Iterable[int]) -> Iterable[int]:
-        """``config.iters`` full batches of ``sampler``, or one pass without its incomplete last batch."""
-        from fastreid_u.data.samplers import iterations
-
-        if self.config.iters:
-            return iterations(sampler, self.config.iters, self.config.batch_size)
-        one_pass = list(sampler)  # the last batch is left out unless it is the only one
-        return one_pass[: len(one_pass) // self.config.batch_size * self.config.batch_size] or one_pass
-
-    def source_order(self, epoch: int) -> Iterable[int]:
-        """The epoch's stream of source images, without end, balanced over identities as ``order`` is over clusters."""
-        from fastreid_u.data.samplers import RandomMultipleGallery, iterations
-
-        c = self.config
-        camids = None if c.no_cam or self.source.camids is None else self.source.camids.tolist()
-        sampler = RandomMultipleGallery(
-            self.source.pids.tolist(), camids, num_instances=c.num_instances, seed=c.seed, epoch=epoch
-        )
-        return iterations(sampler, 2**62, c.batch_size)
+    def batches(self, labels: Tensor, epoch: int) -> list[list[int]]:
+        """The epoch's batches, each a list of image indices; ``labels`` are ``targets`` on the CPU."""
+        return balanced_batches(self.images, labels, self.config, epoch, self.config.iters or None)
 
     # A step
 

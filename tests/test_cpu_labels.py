@@ -212,7 +212,7 @@ def test_prefixes_let_every_near_pair_pass(need):
     for c in range(60):
         own = slice(index.start[c], index.start[c + 1])
         assert (np.diff(index.row[own]) > 0).all()
-        prefix[index.row[own], c] = index.row_mass[own]
+        prefix[index.row[own], c] = index.list_mass[own]
     passed = np.minimum(prefix[:, None], prefix[None]).sum(-1) >= index.enough
     assert passed[true >= need].all()
     assert prefix.sum() < dense.sum() or need == 1, "the filter should filter"

@@ -78,7 +78,7 @@ def settle(begin, end, index, doubtful, min_samples, core):
             c, own = index.column[p], index.mass[p]
             for e in range(index.start[c], index.start[c + 1]):
                 if index.row[e] != i:
-                    met = meet(keys, sums, slots, met, index.row[e], min(own, index.row_mass[e]))
+                    met = meet(keys, sums, slots, met, index.row[e], min(own, index.list_mass[e]))
 
         first, found = at, 1
         for s in range(met):
@@ -176,7 +176,7 @@ def bridge(begin, end, index, group, sets):
                 if j >= i:
                     break
                 if group[j] != _NOT_CORE and group[j] != group[i]:
-                    met = meet(keys, sums, slots, met, j, min(own, index.row_mass[e]))
+                    met = meet(keys, sums, slots, met, j, min(own, index.list_mass[e]))
 
         first = at
         for s in range(met):

@@ -57,7 +57,7 @@ class Index(NamedTuple):
         stop: (N,) int64, where the row's prefix ends.
         start: (N + 1,) int64, the first entry of each column's list.
         row: int32, ascending within a list.
-        row_mass: int32, the mass of the column in that row.
+        list_mass: int32, the mass of the column in that row.
         enough: overlap of prefixes that a near pair has at least.
         need: overlap that makes a pair near.
         weight: of a row; a row that averages empty ones weighs less.
@@ -69,7 +69,7 @@ class Index(NamedTuple):
     stop: np.ndarray
     start: np.ndarray
     row: np.ndarray
-    row_mass: np.ndarray
+    list_mass: np.ndarray
     enough: int
     need: int
     weight: int
@@ -177,7 +177,7 @@ def _join(begin, end, index):
                 j = index.row[e]
                 if j >= i:  # lists ascend, and the later row of a pair measures it
                     break
-                met = meet(keys, sums, slots, met, j, min(own, index.row_mass[e]))
+                met = meet(keys, sums, slots, met, j, min(own, index.list_mass[e]))
 
         # Rows whose prefixes share enough are near if the whole rows do. The slots are emptied on the way.
         if met + 1 > len(near):

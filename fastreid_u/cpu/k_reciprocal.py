@@ -207,7 +207,7 @@ def mutual_neighbours(lists: np.ndarray, half: int, threads: int, rows: range | 
     """(len(rows), k1) uint8, of all rows if None: 0 if the row is not in its neighbour's list, 1 if it is, 2 if each is
     in the half list of the other, its first ``half`` entries."""
     rows = range(len(lists)) if rows is None else rows
-    mutual = np.empty(lists.shape, np.uint8)  # what is not written takes no memory
+    mutual = np.empty(lists.shape, np.uint8)  # the system gives no memory for pages that are never written
     over_rows(_find_mutual, rows.stop, threads, lists, half, mutual, begin=rows.start)
     return mutual[rows.start : rows.stop]
 

@@ -18,21 +18,21 @@ from .k_reciprocal import average_rows, expand_set, mutual_neighbours, weigh_fix
 from .rows import Rows, bits, invert, row_weight, table_bits
 
 
-class GalleryIndex(NamedTuple):
+class InvertedRows(NamedTuple):
     """Integer rows of all images, and for each column the gallery images that hold it.
 
     Attributes:
         rows: of queries and gallery; columns in no order.
         start: (n + 1,) int64, the first entry of each column's list.
         holder: int32, the place of a row in the gallery.
-        holder_mass: int32, the mass of the column in that row.
+        list_mass: int32, the mass of the column in that row.
         weight: what a row adds up to, unless it averages rows without members.
     """
 
     rows: Rows
     start: np.ndarray
     holder: np.ndarray
-    holder_mass: np.ndarray
+    list_mass: np.ndarray
     weight: int
 
 
@@ -67,12 +67,12 @@ def _weigh(begin, end, indptr, distance, unit, mass):
 
 
 @kernel
-def _meet_gallery(begin, end, first, indptr, column, mass, start, holder, holder_mass, out):
+def _meet_gallery(begin, end, first, indptr, column, mass, start, holder, list_mass, out):
     for i in range(begin, end):
         for e in range(indptr[first + i], indptr[first + i + 1]):
             c, own = column[e], mass[e]
             for p in range(start[c], start[c + 1]):
-                out[i, holder[p]] += min(own, holder_mass[p])
+                out[i, holder[p]] += min(own, list_mass[p])
 
 
 def encode(
@@ -83,7 +83,7 @@ def encode(
     num_query: int,
     measure: Callable[[np.ndarray, np.ndarray], np.ndarray],
     threads: int,
-) -> GalleryIndex:
+) -> InvertedRows:
     """Encode n images of which the first ``num_query`` are queries.
 
     Args:
@@ -112,11 +112,11 @@ def encode(
         nearest = np.ascontiguousarray(ranking[:, :k2])
         rows = average_rows(rows, nearest, k2, threads)
 
-    start, holder, holder_mass = invert(rows, rows.indptr[1:], num_query)
-    return GalleryIndex(rows, start, holder - num_query, holder_mass, row_weight(k2))
+    start, holder, list_mass = invert(rows, rows.indptr[1:], num_query)
+    return InvertedRows(rows, start, holder - num_query, list_mass, row_weight(k2))
 
 
-def overlaps(index: GalleryIndex, first: int, last: int, gallery: int, threads: int) -> np.ndarray:
+def overlaps(index: InvertedRows, first: int, last: int, gallery: int, threads: int) -> np.ndarray:
     """(last - first, gallery) int32: the sums of minima of these rows and of every gallery row."""
     out = np.zeros((last - first, gallery), np.int32)
     over_rows(_meet_gallery, last - first, threads, first, *index.rows, *index[1:4], out)

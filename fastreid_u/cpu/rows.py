@@ -110,24 +110,24 @@ def _count_entries(begin, end, indptr, column, stop, count):
 
 
 @kernel
-def _fill_lists(begin, end, indptr, column, mass, stop, at, row, row_mass):
+def _fill_lists(begin, end, indptr, column, mass, stop, at, row, list_mass):
     for i in range(begin, end):
         for e in range(indptr[i], stop[i]):
             c = column[e]
-            row[at[c]], row_mass[at[c]] = i, mass[e]
+            row[at[c]], list_mass[at[c]] = i, mass[e]
             at[c] += 1
 
 
 def invert(rows: Rows, stop: np.ndarray, first: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each column the rows ``first .. N - 1`` that hold it before their ``stop`` (N,) int64.
 
-    Returns ``(start, row, row_mass)``: where each column's list begins, (N + 1,) int64; and its rows, ascending, with
+    Returns ``(start, row, list_mass)``: where each column's list begins, (N + 1,) int64; and its rows, ascending, with
     the mass of the column in each, int32 both.
     """
     n = len(rows.indptr) - 1
     count = np.zeros(n, np.int64)
     _count_entries(first, n, rows.indptr, rows.column, stop, count)
     start = np.concatenate([np.zeros(1, np.int64), np.cumsum(count)])
-    row, row_mass = np.empty(start[-1], np.int32), np.empty(start[-1], np.int32)
-    _fill_lists(first, n, *rows, stop, start[:-1].copy(), row, row_mass)
-    return start, row, row_mass
+    row, list_mass = np.empty(start[-1], np.int32), np.empty(start[-1], np.int32)
+    _fill_lists(first, n, *rows, stop, start[:-1].copy(), row, list_mass)
+    return start, row, list_mass

@@ -23,7 +23,8 @@ from fastreid_u.ops.cosine_align import cosine_align
 from fastreid_u.ops.knn import knn
 from fastreid_u.ops.pseudo_labels import pseudo_labels
 from fastreid_u.ops.refine_clusters import refine_clusters
-from fastreid_u.recipe import Batch, Extract, Recipe, label_ranks
+from fastreid_u.ranks import label_group
+from fastreid_u.recipe import Batch, Extract, Recipe
 
 if TYPE_CHECKING:
     from fastreid_u.data import View
@@ -171,7 +172,7 @@ class CACL(Recipe):
         c, eps = self.config, self.eps(epoch)
         settings = {"k1": c.k1, "k2": c.k2, "knn": knn(features, min(c.k1, len(features)))}
         labels, tight = pseudo_labels(
-            features, eps=[eps, eps - c.eps_gap], min_samples=c.min_samples, group=label_ranks(), **settings
+            features, eps=[eps, eps - c.eps_gap], min_samples=c.min_samples, group=label_group(), **settings
         )
         return refine_clusters(features, labels, tight, rule=c.refinement, ratio=c.ratio, singletons=False, **settings)
 

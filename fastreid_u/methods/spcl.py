@@ -18,7 +18,8 @@ from fastreid_u.config import RENDERED, Config, option
 from fastreid_u.memory import InstanceMemory
 from fastreid_u.ops.pseudo_labels import pseudo_labels
 from fastreid_u.ops.reliable_clusters import reliable_clusters
-from fastreid_u.recipe import Batch, Extract, Recipe, label_ranks
+from fastreid_u.ranks import label_group
+from fastreid_u.recipe import Batch, Extract, Recipe
 
 if TYPE_CHECKING:
     from fastreid_u.models import ReIDModel
@@ -81,7 +82,7 @@ class SelfPaced(Recipe):
         found = reliable_clusters(
             *pseudo_labels(
                 features, eps=[eps, eps - c.eps_gap, eps + c.eps_gap], min_samples=c.min_samples, k1=c.k1, k2=c.k2,
-                group=label_ranks(),
+                group=label_group(),
             ),
             threshold=self.threshold, keep=c.keep, singletons=False,
         )  # fmt: skip

@@ -34,7 +34,7 @@ def entry_point(name: str, backend: str, scratch: Tensor) -> Callable:
         run = getattr(_ext.core(), f"{name}_cuda")
     else:
         where = {"launcher": Launcher(scratch)}
-        run = getattr(_ext.core(), f"{name}_by")
+        run = getattr(_ext.core(), f"{name}_launched")
     return functools.partial(run, scratch=scratch.data_ptr(), **where)
 
 

@@ -14,11 +14,11 @@ from fastreid_u import _ext
 from fastreid_u._checks import one_or_more, require_features, require_in_range, require_positive_int
 from fastreid_u.ops._compiled import entry_point
 from fastreid_u.ops._dispatch import choose, missing
-from fastreid_u.ops._ranks import Ranks
 from fastreid_u.ops.dbscan import dbscan
 from fastreid_u.ops.jaccard import jaccard_graph
 from fastreid_u.ops.k_reciprocal import neighbour_counts, neighbours
 from fastreid_u.ops.pseudo_labels_sharded import LabelStep, agreed, share_clustering, share_search
+from fastreid_u.ranks import Ranks
 
 _OP = "pseudo_labels"
 

@@ -22,10 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastreid_u.ops._ranks import Ranks, bits_of
 from fastreid_u.ops.k_reciprocal import index_array
 from fastreid_u.ops.knn import knn as nearest_neighbours
 from fastreid_u.ops.knn import own_first
+from fastreid_u.ranks import Ranks, bits_of
 
 
 class LabelStep(NamedTuple):
