@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import fastreid_u
+from fastreid_u._toml import load_toml
 from fastreid_u.cli import main
-from fastreid_u.config import load_toml
-from fastreid_u.engine.claim import FolderInUse, claimed
+from fastreid_u.engine.lock import FolderInUse, locked
 from fastreid_u.models import build_model
 
 TINY = dict(
@@ -167,11 +167,11 @@ def test_numbers_of_numpy_are_settings(world, tmp_path):
 def test_a_folder_has_one_owner(world, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    with claimed(folder), pytest.raises(FolderInUse, match="which another run of this process holds"):
+    with locked(folder), pytest.raises(FolderInUse, match="which another run of this process holds"):
         train(world, folder)
     program = (
-        "import time, pathlib\nfrom fastreid_u.engine.claim import claimed\n"
-        f"with claimed(pathlib.Path({str(folder)!r})):\n    print('mine', flush=True)\n    time.sleep(60)"
+        "import time, pathlib\nfrom fastreid_u.engine.lock import locked\n"
+        f"with locked(pathlib.Path({str(folder)!r})):\n    print('mine', flush=True)\n    time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     try:
@@ -181,7 +181,7 @@ def test_a_folder_has_one_owner(world, tmp_path):
     finally:
         other.kill()
         other.wait()
-    with claimed(folder):  # the lock has died with its owner
+    with locked(folder):  # the lock has died with its owner
         pass
     assert list(folder.iterdir()) == []
 
