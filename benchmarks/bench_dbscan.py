@@ -14,7 +14,7 @@ import sklearn.cluster
 import torch
 
 import fastreid_u
-from fastreid_u.ops._core import missing
+from fastreid_u.ops._dispatch import missing
 
 SIZES = {"small": 2_000, "market1501": 12_936, "msmt17": 32_621}
 EPS, MIN_SAMPLES = 0.6, 4

@@ -22,7 +22,7 @@ from sklearn.cluster import DBSCAN
 from torch import Tensor
 
 from fastreid_u import _env
-from fastreid_u.ops._core import missing
+from fastreid_u.ops._dispatch import missing
 from fastreid_u.ops.knn import knn
 from fastreid_u.ops.pseudo_labels import pseudo_labels
 from fastreid_u.reference.jaccard import jaccard_distance

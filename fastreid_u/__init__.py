@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from fastreid_u import methods
     from fastreid_u.engine.train import Run, train
     from fastreid_u.memory import ClusterMemory, InstanceMemory, ProxyMemory
-    from fastreid_u.ops.batch_hard import batch_hard_triplet
+    from fastreid_u.ops.batch_hard_triplet import batch_hard_triplet
     from fastreid_u.ops.centroids import cluster_centroids, proxy_centroids
     from fastreid_u.ops.cluster_nce import cluster_nce
     from fastreid_u.ops.cosine_align import cosine_align
     from fastreid_u.ops.dbscan import DBSCAN, dbscan
-    from fastreid_u.ops.ema import ema_update_
+    from fastreid_u.ops.ema_update import ema_update_
     from fastreid_u.ops.infomap_labels import infomap_labels
     from fastreid_u.ops.jaccard import jaccard_distance, jaccard_graph
     from fastreid_u.ops.k_reciprocal import k_reciprocal_encoding
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fastreid_u.ops.pseudo_labels import pseudo_labels
     from fastreid_u.ops.rank_metrics import rank_metrics
     from fastreid_u.ops.refine_clusters import refine_clusters
-    from fastreid_u.ops.reliability import reliable_clusters
+    from fastreid_u.ops.reliable_clusters import reliable_clusters
     from fastreid_u.ops.rerank import rerank
     from fastreid_u.ops.segment_attention import segment_attention
     from fastreid_u.ops.segments import segment_mean, segment_sum
@@ -59,7 +59,7 @@ _HOME = {
     "DBSCAN": "ops.dbscan",
     "pseudo_labels": "ops.pseudo_labels",
     "infomap_labels": "ops.infomap_labels",
-    "reliable_clusters": "ops.reliability",
+    "reliable_clusters": "ops.reliable_clusters",
     "refine_clusters": "ops.refine_clusters",
     "cluster_centroids": "ops.centroids",
     "proxy_centroids": "ops.centroids",
@@ -68,9 +68,9 @@ _HOME = {
     "cluster_nce": "ops.cluster_nce",
     "momentum_update_": "ops.momentum_update",
     "proxy_nce": "ops.proxy_nce",
-    "batch_hard_triplet": "ops.batch_hard",
+    "batch_hard_triplet": "ops.batch_hard_triplet",
     "cosine_align": "ops.cosine_align",
-    "ema_update_": "ops.ema",
+    "ema_update_": "ops.ema_update",
     "neighbour_overlap": "ops.neighbour_overlap",
     "segment_attention": "ops.segment_attention",
     "rank_metrics": "ops.rank_metrics",

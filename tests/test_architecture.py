@@ -4,18 +4,19 @@
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# From the ground up. A module belongs to the first floor that lists it or a package above it.
+# From the ground up. A module belongs to the floor that lists it or the package it is in.
 FLOORS = [
     ("ground", ["kernels", "reference", "cpu", "_C"]),
     ("environment", ["_env", "_ext", "_checks", "_toml", "config", "ranks"]),
     ("ops", ["ops"]),
-    ("parts", ["recipe", "memory", "losses", "models", "data"]),
+    ("parts", ["recipe", "labels", "memory", "models", "data"]),
     ("methods", ["methods"]),
     ("engine", ["engine"]),
     ("trained", ["trained"]),
@@ -108,6 +109,40 @@ def ground_violations(where: str, name: str, target: str, path: Path) -> list[st
     return [] if standard or top in GROUND[here] else [f"{where}, which {here}/ may not"]
 
 
+def circle_violations(root: Path) -> list[str]:
+    """No two files need each other, however late they import: one of them can then be read, tested and moved alone."""
+    modules = dict(sources(root))
+    needs = {name: {target for _, target in imports(name, path, set(modules))} for name, path in modules.items()}
+    needs = {name: sorted(targets & set(modules)) for name, targets in needs.items()}
+    found = []
+    while True:
+        try:
+            TopologicalSorter(needs).prepare()
+        except CycleError as error:
+            circle = error.args[1][::-1]  # each module imports the next
+            found.append(f"{' imports '.join(circle)}: a circle")
+            needs[circle[0]].remove(circle[1])
+        else:
+            return found
+
+
+def privacy_violations(root: Path) -> list[str]:
+    """A private file or folder (``_x.py``, ``_x/``) is used in the folder that holds it, and below."""
+    found = []
+    modules = dict(sources(root))
+    for name, path in modules.items():
+        for line, target in imports(name, path, set(modules)):
+            parts = target.split(".")
+            homes = {".".join(parts[:i]) for i, part in enumerate(parts) if is_private(part)}
+            if within(target, {"fastreid_u"}) and not all(within(name, {home}) for home in homes):
+                found.append(f"{name}:{line}: imports {target}, which is private")
+    return found
+
+
+def is_private(part: str) -> bool:
+    return part.startswith("_") and not part.startswith("__")
+
+
 def blind_violations(root: Path) -> list[str]:
     """A reference or kernel names its siblings relatively only: an absolute name would tie it to the package."""
     return [
@@ -167,7 +202,15 @@ def licence_violations(root: Path) -> list[str]:
     return found
 
 
-CHECKS = [import_violations, blind_violations, rank_violations, style_violations, licence_violations]
+CHECKS = [
+    import_violations,
+    circle_violations,
+    privacy_violations,
+    blind_violations,
+    rank_violations,
+    style_violations,
+    licence_violations,
+]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -177,50 +220,73 @@ def test_house_is_in_order(check) -> None:
 
 
 SPDX = "# SPDX-License-Identifier: Apache-2.0\n"
+LAZY_X = "def f():\n    from fastreid_u.ops import x"
+X_NEEDS_Y = {"fastreid_u/ops/x.py": "from . import y"}
+Y = {"fastreid_u/ops/_y.py": ""}
 
 
 @pytest.mark.parametrize(
-    ("check", "file", "text", "message"),
+    ("check", "files", "message"),
     [
-        (import_violations, "fastreid_u/ops/x.py", "import fastreid_u.engine.fit", "above it"),
-        (import_violations, "fastreid_u/ops/x.py", "from fastreid_u import engine", "above it"),
-        (import_violations, "fastreid_u/ops/x.py", "from fastreid_u import knn", "above it"),
-        (import_violations, "fastreid_u/ops/x.py", "from ..engine import fit", "above it"),
-        (import_violations, "fastreid_u/ops/x.py", "def f():\n    import fastreid_u.losses", "above it"),
-        (import_violations, "fastreid_u/memory.py", "from fastreid_u.methods import cap", "above it"),
-        (import_violations, "fastreid_u/memory.py", "import_module('fastreid_u.cli')", "above it"),
-        (import_violations, "fastreid_u/engine/x.py", "from fastreid_u.kernels import knn", "only ops/ may"),
-        (import_violations, "fastreid_u/engine/x.py", "import faiss", "only ops/ may"),
-        (import_violations, "fastreid_u/engine/x.py", "from fastreid_u import _C", "only ops/ may"),
-        (import_violations, "fastreid_u/_checks.py", "from fastreid_u import _ext", "only ops/ may"),
-        (import_violations, "kernels/x.py", "import numpy", "kernels/ may not"),
-        (import_violations, "kernels/x.py", "import math", "kernels/ may not"),
-        (import_violations, "kernels/x.py", "from fastreid_u.kernels import y", "the ground stands alone"),
-        (import_violations, "kernels/x.py", "from . import y", "the ground stands alone"),
-        (import_violations, "kernels/x/y.py", "from ..z import w", "the ground stands alone"),
-        (import_violations, "kernels/x/__init__.py", "from ..z import w", "the ground stands alone"),
-        (import_violations, "fastreid_u/reference/x.py", "import pandas", "reference/ may not"),
-        (import_violations, "fastreid_u/reference/x.py", "from fastreid_u._checks import y", "the ground stands alone"),
-        (import_violations, "fastreid_u/cpu/x.py", "import torch", "cpu/ may not"),
-        (import_violations, "fastreid_u/elsewhere.py", "import os", "on no floor"),
-        (blind_violations, "fastreid_u/reference/x.py", "from fastreid_u.reference import knn", "by name"),
-        (rank_violations, "fastreid_u/ops/x.py", "import torch.distributed as dist", "only ranks.py"),
-        (rank_violations, "fastreid_u/memory/x.py", "from torch import distributed", "only ranks.py"),
-        (rank_violations, "fastreid_u/engine/x.py", "from torch.distributed import get_rank", "only ranks.py"),
-        (rank_violations, "fastreid_u/recipe.py", "def f():\n    return torch.distributed", "only ranks.py"),
-        (blind_violations, "kernels/x/y.py", "from fastreid_u.kernels.x import z", "by name"),
-        (style_violations, "fastreid_u/ops/x.py", "try:\n    f()\nexcept Exception:\n    pass", "catches everything"),
-        (style_violations, "fastreid_u/ops/x.py", "try:\n    f()\nexcept:\n    pass", "catches everything"),
-        (style_violations, "fastreid_u/ops/x.py", "assert x", "assert"),
-        (style_violations, "fastreid_u/utils.py", "", "one idea"),
-        (licence_violations, "benchmarks/x.py", "import os", "SPDX"),
-        (licence_violations, "csrc/x.cu", "int x;", "SPDX"),
+        (import_violations, {"fastreid_u/ops/x.py": "import fastreid_u.engine.fit"}, "above it"),
+        (import_violations, {"fastreid_u/ops/x.py": "from fastreid_u import engine"}, "above it"),
+        (import_violations, {"fastreid_u/ops/x.py": "from fastreid_u import knn"}, "above it"),
+        (import_violations, {"fastreid_u/ops/x.py": "from ..engine import fit"}, "above it"),
+        (import_violations, {"fastreid_u/ops/x.py": "def f():\n    import fastreid_u.labels"}, "above it"),
+        (import_violations, {"fastreid_u/memory.py": "from fastreid_u.methods import cap"}, "above it"),
+        (import_violations, {"fastreid_u/memory.py": "import_module('fastreid_u.cli')"}, "above it"),
+        (import_violations, {"fastreid_u/engine/x.py": "from fastreid_u.kernels import knn"}, "only ops/ may"),
+        (import_violations, {"fastreid_u/engine/x.py": "import faiss"}, "only ops/ may"),
+        (import_violations, {"fastreid_u/engine/x.py": "from fastreid_u import _C"}, "only ops/ may"),
+        (import_violations, {"fastreid_u/_checks.py": "from fastreid_u import _ext"}, "only ops/ may"),
+        (import_violations, {"kernels/x.py": "import numpy"}, "kernels/ may not"),
+        (import_violations, {"kernels/x.py": "import math"}, "kernels/ may not"),
+        (import_violations, {"kernels/x.py": "from fastreid_u.kernels import y"}, "the ground stands alone"),
+        (import_violations, {"kernels/x.py": "from . import y"}, "the ground stands alone"),
+        (import_violations, {"kernels/x/y.py": "from ..z import w"}, "the ground stands alone"),
+        (import_violations, {"kernels/x/__init__.py": "from ..z import w"}, "the ground stands alone"),
+        (import_violations, {"fastreid_u/reference/x.py": "import pandas"}, "reference/ may not"),
+        (
+            import_violations,
+            {"fastreid_u/reference/x.py": "from fastreid_u._checks import y"},
+            "the ground stands alone",
+        ),
+        (import_violations, {"fastreid_u/cpu/x.py": "import torch"}, "cpu/ may not"),
+        (import_violations, {"fastreid_u/elsewhere.py": "import os"}, "on no floor"),
+        (circle_violations, {"fastreid_u/ops/y.py": LAZY_X, **X_NEEDS_Y}, "ops.x imports"),
+        (circle_violations, {"fastreid_u/ops/y.py": "import_module('fastreid_u.ops.x')", **X_NEEDS_Y}, "a circle"),
+        (
+            circle_violations,
+            {
+                **X_NEEDS_Y,
+                "fastreid_u/ops/y.py": "if TYPE_CHECKING:\n    from fastreid_u.cli import z",
+                "fastreid_u/cli.py": LAZY_X,
+            },
+            "fastreid_u.cli imports fastreid_u.ops.x imports fastreid_u.ops.y",
+        ),
+        (privacy_violations, {"fastreid_u/engine/x.py": "from fastreid_u.ops._y import z", **Y}, "which is private"),
+        (privacy_violations, {"fastreid_u/engine/x.py": "from fastreid_u.ops import _y", **Y}, "which is private"),
+        (privacy_violations, {"fastreid_u/x.py": "import_module('fastreid_u.ops._y')", **Y}, "which is private"),
+        (privacy_violations, {"fastreid_u/x.py": "from .ops._y.z import a", **Y}, "which is private"),
+        (blind_violations, {"fastreid_u/reference/x.py": "from fastreid_u.reference import knn"}, "by name"),
+        (rank_violations, {"fastreid_u/ops/x.py": "import torch.distributed as dist"}, "only ranks.py"),
+        (rank_violations, {"fastreid_u/memory/x.py": "from torch import distributed"}, "only ranks.py"),
+        (rank_violations, {"fastreid_u/engine/x.py": "from torch.distributed import get_rank"}, "only ranks.py"),
+        (rank_violations, {"fastreid_u/recipe.py": "def f():\n    return torch.distributed"}, "only ranks.py"),
+        (blind_violations, {"kernels/x/y.py": "from fastreid_u.kernels.x import z"}, "by name"),
+        (style_violations, {"fastreid_u/ops/x.py": "try:\n    f()\nexcept Exception:\n    pass"}, "catches everything"),
+        (style_violations, {"fastreid_u/ops/x.py": "try:\n    f()\nexcept:\n    pass"}, "catches everything"),
+        (style_violations, {"fastreid_u/ops/x.py": "assert x"}, "assert"),
+        (style_violations, {"fastreid_u/utils.py": ""}, "one idea"),
+        (licence_violations, {"benchmarks/x.py": "import os"}, "SPDX"),
+        (licence_violations, {"csrc/x.cu": "int x;"}, "SPDX"),
     ],
 )
-def test_planted_violation_is_found(tmp_path: Path, check, file: str, text: str, message: str) -> None:
-    path = tmp_path / file
-    path.parent.mkdir(parents=True)
-    path.write_text(text if check is licence_violations else SPDX + text)
+def test_planted_violation_is_found(tmp_path: Path, check, files: dict[str, str], message: str) -> None:
+    for file, text in files.items():
+        path = tmp_path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text if check is licence_violations else SPDX + text)
     found = check(tmp_path)
     assert len(found) == 1
     assert message in found[0]

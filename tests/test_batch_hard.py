@@ -4,8 +4,8 @@
 import pytest
 import torch
 
-from fastreid_u.ops.batch_hard import batch_hard_triplet
-from fastreid_u.reference.batch_hard import batch_hard_triplet as reference
+from fastreid_u.ops.batch_hard_triplet import batch_hard_triplet
+from fastreid_u.reference.batch_hard_triplet import batch_hard_triplet as reference
 
 
 def batch(b, d, classes=4, dtype=torch.float64):

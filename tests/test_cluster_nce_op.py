@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from fastreid_u.kernels import cluster_nce as nce
-from fastreid_u.ops import _device_flag
-from fastreid_u.ops.cluster_nce import _cluster_nce, _cluster_nce_backward, cluster_nce
-from fastreid_u.ops.cluster_nce import _triton as triton
+from fastreid_u.ops import device_flag
+from fastreid_u.ops._cluster_nce import cluster_nce_backward_op, cluster_nce_op
+from fastreid_u.ops._cluster_nce import run_triton as triton
+from fastreid_u.ops.cluster_nce import cluster_nce
 from fastreid_u.reference.cluster_nce import cluster_nce as reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -25,7 +26,7 @@ METHODS = ["DCCC", "SpCL", "CACL", "PPLR body", "PPLR parts", "all"]
 
 @pytest.fixture(autouse=True)
 def no_flags(monkeypatch):
-    monkeypatch.setattr(_device_flag, "_flags", {})
+    monkeypatch.setattr(device_flag, "_flags", {})
 
 
 def batch(method, b=9, c=14, d=6, device=DEVICE):
@@ -66,11 +67,11 @@ def test_opcheck(method, lean):
     if method == "all":  # the costly one once
         checks.append("test_aot_dispatch_dynamic")
     leaves = x.clone().requires_grad_(), targets, memory.clone().requires_grad_()
-    torch.library.opcheck(_cluster_nce, (*leaves, *arguments), test_utils=checks)
-    loss, stats, logits = _cluster_nce(x, targets, memory, *arguments)
+    torch.library.opcheck(cluster_nce_op, (*leaves, *arguments), test_utils=checks)
+    loss, stats, logits = cluster_nce_op(x, targets, memory, *arguments)
     settings = (*temperatures, given["smoothing"] is not None, given["normalize"], -1, True, True)
     backward = (torch.ones_like(loss), x, targets, memory, *tensors, stats, logits, *settings)
-    torch.library.opcheck(_cluster_nce_backward, backward, test_utils=checks)
+    torch.library.opcheck(cluster_nce_backward_op, backward, test_utils=checks)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -121,11 +122,11 @@ def test_a_share_of_nothing_costs_nothing(monkeypatch):
 def test_a_masked_target_is_raised_when_asked():
     x, targets, memory, settings = batch("SpCL")
     triton(x, targets, memory, **settings)
-    _device_flag.raise_flagged()
+    device_flag.raise_flagged()
     targets[1] = 3
     assert triton(x, targets, memory, **settings).isnan()
     with pytest.raises(ValueError, match="cluster_nce: targets must be True in class_mask, got one that is masked"):
-        _device_flag.raise_flagged()
+        device_flag.raise_flagged()
 
 
 class Counter:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fastreid_u import _env
 from fastreid_u.cpu import _threads
 from fastreid_u.cpu.jaccard import build_index, least_overlap, to_distance
-from fastreid_u.cpu.k_reciprocal import Rows, bits
+from fastreid_u.cpu.rows import Rows, bits
 from fastreid_u.ops.dbscan import dbscan
 from fastreid_u.ops.jaccard import jaccard_distance, jaccard_graph
 from fastreid_u.ops.k_reciprocal import k_reciprocal_encoding
@@ -212,7 +212,7 @@ def test_prefixes_let_every_near_pair_pass(need):
     for c in range(60):
         own = slice(index.start[c], index.start[c + 1])
         assert (np.diff(index.row[own]) > 0).all()
-        prefix[index.row[own], c] = index.mass[own]
+        prefix[index.row[own], c] = index.list_mass[own]
     passed = np.minimum(prefix[:, None], prefix[None]).sum(-1) >= index.enough
     assert passed[true >= need].all()
     assert prefix.sum() < dense.sum() or need == 1, "the filter should filter"

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fastreid_u import _env, _ext
-from fastreid_u.ops import _nvrtc
+from fastreid_u.ops import _compiled
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)  # Turing, which CUDA 13 starts with, to the newest
 
@@ -75,15 +75,15 @@ def nvrtc() -> ctypes.CDLL:
     pytest.skip("no libnvrtc: pip install nvidia-cuda-nvrtc")
 
 
-def compile_by_nvrtc(architecture: int, kernels: list[str], extra: str = "", *flags: str) -> tuple[bool, str]:
+def compile_by_compiled(architecture: int, kernels: list[str], extra: str = "", *flags: str) -> tuple[bool, str]:
     """Whether the source compiles to machine code, and the compiler's log."""
     library, program = nvrtc(), ctypes.c_void_p()
-    code = (_nvrtc.source() + extra).encode()
+    code = (_compiled.source() + extra).encode()
     assert library.nvrtcCreateProgram(ctypes.byref(program), code, b"core.cu", 0, None, None) == 0
     for kernel in kernels:
         assert library.nvrtcAddNameExpression(program, kernel.encode()) == 0
     own = (f"-arch=sm_{architecture}", "--device-as-default-execution-space", "--ptxas-options=-v")  # as CuPy adds
-    given = [option.encode() for option in (*_nvrtc.options(), *own, *flags)]
+    given = [option.encode() for option in (*_compiled.options(), *own, *flags)]
     status = library.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
     size = ctypes.c_size_t()
     library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
@@ -131,9 +131,9 @@ def test_every_phase_is_recorded():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_compiles_by_nvrtc_and_does_not_spill(architecture, record_property):
+def test_compiles_by_compiled_and_does_not_spill(architecture, record_property):
     kernels = sorted(kernel for kernel in launched() if "double" not in kernel and "long" not in kernel)
-    done, log = compile_by_nvrtc(architecture, kernels)
+    done, log = compile_by_compiled(architecture, kernels)
     assert done, log
     rows = usage(log)
     record_property("kernels", rows)
@@ -147,25 +147,25 @@ def test_compiles_by_nvrtc_and_does_not_spill(architecture, record_property):
 def test_all_kernels_get_arguments_of_the_size_that_the_device_expects():
     sizes = {re.search(r"kernel<(.*)>$", kernel)[1]: size for kernel, size in launched().items()}
     checks = "".join(f"static_assert(sizeof({functor}) == {size});\n" for functor, size in sizes.items())
-    done, log = compile_by_nvrtc(90, sorted(launched()), checks)
+    done, log = compile_by_compiled(90, sorted(launched()), checks)
     assert done, log
     wrong = "static_assert(sizeof(fastreid_u::SumSums) == 8);\n"
-    done, log = compile_by_nvrtc(90, [], wrong)
+    done, log = compile_by_compiled(90, [], wrong)
     assert not done, "else this could not fail"
     assert "static assertion failed" in log
 
 
 def test_a_spill_would_be_seen():
     kernel = "fastreid_u::each_row_kernel<fastreid_u::MeasureNearest>"
-    done, log = compile_by_nvrtc(90, [kernel], "", "--maxrregcount=24")
+    done, log = compile_by_compiled(90, [kernel], "", "--maxrregcount=24")
     assert done, log
     assert usage(log)[0]["spilled_bytes"] > 0
 
 
 def test_source_names_the_state_of_its_headers():
     """CuPy would take old machine code from its disk cache if only a header had changed."""
-    assert re.match(r"// [0-9a-f]{64}\n", _nvrtc.source())
-    headers = {path.name: path.read_text() for path in _nvrtc.source_folder().iterdir()}
+    assert re.match(r"// [0-9a-f]{64}\n", _compiled.source())
+    headers = {path.name: path.read_text() for path in _compiled.source_folder().iterdir()}
     included = {name for text in headers.values() for name in re.findall(r'#include "(.*)"', text)}
     assert included <= set(headers)
 
@@ -176,10 +176,10 @@ def test_cupy_compiles_it(monkeypatch):
     from cupy.cuda import compiler
 
     nvrtc()  # once loaded it is found by its name
-    monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch=None: ("-arch=sm_90", "cubin"))
+    monkeypatch.setattr(compiler, "_get_arch_for_options_for_compiled", lambda arch=None: ("-arch=sm_90", "cubin"))
     kernel = "fastreid_u::each_crew_kernel<fastreid_u::Bridge>"
-    code, names = compiler.compile_using_nvrtc(
-        _nvrtc.source(), options=_nvrtc.options(), arch="90", name_expressions=(kernel,)
+    code, names = compiler.compile_using_compiled(
+        _compiled.source(), options=_compiled.options(), arch="90", name_expressions=(kernel,)
     )
     assert len(code) > 1000
     assert "Bridge" in names[kernel]
@@ -197,10 +197,10 @@ def test_launcher_hands_cupy_the_stream_and_the_bytes(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=77))
     monkeypatch.setattr(
-        _nvrtc, "_kernel", lambda name: lambda grid, block, args: calls.append((name, grid, block, args))
+        _compiled, "_kernel", lambda name: lambda grid, block, args: calls.append((name, grid, block, args))
     )
     scratch = torch.arange(5)
-    launcher = _nvrtc.Launcher(scratch)
+    launcher = _compiled.Launcher(scratch)
     launcher.launch("k<f>", 12, 256, 3000, b"sixteen of bytes")
     *where, (name, grid, block, (n, functor)) = calls
     assert where == [("device", None), ("stream", 77, None)]  # a CPU tensor has no index

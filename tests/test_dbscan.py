@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import fastreid_u
 from fastreid_u import _env
 from fastreid_u.ops import dbscan as op
-from fastreid_u.ops._core import missing
+from fastreid_u.ops._dispatch import missing
 from fastreid_u.reference import dbscan as reference
 
 BACKENDS = [

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastreid_u.ops.ema import ema_update_
-from fastreid_u.reference.ema import ema_update_ as reference
+from fastreid_u.ops.ema_update import ema_update_
+from fastreid_u.reference.ema_update import ema_update_ as reference
 
 
 def network(number):

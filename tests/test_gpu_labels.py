@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from fastreid_u.ops._core import missing
+from fastreid_u.ops._dispatch import missing
 from fastreid_u.ops.dbscan import dbscan
 from fastreid_u.ops.jaccard import jaccard_distance, jaccard_graph
 from fastreid_u.ops.k_reciprocal import k_reciprocal_encoding

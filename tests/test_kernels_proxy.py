@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastreid_u.kernels import proxy_nce as kernels
-from fastreid_u.ops import _device_flag
+from fastreid_u.ops import device_flag
 from fastreid_u.ops.proxy_nce import _proxy_nce, _proxy_nce_backward, _triton, proxy_nce
 from fastreid_u.reference.proxy_nce import proxy_nce as reference
 
@@ -25,7 +25,7 @@ ALL = {"scope": "camera"}  # the backward multiplies by the whole memory
 
 @pytest.fixture(autouse=True)
 def no_flags(monkeypatch):
-    monkeypatch.setattr(_device_flag, "_flags", {})
+    monkeypatch.setattr(device_flag, "_flags", {})
 
 
 def batch(b=6, clusters=11, cameras=3, d=6, dtype=torch.float32):
@@ -198,7 +198,7 @@ def test_a_cluster_without_a_proxy_is_nan_and_flagged(settings):
     x, y, a, *rest = batch()
     y[:] = torch.tensor([0, 2, 3, 4, 5, 6])
     fine = _triton(x, y, a, *rest, **DEFAULTS | settings | {"reduction": "none"})
-    _device_flag.raise_flagged()
+    device_flag.raise_flagged()
     if settings == ALL:
         a[4] = 9
     else:
@@ -207,7 +207,7 @@ def test_a_cluster_without_a_proxy_is_nan_and_flagged(settings):
     assert each.isnan().tolist() == [b == 4 for b in range(6)]
     assert torch.equal(each[each == each], fine[each == each])
     with pytest.raises(ValueError, match="proxy_nce: clusters must have a proxy each, got one without"):
-        _device_flag.raise_flagged()
+        device_flag.raise_flagged()
 
 
 def test_nan_shows():

@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("triton", reason="there is no triton for this platform")
 
-from fastreid_u.cpu import k_reciprocal as cpu_encoding
 from fastreid_u.cpu import rerank as cpu
+from fastreid_u.cpu import rows as cpu_rows
 from fastreid_u.kernels import k_reciprocal
 from fastreid_u.kernels import rerank as kernel
 from fastreid_u.ops import rerank as op
@@ -70,7 +70,7 @@ def test_encoding_is_the_cpus(clustered, k, half, k2):
         return source.pairs(torch.from_numpy(i), torch.from_numpy(j)).numpy()
 
     encoding = cpu.encode(ranking.numpy().astype(np.int32), k, half, k2, 12, measure, 1)
-    cpu_encoding.sort_rows(encoding.rows, np.arange(30, dtype=np.int32), 1)
+    cpu_rows.sort_rows(encoding.rows, np.arange(30, dtype=np.int32), 1)
     for found, expected in zip((crow, col, mass), encoding.rows, strict=True):
         np.testing.assert_array_equal(found.cpu().numpy(), expected)
     assert weight == encoding.weight

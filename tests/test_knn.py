@@ -162,11 +162,6 @@ def test_k_beyond_n_is_clipped_with_one_warning():
         ((torch.zeros(3), 1), {}, r"knn: x must be 2-D, got shape \(3,\)"),
         ((torch.zeros(3, 2), 0), {}, "knn: k must be at least 1, got 0"),
         ((torch.zeros(3, 2), 1), {"gallery": torch.zeros(3, 4)}, "knn: gallery must have 2 columns like x, got 4"),
-        (
-            (torch.zeros(3, 2), 1),
-            {"precision": "fp8"},
-            "knn: precision must be one of 'fp32', 'tf32', 'bf16', got 'fp8'",
-        ),
         ((torch.zeros(3, 2), 1), {"backend": "cuda12"}, "knn: backend must be one of 'auto', .*got 'cuda12'"),
     ],
 )
@@ -195,6 +190,12 @@ def test_nan_is_counted_and_located():
         ValueError, match=r"knn: x must be finite, got NaN or infinity in 3 of 10 rows \(first: row 4\)"
     ):
         knn(x, 2)
+
+
+def test_takes_no_precision():
+    """It chose nothing: every backend finds its candidates in its own precision, and measures them exactly."""
+    with pytest.raises(TypeError, match="unexpected keyword argument 'precision'"):
+        knn(torch.zeros(3, 2), 1, precision="fp8")
 
 
 def test_precision_set_by_its_newer_name():

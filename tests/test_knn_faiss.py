@@ -73,13 +73,15 @@ def test_whoever_is_not_named_is_beyond_the_limit(kind):
 
 @needs_faiss
 def test_rounding_in_doubt_is_searched_again(monkeypatch):
+    from fastreid_u.ops import knn as face
+
     asked = []
 
     def search(x, k, gallery):
         asked.append(len(x))
         return reference.knn(x, k, gallery=gallery)
 
-    monkeypatch.setattr(module, "search", search)
+    monkeypatch.setattr(face, "_numba", search)
     knn(data("identities"), 10, backend="faiss")
     assert asked == [], "faiss can tell these apart"
     knn(data("identical"), 10, backend="faiss")

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastreid_u.losses import consistency_kl, hard_instance_nce
+from fastreid_u.ops.consistency_kl import consistency_kl
+from fastreid_u.ops.hard_instance_nce import hard_instance_nce
 
 
 def views(b, d=5, count=3):

@@ -32,7 +32,7 @@ LOOK = """
 import importlib.metadata as metadata, json, torch
 import fastreid_u, fastreid_u.kernels
 from fastreid_u import _ext
-from fastreid_u.ops import _nvrtc
+from fastreid_u.ops import _compiled
 about = metadata.metadata("fastreid-u")
 line = torch.tensor([0.0, 0.1, 0.2, 5.0])
 print(json.dumps({
@@ -41,7 +41,7 @@ print(json.dumps({
     "cuda": _ext.core().built_with_cuda,
     "kernels": list(fastreid_u.kernels.__path__),
     "kernels_file": getattr(fastreid_u.kernels, "__file__", None),
-    "cuda_source": sorted(path.name for path in _nvrtc.source_folder().iterdir()),
+    "cuda_source": sorted(path.name for path in _compiled.source_folder().iterdir()),
     "labels": fastreid_u.dbscan((line[:, None] - line).abs(), 0.15, 2, backend="cpp").tolist(),
     "version": fastreid_u.__version__,
     "license": about["License-Expression"],

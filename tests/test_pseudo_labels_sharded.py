@@ -12,7 +12,6 @@ import torch.multiprocessing
 
 from fastreid_u.cpu import pseudo_labels_sharded as sharded
 from fastreid_u.ops.pseudo_labels import pseudo_labels
-from fastreid_u.ops.pseudo_labels_sharded import pseudo_labels_sharded
 
 
 class Threads:
@@ -172,7 +171,7 @@ def worker(rank, world, folder):
         for name, options in CASES.items():
             options = dict(options)
             x = make(name, options.pop("n"))
-            found[name, size] = pseudo_labels_sharded(x, eps=[0.5, 0.6], group=group, **options)
+            found[name, size] = pseudo_labels(x, eps=[0.5, 0.6], group=group, **options)
     x = make("identities", 203)
     given = torch.cdist(x, x).sort(dim=1)
     found["lists"] = pseudo_labels(x, knn=(given.values[:, :30] ** 2, given.indices[:, :30]), group="world")
@@ -187,12 +186,12 @@ def worker(rank, world, folder):
         "bad type": {"x": "features" if rank == 0 else x},
     }.items():
         try:
-            pseudo_labels_sharded(**change)
+            pseudo_labels(**change, group="world")
             found[name] = "nothing raised"
         except (TypeError, ValueError) as error:
             found[name] = f"{type(error).__name__}: {error}"
     try:
-        pseudo_labels_sharded(x, group=dist.new_group([0]))
+        pseudo_labels(x, group=dist.new_group([0]))
     except ValueError as error:
         found["group"] = str(error)
     torch.save(found, f"{folder}/{rank}")
@@ -262,7 +261,7 @@ def test_a_group_of_others_is_refused(answers):
 
 def test_needs_torch_distributed():
     with pytest.raises(RuntimeError, match=r"pseudo_labels: group must belong to torch\.distributed, got it not init"):
-        pseudo_labels_sharded(torch.eye(40))
+        pseudo_labels(torch.eye(40), group="world")
 
 
 @pytest.fixture
@@ -275,9 +274,9 @@ def single(tmp_path):
 @pytest.mark.usefixtures("single")
 def test_what_is_not_a_group_is_refused():
     with pytest.raises(ValueError, match="group must be a process group or 'world', got 'all'"):
-        pseudo_labels_sharded(torch.eye(40), group="all")
+        pseudo_labels(torch.eye(40), group="all")
     with pytest.raises(TypeError, match="group must be a process group or 'world', got int"):
-        pseudo_labels_sharded(torch.eye(40), group=3)
+        pseudo_labels(torch.eye(40), group=3)
 
 
 @pytest.mark.usefixtures("single")
@@ -287,8 +286,8 @@ def test_copies_more_than_k1_are_listed_as_knn_lists_them():
 
     x = torch.ones(30, 3)
     x[20:] += torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
-    lists = module._lists(x, 6, module.Ranks("test", "world"))
-    np.testing.assert_array_equal(lists, knn(x, 6)[1].numpy())
+    step = module.LabelStep(x, eps=[0.6], min_samples=4, k1=6, k2=2, knn=None, compat=False)
+    assert torch.equal(module.share_search(step, module.Ranks("test", "world"))[1], knn(x, 6)[1])
 
 
 @pytest.mark.usefixtures("single")
@@ -300,4 +299,4 @@ def test_without_numba_the_search_is_shared_and_the_rest_repeated(monkeypatch, c
     monkeypatch.setattr(_env, "numba", lambda: _env.Capability("numba", False, "gone"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the reference says that it is slow
-        assert torch.equal(pseudo_labels_sharded(x, k1=10), expected)
+        assert torch.equal(pseudo_labels(x, k1=10, group="world"), expected)

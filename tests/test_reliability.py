@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastreid_u.ops.dbscan import dbscan
-from fastreid_u.ops.reliability import reliable_clusters
-from fastreid_u.reference import reliability as reference
+from fastreid_u.ops.reliable_clusters import reliable_clusters
+from fastreid_u.reference import reliable_clusters as reference
 
 FILES = [
     "spcl_criterion_n150_eps0.6_gap0.1",

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastreid_u.ops import _device_flag
-from fastreid_u.ops.cluster_nce import _cluster_nce, _cluster_nce_backward, cluster_nce
-from fastreid_u.ops.cluster_nce import _triton as nce_triton
+from fastreid_u.ops import device_flag
+from fastreid_u.ops._cluster_nce import cluster_nce_backward_op, cluster_nce_op
+from fastreid_u.ops._cluster_nce import run_triton as nce_triton
+from fastreid_u.ops.cluster_nce import cluster_nce
 from fastreid_u.ops.momentum_update import RULES, _momentum_update, momentum_update_
 from fastreid_u.ops.momentum_update import _triton as update_triton
 from fastreid_u.reference.cluster_nce import cluster_nce as reference_nce
@@ -35,7 +36,7 @@ def batch(b=9, c=13, d=6, dtype=torch.float32, device=DEVICE):
 
 @pytest.fixture(autouse=True)
 def no_flags(monkeypatch):
-    monkeypatch.setattr(_device_flag, "_flags", {})
+    monkeypatch.setattr(device_flag, "_flags", {})
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -46,12 +47,12 @@ def test_opcheck_nce(trained, reduction, lean):
     x.requires_grad_()
     memory.requires_grad_(trained)
     arguments = (x, targets, memory, None, None, None, torch.rand(9, device=DEVICE), *PLAIN, reduction, lean)
-    torch.library.opcheck(_cluster_nce, arguments)
+    torch.library.opcheck(cluster_nce_op, arguments)
 
 
 def test_opcheck_nce_backward():
     x, targets, memory = batch()
-    loss, stats, logits = _cluster_nce(x, targets, memory, None, None, None, None, *PLAIN, "mean", False)
+    loss, stats, logits = cluster_nce_op(x, targets, memory, None, None, None, None, *PLAIN, "mean", False)
     for needs in ((True, False), (False, True), (True, True)):
         arguments = (
             torch.ones_like(loss),
@@ -69,7 +70,7 @@ def test_opcheck_nce_backward():
             True,
             -1,
         )
-        torch.library.opcheck(_cluster_nce_backward, (*arguments, *needs))
+        torch.library.opcheck(cluster_nce_backward_op, (*arguments, *needs))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -188,16 +189,16 @@ def test_a_compiled_update_still_checks_its_targets():
 def test_what_a_kernel_flags_is_raised_when_asked():
     x, targets, memory = batch()
     targets[:] = 1
-    _device_flag.raise_flagged()
+    device_flag.raise_flagged()
     targets[4] = 13
     assert nce_triton(x, targets, memory, **DEFAULTS).isnan()
     with pytest.raises(ValueError, match=r"cluster_nce: targets must lie in \[0, C\)"):
-        _device_flag.raise_flagged()
-    _device_flag.raise_flagged()
+        device_flag.raise_flagged()
+    device_flag.raise_flagged()
     targets[4], x[3] = 1, torch.nan
     update_triton(memory, x, targets, momentum=0.1, rule="sequential", found_inf=None)
     with pytest.raises(ValueError, match="momentum_update_: x must be finite"):
-        _device_flag.raise_flagged()
+        device_flag.raise_flagged()
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("index", "row")])

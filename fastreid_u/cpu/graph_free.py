@@ -50,7 +50,7 @@ def is_near(index, i, j):
 
 @kernel
 def measure_nearest(begin, end, index, lists, nearest, hits, count):
-    """``hits[i]``: bit a says that neighbour a is near; ``count[i]``: how many, the row itself included."""
+    """``hits[i]``: bit a is set if neighbour a is near; ``count[i]``: how many, the row itself included."""
     for i in range(begin, end):
         found, count[i] = 0, 1
         for a in range(nearest):

@@ -8,7 +8,7 @@ The filter: order columns by how many rows hold them, rare first, and call the s
 tail weighs at most ``tail`` its prefix. Let T_ij >= T_min and a be where the earlier of the two prefixes ends. Columns
 that i and j share up to a are in both prefixes; the others are in the tail of the row whose prefix ends at a, so they
 add at most ``tail``. Hence the overlap of the prefixes is at least T_min - tail. Lists of prefixes are short, for the
-columns that many rows share, hubs, come last in every row; pairs that pass are measured on the whole rows.
+columns that many rows share, hubs, come last in every row; the pairs that pass are measured on the whole rows.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ._threads import kernel, over_rows
-from .k_reciprocal import Rows, bits, encode, find_slot, sort_rows, table_bits
+from .k_reciprocal import encode
 from .knn import ascend
+from .rows import Rows, find_slot, invert, row_weight, sort_rows, table_bits
 
 # Share of T_min that the tail may weigh. The work is flat between 0.5 and 0.7.
 _TAIL = 0.7
@@ -56,7 +57,7 @@ class Index(NamedTuple):
         stop: (N,) int64, where the row's prefix ends.
         start: (N + 1,) int64, the first entry of each column's list.
         row: int32, ascending within a list.
-        list_mass: int32, the weight of the column in that row.
+        list_mass: int32, the mass of the column in that row.
         enough: overlap of prefixes that a near pair has at least.
         need: overlap that makes a pair near.
         weight: of a row; a row that averages empty ones weighs less.
@@ -90,22 +91,6 @@ def _find_prefixes(begin, end, indptr, mass, tail, stop):
         stop[i] = e
 
 
-@kernel
-def _count_prefixes(begin, end, indptr, column, stop, count):
-    for i in range(begin, end):
-        for e in range(indptr[i], stop[i]):
-            count[column[e]] += 1
-
-
-@kernel
-def _invert(begin, end, indptr, column, mass, stop, at, row, list_mass):
-    for i in range(begin, end):
-        for e in range(indptr[i], stop[i]):
-            c = column[e]
-            row[at[c]], list_mass[at[c]] = i, mass[e]
-            at[c] += 1
-
-
 def build_index(rows: Rows, weight: int, need: int, threads: int) -> Index:
     """Rename the columns of ``rows`` in place and index the prefixes for pairs that overlap by ``need`` or more."""
     sort_rows(rows, rare_first(count_columns(rows)), threads)
@@ -133,12 +118,7 @@ def index_sorted(rows: Rows, weight: int, need: int, threads: int) -> Index:
     tail = int(_TAIL * need) if need > weight // 8 else 0
     stop = np.empty(n, np.int64)
     over_rows(_find_prefixes, n, threads, rows.indptr, rows.mass, tail, stop)
-    count = np.zeros(n, np.int64)
-    _count_prefixes(0, n, rows.indptr, rows.column, stop, count)
-    start = np.concatenate([np.zeros(1, np.int64), np.cumsum(count)])
-    row, list_mass = np.empty(start[-1], np.int32), np.empty(start[-1], np.int32)
-    _invert(0, n, *rows, stop, start[:-1].copy(), row, list_mass)
-    return Index(*rows, stop, start, row, list_mass, need - tail, need, weight)
+    return Index(*rows, stop, *invert(rows, stop), need - tail, need, weight)
 
 
 @kernel
@@ -186,6 +166,7 @@ def _join(begin, end, index):
     indptr = np.zeros(end - begin + 1, np.int64)
     at = 0
     for i in range(begin, end):
+        # Walk the lists of the columns in row i's prefix, and add up what it shares with each earlier row met there.
         size = 1 << table_for(index, i, keys)
         if size > len(keys):
             keys, sums, slots = np.full(size, -1, np.int32), np.empty(size, np.int32), np.empty(size, np.int64)
@@ -194,10 +175,11 @@ def _join(begin, end, index):
             c, own = index.column[p], index.mass[p]
             for e in range(index.start[c], index.start[c + 1]):
                 j = index.row[e]
-                if j >= i:
+                if j >= i:  # lists ascend, and the later row of a pair measures it
                     break
                 met = meet(keys, sums, slots, met, j, min(own, index.list_mass[e]))
 
+        # Rows whose prefixes share enough are near if the whole rows do. The slots are emptied on the way.
         if met + 1 > len(near):
             near = np.empty(2 * (met + 1), np.int64)
         found = 0
@@ -207,7 +189,7 @@ def _join(begin, end, index):
             keys[slot] = -1
             if t < index.enough:
                 continue
-            if index.enough < index.need:
+            if index.enough < index.need:  # else the prefixes are whole rows, and t is all they share
                 t = overlap(index, i, j)
             if t >= index.need:
                 near[found] = (j << 32) | t
@@ -218,6 +200,7 @@ def _join(begin, end, index):
             found += 1
         ascend(near[:found])
 
+        # Append row i to the result, which doubles when it is full.
         if at + found > len(column):
             room = max(2 * len(column), at + found)
             longer, wider = np.empty(room, np.int32), np.empty(room, np.int32)
@@ -259,7 +242,7 @@ def jaccard_graph(
     the encoding and its inverted lists, 8 bytes an entry each and some hundred entries a row, and half the result
     again while its halves are put together.
     """
-    n, weight = len(x), k2 << bits(k2)
+    n, weight = len(x), row_weight(k2)
     rows = encode(x, lists, k2, compat=compat, fixed=True, threads=threads)
     index = build_index(rows, weight, least_overlap(radius, weight), threads)
     del rows

@@ -9,74 +9,11 @@ right where float32 is decided by rounding (two points that share m of their k2 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from ._threads import kernel, over_rows
 from .knn import ascend, sq_dist
-
-
-class Rows(NamedTuple):
-    """N sparse rows, compressed.
-
-    Attributes:
-        indptr: (N + 1,) int64.
-        column: (nnz,) int32.
-        mass: (nnz,) int32 in fixed point, else float32.
-    """
-
-    indptr: np.ndarray
-    column: np.ndarray
-    mass: np.ndarray
-
-    @classmethod
-    def put_together(cls, parts: list[tuple], dtype: type = np.int32) -> Rows:
-        """Blocks of rows as one; empties ``parts``, so that no more than one of the large arrays exists twice.
-
-        ``dtype``: of the masses, should there be no block.
-        """
-        if not parts:
-            return cls(np.zeros(1, np.int64), np.empty(0, np.int32), np.empty(0, dtype))
-        indptrs, columns, masses = map(list, zip(*parts, strict=True))
-        parts.clear()
-        count = np.concatenate([np.diff(indptr) for indptr in indptrs])
-        indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(count)])
-        return cls(indptr, _concatenate(columns), _concatenate(masses))
-
-
-def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
-    whole, at = np.empty(sum(map(len, arrays)), arrays[0].dtype), 0
-    arrays.reverse()
-    while arrays:
-        part = arrays.pop()
-        whole[at : at + len(part)] = part
-        at += len(part)
-    return whole
-
-
-def bits(k2: int) -> int:
-    """w for which k2 rows of weight 2^w fit an int32 sum: 28 up to k2 = 7, 24 up to 127."""
-    return min(28, 31 - k2.bit_length())
-
-
-@kernel
-def table_bits(entries):
-    """log2 of the slots of a hash table that ``entries`` keys fill at most by half."""
-    size = 3
-    while (1 << size) < 2 * entries:
-        size += 1
-    return size
-
-
-@kernel
-def find_slot(keys, key):
-    """The slot of ``key``, or the empty one (-1) where it belongs: multiplicative hashing, then the next free slot."""
-    mask = len(keys) - 1
-    slot = (((key * 2654435769) & 0xFFFFFFFF) * len(keys)) >> 32  # the upper bits of the product
-    while keys[slot] != -1 and keys[slot] != key:
-        slot = (slot + 1) & mask
-    return slot
+from .rows import Rows, bits, find_slot, sort_rows, table_bits
 
 
 @kernel
@@ -125,7 +62,7 @@ def _measure_mutual(begin, end, x, lists, mutual, compat, first, last, distance)
 
 
 @kernel
-def _expand_set(i, lists, half, mutual, keys, place, members):
+def expand_set(i, lists, half, mutual, keys, place, members):
     """Write the expanded reciprocal set of i to ``members``, ascending; return its size.
 
     A member is ``j << 32 | a`` if ``j = lists[i, a]`` is a mutual neighbour, ``j << 32 | k1`` if expansion brought it.
@@ -164,7 +101,7 @@ def _expand_set(i, lists, half, mutual, keys, place, members):
 
 
 @kernel
-def _weigh_fixed(distance, count, unit, out):
+def weigh_fixed(distance, count, unit, out):
     """Softmax of minus the distances as integers that sum to ``unit``: rounded running sums, less the one before."""
     nearest = distance[:count].min()
     total = 0.0
@@ -208,12 +145,12 @@ def _encode(begin, end, x, lists, half, mutual, measured, first, compat, unit, l
     mass = np.empty((end - begin) * widest, like.dtype)
     at = 0
     for i in range(begin, end):
-        count = _expand_set(i, lists, half, mutual, keys, place, members)
+        count = expand_set(i, lists, half, mutual, keys, place, members)
         for p in range(count):
             j, a = members[p] >> 32, members[p] & 0xFFFFFFFF
             distance[p] = measured[i - first, a] if a < lists.shape[1] else _distance(x, i, j, compat)
         if count and unit:
-            _weigh_fixed(distance, count, unit, weight)
+            weigh_fixed(distance, count, unit, weight)
         elif count:
             _weigh_float32(distance, count, weight)
         for p in range(count):
@@ -261,41 +198,17 @@ def _average(begin, end, lists, k2, indptr, column, mass, divisor):
     return out_indptr, out_column[:at].copy(), out_mass[:at].copy()
 
 
-@kernel
-def _rename(begin, end, indptr, column, mass, name):
-    """Replace columns by their names and sort each row by them, in place."""
-    widest = 0
-    for i in range(begin, end):
-        widest = max(widest, indptr[i + 1] - indptr[i])
-    key = np.empty(widest, np.int64)
-    old = np.empty(widest, mass.dtype)
-    for i in range(begin, end):
-        first, count = indptr[i], indptr[i + 1] - indptr[i]
-        for p in range(count):
-            key[p] = (np.int64(name[column[first + p]]) << 32) | p
-            old[p] = mass[first + p]
-        ascend(key[:count])
-        for p in range(count):
-            column[first + p] = key[p] >> 32
-            mass[first + p] = old[key[p] & 0xFFFFFFFF]
-
-
-def sort_rows(rows: Rows, name: np.ndarray, threads: int) -> None:
-    """Columns become ``name[column]``, ``name`` (N,) int32, and ascend within each row; in place."""
-    over_rows(_rename, len(rows.indptr) - 1, threads, *rows, name)
-
-
 def half_length(k1: int) -> int:
     """Entries of the half list. np.around rounds halves to even, as published: k1 = 25 gives 12 + 1."""
     return int(np.around(k1 / 2)) + 1
 
 
-def mutual_neighbours(lists: np.ndarray, threads: int, rows: range | None = None) -> np.ndarray:
+def mutual_neighbours(lists: np.ndarray, half: int, threads: int, rows: range | None = None) -> np.ndarray:
     """(len(rows), k1) uint8, of all rows if None: 0 if the row is not in its neighbour's list, 1 if it is, 2 if each is
-    in the half list of the other."""
+    in the half list of the other, its first ``half`` entries."""
     rows = range(len(lists)) if rows is None else rows
     mutual = np.empty(lists.shape, np.uint8)  # the system gives no memory for pages that are never written
-    over_rows(_find_mutual, rows.stop, threads, lists, half_length(lists.shape[1]), mutual, begin=rows.start)
+    over_rows(_find_mutual, rows.stop, threads, lists, half, mutual, begin=rows.start)
     return mutual[rows.start : rows.stop]
 
 
@@ -349,7 +262,7 @@ def encode(x: np.ndarray, lists: np.ndarray, k2: int, *, compat: bool, fixed: bo
             sums, in rank order, are float32.
         threads: to run on; the result does not depend on them.
     """
-    mutual = mutual_neighbours(lists, threads)
+    mutual = mutual_neighbours(lists, half_length(lists.shape[1]), threads)
     v = soft_rows(x, lists, mutual, k2, compat=compat, fixed=fixed, threads=threads)
     del mutual
     return v if k2 == 1 else average_rows(v, lists, k2, threads)

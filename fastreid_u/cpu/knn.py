@@ -129,7 +129,7 @@ def _rank(begin, end, x, y, alone, candidates, out_dist, out_index, found):
 def rank_candidates(
     x: np.ndarray, candidates: np.ndarray, k: int, *, gallery: np.ndarray | None = None, threads: int = 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The ``k`` nearest of what somebody else found, measured and ordered as :func:`knn` does.
+    """The ``k`` nearest of given candidates, measured and ordered as :func:`knn` does.
 
     Args:
         x, k, gallery, threads: as in :func:`knn`.

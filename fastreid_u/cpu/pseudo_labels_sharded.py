@@ -31,7 +31,8 @@ from .graph_free import (
     unite,
 )
 from .jaccard import Index, count_columns, index_sorted, least_overlap, rare_first
-from .k_reciprocal import Rows, average_rows, bits, mutual_neighbours, soft_rows, sort_rows
+from .k_reciprocal import average_rows, half_length, mutual_neighbours, soft_rows
+from .rows import Rows, row_weight, sort_rows
 
 
 class Exchange(Protocol):
@@ -96,7 +97,7 @@ def _gathered(own: Rows, ranks: Exchange) -> Rows:
 def encode_sorted(x: np.ndarray, lists: np.ndarray, k2: int, ranks: Exchange, *, compat: bool, threads: int) -> Rows:
     """All rows in fixed point, columns named rare first and ascending; each rank encodes and sorts its own."""
     own = equal_share(len(lists), ranks)
-    mutual = ranks.gather(mutual_neighbours(lists, threads, own))
+    mutual = ranks.gather(mutual_neighbours(lists, half_length(lists.shape[1]), threads, own))
     v = soft_rows(x, lists, mutual, k2, compat=compat, fixed=True, threads=threads, rows=own)
     del mutual
     if k2 > 1:
@@ -173,7 +174,7 @@ def pseudo_labels(
     Memory of a rank: the encoding and its inverted lists whole, 8 bytes an entry each; V of all ranks and 9 k1 bytes
     for each own row while it is made; 4 N for each rank while forests are merged, and about 60 N for the clustering.
     """
-    weight = k2 << bits(k2)
+    weight = row_weight(k2)
     need = [least_overlap(e, weight) for e in eps]
     rows = encode_sorted(x, lists, k2, ranks, compat=compat, threads=threads)
     index = index_sorted(rows, weight, min(need), threads)

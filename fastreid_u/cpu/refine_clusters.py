@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from ._threads import kernel, over_rows
-from .k_reciprocal import Rows, bits, encode
+from .k_reciprocal import encode
+from .rows import Rows, row_weight
 
 UNIT = 2**30
 
@@ -64,7 +65,8 @@ def sums_within(
     compat: bool = False,
     threads: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) int64 each, in units of 2^-30: distances to the rest of the own cluster, and to what ``tight`` changes.
+    """(N,) int64 each, in units of 2^-30: each point's distances to the rest of its cluster, and to the points that
+    ``tight`` adds to it or takes from it.
 
     Args:
         x: (N, D) float32, contiguous, N > 0.
@@ -76,7 +78,7 @@ def sums_within(
     Work is the number of pairs asked for times the entries of a row; memory the encoding, and 4 N for each thread.
     """
     rows: Rows = encode(x, lists, k2, compat=compat, fixed=True, threads=threads)
-    weight = k2 << bits(k2)
+    weight = row_weight(k2)
     inside, changed = np.zeros(len(x), np.int64), np.zeros(len(x), np.int64)
     groups = (labels, *_grouped(labels), tight, *_grouped(tight))
     over_rows(_sum, len(wanted), threads, wanted, tuple(rows), weight, *groups, inside, changed, most=256)

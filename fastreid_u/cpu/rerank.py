@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ._threads import kernel, over_rows
-from .jaccard import _count_prefixes, _invert
-from .k_reciprocal import Rows, _average, _expand_set, _find_mutual, _weigh_fixed, bits, table_bits
+from .k_reciprocal import average_rows, expand_set, mutual_neighbours, weigh_fixed
+from .rows import Rows, bits, invert, row_weight, table_bits
 
 
 class InvertedRows(NamedTuple):
@@ -25,7 +25,7 @@ class InvertedRows(NamedTuple):
         rows: of queries and gallery; columns in no order.
         start: (n + 1,) int64, the first entry of each column's list.
         holder: int32, the place of a row in the gallery.
-        list_mass: int32, the weight of the column in that row.
+        list_mass: int32, the mass of the column in that row.
         weight: what a row adds up to, unless it averages rows without members.
     """
 
@@ -46,7 +46,7 @@ def _collect_sets(begin, end, lists, half, mutual):
     column = np.empty(64, np.int32)
     at = 0
     for i in range(begin, end):
-        count = _expand_set(i, lists, half, mutual, keys, place, members)
+        count = expand_set(i, lists, half, mutual, keys, place, members)
         if at + count > len(column):
             longer = np.empty(2 * (at + count), np.int32)
             longer[:at] = column[:at]
@@ -63,7 +63,7 @@ def _weigh(begin, end, indptr, distance, unit, mass):
     for i in range(begin, end):
         if indptr[i] < indptr[i + 1]:
             own = slice(indptr[i], indptr[i + 1])
-            _weigh_fixed(distance[own], indptr[i + 1] - indptr[i], unit, mass[own])
+            weigh_fixed(distance[own], indptr[i + 1] - indptr[i], unit, mass[own])
 
 
 @kernel
@@ -100,8 +100,7 @@ def encode(
     query expansion; n k.
     """
     n, lists = len(ranking), np.ascontiguousarray(ranking[:, :k])
-    mutual = np.empty((n, k), np.uint8)
-    over_rows(_find_mutual, n, threads, lists, half, mutual)
+    mutual = mutual_neighbours(lists, half, threads)
     indptr, column, _ = Rows.put_together(over_rows(_collect_sets, n, threads, lists, half, mutual))
     row = np.repeat(np.arange(n), np.diff(indptr))
     distance = measure(row, column.astype(np.int64))
@@ -111,18 +110,14 @@ def encode(
     rows = Rows(indptr, column, mass)
     if k2 > 1:
         nearest = np.ascontiguousarray(ranking[:, :k2])
-        rows = Rows.put_together(over_rows(_average, n, threads, nearest, k2, *rows, np.int32(1)))
+        rows = average_rows(rows, nearest, k2, threads)
 
-    count = np.zeros(n, np.int64)
-    _count_prefixes(num_query, n, rows.indptr, rows.column, rows.indptr[1:], count)
-    start = np.concatenate([np.zeros(1, np.int64), np.cumsum(count)])
-    holder, list_mass = np.empty(start[-1], np.int32), np.empty(start[-1], np.int32)
-    _invert(num_query, n, *rows, rows.indptr[1:], start[:-1].copy(), holder, list_mass)
-    return InvertedRows(rows, start, holder - num_query, list_mass, k2 << bits(k2))
+    start, holder, list_mass = invert(rows, rows.indptr[1:], num_query)
+    return InvertedRows(rows, start, holder - num_query, list_mass, row_weight(k2))
 
 
-def overlaps(encoding: InvertedRows, first: int, last: int, gallery: int, threads: int) -> np.ndarray:
+def overlaps(index: InvertedRows, first: int, last: int, gallery: int, threads: int) -> np.ndarray:
     """(last - first, gallery) int32: the sums of minima of these rows and of every gallery row."""
     out = np.zeros((last - first, gallery), np.int32)
-    over_rows(_meet_gallery, last - first, threads, first, *encoding.rows, *encoding[1:4], out)
+    over_rows(_meet_gallery, last - first, threads, first, *index.rows, *index[1:4], out)
     return out

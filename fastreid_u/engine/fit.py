@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastreid_u.engine.optimizer import learning_rate
-from fastreid_u.ops._device_flag import raise_flagged
+from fastreid_u.ops.device_flag import raise_flagged
 from fastreid_u.ranks import gather_batch
 from fastreid_u.recipe import Batch, balanced_batches
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastreid_u.config import IN_UNIT, POSITIVE, RENDERED, Rule, at_least, changed, option
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
-from fastreid_u.ops.ema import ema_update_
+from fastreid_u.ops.ema_update import ema_update_
 from fastreid_u.recipe import Batch
 
 COMMANDS = "published training commands (102d8ef)"

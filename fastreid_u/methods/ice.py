@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastreid_u.config import IN_UNIT, NOT_NEGATIVE, POSITIVE, RENDERED, Config, at_least, changed, option
-from fastreid_u.losses import consistency_kl, hard_instance_nce
 from fastreid_u.memory import ProxyMemory
 from fastreid_u.ops.centroids import cluster_centroids
 from fastreid_u.ops.cluster_nce import cluster_nce
-from fastreid_u.ops.ema import ema_update_
+from fastreid_u.ops.consistency_kl import consistency_kl
+from fastreid_u.ops.ema_update import ema_update_
+from fastreid_u.ops.hard_instance_nce import hard_instance_nce
 from fastreid_u.recipe import Batch, Extract, Images, Recipe
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastreid_u.config import IN_UNIT, NOT_NEGATIVE, POSITIVE, RENDERED, Config, at_least, changed, option
 from fastreid_u.memory import ProxyMemory
-from fastreid_u.ops.batch_hard import batch_hard_triplet
+from fastreid_u.ops.batch_hard_triplet import batch_hard_triplet
 from fastreid_u.ops.centroids import cluster_centroids
 from fastreid_u.ops.cluster_nce import cluster_nce
 from fastreid_u.ops.knn import knn

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastreid_u.config import IN_UNIT, POSITIVE, RENDERED, Config, changed, option
 from fastreid_u.memory import InstanceMemory
 from fastreid_u.ops.pseudo_labels import pseudo_labels
-from fastreid_u.ops.reliability import reliable_clusters
+from fastreid_u.ops.reliable_clusters import reliable_clusters
 from fastreid_u.ranks import label_group
 from fastreid_u.recipe import Batch, Extract, Recipe
 

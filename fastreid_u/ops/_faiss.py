@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Neighbours by faiss: it names candidates, our rules decide between them."""
+"""Neighbours by faiss: it names candidates, our rules decide between them, and the rows left open are named."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-
-from fastreid_u.ops.knn import knn as search
-from fastreid_u.ops.knn import own_first
 
 _SPARE = 8  # candidates beyond k, so that rounding at the cut-off seldom leaves a row in doubt
 
@@ -29,18 +26,22 @@ def require_index(op: str, approximate: object, rows: int, width: int) -> None:
         )
 
 
-def knn(x: Tensor, k: int, *, gallery: Tensor | None, approximate: Any) -> tuple[Tensor, Tensor]:
-    """As ``fastreid_u.knn``; exact if ``approximate`` is False: rows that faiss's rounding leaves open are searched
-    again by another backend."""
+def search(x: Tensor, k: int, *, gallery: Tensor | None, approximate: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """``(sq_dist, index, open_rows)``: the neighbours as ``fastreid_u.knn`` orders them, and the rows without them.
+
+    Args:
+        x, gallery: on a CPU.
+        approximate: False, True or a faiss index, checked by :func:`require_index`.
+
+    A row is open if faiss named fewer than k candidates or, with ``approximate`` False, if its rounding may have hidden
+    a nearer one.
+    """
     from fastreid_u.cpu import knn as cpu
 
-    home, rows = x.device, len(x if gallery is None else gallery)
     if len(x) == 0 or k == 0:
-        return x.new_zeros(len(x), k), x.new_zeros(len(x), k).long()
-    x = x.cpu().contiguous()
-    gallery = None if gallery is None else gallery.cpu().contiguous()
-    plain = x.numpy(), None if gallery is None else gallery.numpy()
-    most = min(k + _SPARE, rows)
+        return x.new_zeros(len(x), k), x.new_zeros(len(x), k).long(), torch.empty(0, dtype=torch.int64)
+    plain = x.contiguous().numpy(), None if gallery is None else gallery.contiguous().numpy()
+    most = min(k + _SPARE, len(x if gallery is None else gallery))
     if approximate is False:
         candidates, limit = _exact(*plain, most)
     else:
@@ -48,14 +49,10 @@ def knn(x: Tensor, k: int, *, gallery: Tensor | None, approximate: Any) -> tuple
     sq_dist, index, found = cpu.rank_candidates(
         plain[0], candidates, k, gallery=plain[1], threads=torch.get_num_threads()
     )
-    # whoever was not named is at least at the limit; distances that round to one float32 are a tie, which it could win
+    # a row that was not named is at least at the limit; distances that round to one float32 are a tie, which it may win
     reach = sq_dist[:, -1].astype(np.float64) * (1 + 2.0**-21)
-    open_rows = torch.from_numpy(np.flatnonzero((found < k) | (reach >= limit)))
-    sq_dist, index = torch.from_numpy(sq_dist), torch.from_numpy(index)
-    if len(open_rows):
-        again = search(x[open_rows], k, gallery=x if gallery is None else gallery)
-        sq_dist[open_rows], index[open_rows] = again if gallery is not None else own_first(*again, open_rows)
-    return sq_dist.to(home), index.to(home)
+    open_rows = np.flatnonzero((found < k) | (reach >= limit))
+    return torch.from_numpy(sq_dist), torch.from_numpy(index), torch.from_numpy(open_rows)
 
 
 def _exact(x: np.ndarray, gallery: np.ndarray | None, most: int) -> tuple[np.ndarray, np.ndarray]:

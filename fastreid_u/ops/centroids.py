@@ -25,11 +25,11 @@ def cluster_centroids(x: Tensor, labels: Tensor, *, normalize: bool = True, back
         x: (N, D) floating point, any device; taken in float32, averaged as given (not normalised first).
         labels: (N,) integers on the same device, -1 for noise, which is ignored.
         normalize: divide each mean by its length; a mean of zero length stays zero.
-        backend: "auto", "cuda" (sums by segment on a GPU) or "reference" (cluster by cluster, on a CPU); anything but
-            "auto" runs there or raises.
+        backend: "auto", "segments" (plain torch on a GPU, all clusters at once) or "reference" (cluster by cluster, on
+            a CPU); anything but "auto" runs there or raises. "cuda" is an older name of "segments".
 
     Returns:
-        (C, D) float32 on ``x``'s device, C = largest label + 1; a label that nobody has gets a row of zeros.
+        (C, D) float32 on ``x``'s device, C = largest label + 1; a label that no row has gets zeros.
         The same bits every time.
 
     Raises:
@@ -41,7 +41,8 @@ def cluster_centroids(x: Tensor, labels: Tensor, *, normalize: bool = True, back
     x = require_features(op, "x", x)
     labels = _ids(op, "labels", labels, x)
     require_values_in(op, "labels", labels, -1, 2**62, always=True)
-    run = choose(op, x.device, backend, {"cuda": _by_segments, "reference": reference.cluster_centroids})
+    backend = "segments" if backend == "cuda" else backend  # its name in older versions
+    run = choose(op, x.device, backend, segments=_by_segments, reference=reference.cluster_centroids)
     return run(x, labels, normalize=normalize)
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import numbers
 
@@ -27,12 +26,11 @@ from fastreid_u._checks import (
     require_same_width,
     require_values_in,
 )
-from fastreid_u.ops._device_flag import flag
-from fastreid_u.ops._dispatch import choose
+from fastreid_u.ops._cluster_nce import run_triton, takes_part
+from fastreid_u.ops._dispatch import choose, no_float64
 from fastreid_u.reference import cluster_nce as reference
 
 OP = "cluster_nce"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def cluster_nce(
@@ -104,7 +102,7 @@ def cluster_nce(
     Raises:
         TypeError, ValueError: wrong type, shape or value, or options that exclude each other. Targets out of range or
         masked are seen on a CPU, and on a GPU with ``FASTREID_U_CHECK=1``; without it the Triton kernel makes the loss
-        of that sample NaN and reads nothing back, and ``fastreid_u.ops._device_flag.raise_flagged`` raises later.
+        of that sample NaN and reads nothing back, and ``fastreid_u.ops.device_flag.raise_flagged`` raises later.
 
     Which method uses what: Cluster Contrast (Dai et al., ACCV 2022, equation 1) and BMW nothing; DCCC ``teacher``;
     SpCL ``class_mask, epsilon=1e-6``; CACL those and ``focal``, a memory of cluster means both; PPLR
@@ -135,7 +133,9 @@ def cluster_nce(
     settings |= _soft_target(
         x, memory, teacher, teacher_weight, teacher_temperature, smoothing, extra_target, extra_weight
     )
-    if settings["epsilon"] > 0 and (teacher is not None or extra_target is not None or _given(settings["smoothing"])):
+    if settings["epsilon"] > 0 and (
+        teacher is not None or extra_target is not None or takes_part(settings["smoothing"])
+    ):
         raise ValueError(f"{op}: epsilon must be 0 with a teacher, smoothing or extra_target, got {epsilon!r}")
     require_values_in(op, "targets", targets, 0, memory.shape[0], ignore=ignore_index)
     if class_mask is not None:
@@ -149,12 +149,9 @@ def cluster_nce(
         weight = _per_sample("weight", weight, x)
     settings |= {"class_mask": class_mask, "weight": weight}
 
-    table = {"triton": _triton, "reference": reference.cluster_nce}
-    if not HAS_TRITON:
-        table["triton"] = "there is no triton for this platform"
-    elif torch.float64 in (x.dtype, memory.dtype):
-        table["triton"] = "the kernel computes in float32, and float64 was given"
-    return choose(op, x.device, backend, table)(x, targets, memory, **settings)
+    cannot = {"triton": no_float64(x, memory)}
+    run = choose(op, x.device, backend, cannot=cannot, triton=run_triton, reference=reference.cluster_nce)
+    return run(x, targets, memory, **settings)
 
 
 def _soft_target(
@@ -201,7 +198,7 @@ def _soft_target(
     rule = "the sum of teacher_weight, smoothing and extra_weight"
     if not any(isinstance(share, Tensor) for share in shares):
         require_in_range(op, rule, sum(shares), 0, 1 + 1e-6)
-    elif x.device.type == "cpu":  # a GPU would add them up for nobody
+    elif x.device.type == "cpu":  # on a GPU the sum would be made, and not read
         require_reals_in(op, rule, sum(shares), 0, 1 + 1e-6)
     return {
         "teacher": teacher,
@@ -225,139 +222,3 @@ def _share(name: str, share: object, x: Tensor) -> float | Tensor:
     if isinstance(share, numbers.Real):
         return require_in_range(OP, name, share, 0, 1)
     return require_reals_in(OP, name, _per_sample(name, share, x), 0, 1)
-
-
-def _given(share: float | Tensor | None) -> bool:
-    """Whether it leaves anything of its part of the target."""
-    return isinstance(share, Tensor) or (share is not None and share > 0)
-
-
-def _triton(x: Tensor, targets: Tensor, memory: Tensor, **given) -> Tensor:
-    from fastreid_u.kernels.cluster_nce import is_lean
-
-    teacher = given["teacher"] if _given(given["teacher_weight"]) else None
-    extra_target = given["extra_target"] if _given(given["extra_weight"]) else None
-    shares = given["teacher_weight"], given["smoothing"], given["extra_weight"]
-    each = [share if isinstance(share, Tensor) else None for share in shares]
-    one = [0.0 if share is None or isinstance(share, Tensor) else float(share) for share in shares]
-    trained = torch.is_grad_enabled() and (x.requires_grad or memory.requires_grad)
-    loss, _, _ = _cluster_nce(
-        x, targets, memory, teacher, extra_target, given["class_mask"], given["weight"], *each, one,
-        given["temperature"], given["teacher_temperature"] or given["temperature"], given["focal"], given["epsilon"],
-        given["normalize"], given["ignore_index"], given["reduction"],
-        # without a gradient nobody asks for the logits again
-        not trained or is_lean(x.shape[0], memory.shape[0], teacher is not None),
-    )  # fmt: skip
-    return loss
-
-
-@torch.library.custom_op("fastreid_u::cluster_nce", mutates_args=())
-def _cluster_nce(
-    x: Tensor,
-    targets: Tensor,
-    memory: Tensor,
-    teacher: Tensor | None,
-    extra_target: Tensor | None,
-    class_mask: Tensor | None,
-    weight: Tensor | None,
-    teacher_each: Tensor | None,
-    smoothing_each: Tensor | None,
-    extra_each: Tensor | None,
-    shares: list[float],
-    temperature: float,
-    teacher_temperature: float,
-    focal: float,
-    epsilon: float,
-    normalize: bool,
-    ignore_index: int,
-    reduction: str,
-    lean: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and for the backward statistics of each sample and, unless lean, the logits.
-
-    ``shares`` are those of the teacher, the uniform and the extra target where samples have none of their own.
-    """
-    from fastreid_u.kernels.cluster_nce import Settings, cluster_nce_fwd
-
-    each = teacher_each, smoothing_each, extra_each
-    shares = [share if own is None else own for own, share in zip(each, shares, strict=True)]
-    settings = Settings(
-        temperature=temperature, normalize=normalize, teacher=teacher, teacher_weight=shares[0],
-        teacher_temperature=teacher_temperature, smoothing=shares[1], extra_target=extra_target,
-        extra_weight=shares[2], focal=focal, epsilon=epsilon, class_mask=class_mask, weight=weight,
-        ignore_index=ignore_index, reduction=reduction,
-    )  # fmt: skip
-    return cluster_nce_fwd(x, targets, memory, settings, lean=lean, status=flag(OP, x.device))
-
-
-@_cluster_nce.register_fake
-def _(x, targets, memory, teacher, extra_target, class_mask, weight, teacher_each, smoothing_each, extra_each,
-      shares, temperature, teacher_temperature, focal, epsilon, normalize, ignore_index, reduction, lean):  # fmt: skip
-    from fastreid_u.kernels.cluster_nce import STATS
-
-    b, c = x.shape[0], memory.shape[0]  # len() would fix the sizes under torch.compile
-    loss = x.new_empty((b,) if reduction == "none" else (), dtype=torch.float32)
-    logits = x.new_empty((b if teacher is None else 2 * b, 0 if lean else c), dtype=torch.float32)
-    return loss, x.new_empty((STATS, b), dtype=torch.float32), logits
-
-
-@torch.library.custom_op("fastreid_u::cluster_nce_backward", mutates_args=())
-def _cluster_nce_backward(
-    grad: Tensor,
-    x: Tensor,
-    targets: Tensor,
-    memory: Tensor,
-    teacher: Tensor | None,
-    extra_target: Tensor | None,
-    class_mask: Tensor | None,
-    stats: Tensor,
-    logits: Tensor,
-    temperature: float,
-    teacher_temperature: float,
-    uniform: bool,
-    normalize: bool,
-    ignore_index: int,
-    need_x: bool,
-    need_memory: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients to ``x`` and ``memory``, without rows where not needed."""
-    from fastreid_u.kernels.cluster_nce import Settings, cluster_nce_bwd
-
-    settings = Settings(
-        temperature=temperature, normalize=normalize, teacher=teacher, teacher_temperature=teacher_temperature,
-        smoothing=float(uniform),  # how much of it is in the statistics
-        extra_target=extra_target, class_mask=class_mask, ignore_index=ignore_index,
-    )  # fmt: skip
-    needs = {"need_x": need_x, "need_memory": need_memory}
-    grad_x, grad_memory = cluster_nce_bwd(grad, x, targets, memory, stats, logits, settings, **needs)
-    return x.new_empty(0, x.shape[1]) if grad_x is None else grad_x, (
-        memory.new_empty(0, x.shape[1]) if grad_memory is None else grad_memory
-    )
-
-
-@_cluster_nce_backward.register_fake
-def _(grad, x, targets, memory, *options):
-    *_, need_x, need_memory = options
-    (b, d), c = x.shape, memory.shape[0]
-    return x.new_empty(b if need_x else 0, d), memory.new_empty(c if need_memory else 0, d)
-
-
-def _remember(ctx, inputs, output) -> None:
-    x, targets, memory, teacher, extra_target, class_mask, _, _, smoothing_each, _, shares, *settings = inputs
-    temperature, teacher_temperature, _, _, normalize, ignore_index, *_ = settings
-    uniform = smoothing_each is not None or shares[1] > 0
-    ctx.settings = temperature, teacher_temperature, uniform, normalize, ignore_index
-    _, stats, logits = output
-    ctx.save_for_backward(x, targets, memory, teacher, extra_target, class_mask, stats, logits)
-    ctx.set_materialize_grads(False)  # the logits get no gradient, not even zeros
-
-
-def _backward(ctx, grad, *_):
-    need_x, _, need_memory, *_ = ctx.needs_input_grad
-    grad_x, grad_memory = None, None
-    if grad is not None:
-        grad_x, grad_memory = _cluster_nce_backward(grad, *ctx.saved_tensors, *ctx.settings, need_x, need_memory)
-    return grad_x if need_x else None, None, grad_memory if need_memory else None, *(None,) * 16
-
-
-_cluster_nce.register_autograd(_backward, setup_context=_remember)

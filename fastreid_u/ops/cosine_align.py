@@ -33,7 +33,7 @@ def cosine_align(x: Tensor, goals: Tensor, index: Tensor | None = None) -> Tenso
         index: (B,) integers, the row of ``goals`` that each sample goes to; -1 takes no part, whatever it holds.
 
     Returns:
-        float32 (float64 for float64), differentiable with respect to ``x``; 0 with zero gradients if nobody takes part.
+        float32 (float64 for float64), differentiable with respect to ``x``; 0 with zero gradients if none takes part.
         A row of zeros, in ``x`` or the goals, has the cosine 0.
 
     Raises:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastreid_u import _ext
 from fastreid_u._checks import one_or_more, require_choice, require_positive, require_positive_int
-from fastreid_u.ops._core import entry_point, missing
-from fastreid_u.ops._dispatch import choose
+from fastreid_u.ops._compiled import entry_point
+from fastreid_u.ops._dispatch import choose, missing
 from fastreid_u.ops._distance_graph import DistanceGraph, read_graph
 from fastreid_u.reference import dbscan as reference
 
@@ -49,7 +49,7 @@ def dbscan(
     Args:
         graph: (N, N) distances, none negative, none NaN; inf is allowed. Dense (torch, NumPy, ``__dlpack__``) or sparse
             (``torch.sparse_csr``, SciPy): there an entry that is not stored is farther than any eps, except on the
-            diagonal, where it is 0. An asymmetric graph is read as scikit-learn reads it: row i says whom i reaches.
+            diagonal, where it is 0. An asymmetric graph is read as scikit-learn reads it: row i holds what i reaches.
         eps: distance up to which two points are neighbours, inclusive; any positive number. It is rounded to the
             graph's dtype and compared there. A sequence gives one row of labels for each, on one graph.
         min_samples: neighbours that make a core point.
@@ -132,15 +132,13 @@ def _cluster(
     if radii and max(eps) > radii[0]:
         raise ValueError(f"{_OP}: eps must be at most radius={radius:g}, got {max(eps):g}")
 
-    table: dict[str, Callable | str] = {
-        name: missing(name) or functools.partial(_compiled, backend=name) for name in ("cpp", "cuda", "cupy")
-    }
-    table["reference"] = _reference
     home = graph.device
-    on_gpu = backend in ("cuda", "cupy") or (backend == "auto" and (callable(table["cuda"]) or callable(table["cupy"])))
+    on_gpu = backend in ("cuda", "cupy") or (backend == "auto" and not (missing("cuda") and missing("cupy")))
     if home.type != "cpu" and not on_gpu:
         graph = graph.to("cpu")
-    labels, core = choose(_OP, graph.device, backend, table)(graph, eps, min_samples)
+    runs = {name: functools.partial(_compiled, backend=name) for name in ("cpp", "cuda", "cupy")}
+    run = choose(_OP, graph.device, backend, **runs, reference=_reference)
+    labels, core = run(graph, eps, min_samples)
     return labels.to(home), core.to(home)
 
 

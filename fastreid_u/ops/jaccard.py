@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastreid_u import _env
 from fastreid_u._checks import require_features, require_in_range
 from fastreid_u.ops._dispatch import choose
 from fastreid_u.ops.k_reciprocal import index_array, neighbour_counts, neighbours, sparse_rows
@@ -59,13 +58,8 @@ def jaccard_graph(
     """
     x, k1, k2, knn = _prepared("jaccard_graph", x, k1, k2, knn)
     radius = require_in_range("jaccard_graph", "radius", radius, 0, 1)
-    numba, triton = _env.numba(), _env.triton()
-    table = {
-        "numba": _numba_graph if numba.present else numba.detail,
-        "triton": _triton_graph if triton.present else triton.detail,
-        "reference": reference.jaccard_graph,
-    }
-    run = choose("jaccard_graph", x.device, backend, table)
+    runs = {"numba": _numba_graph, "triton": _triton_graph, "reference": reference.jaccard_graph}
+    run = choose("jaccard_graph", x.device, backend, **runs)
     return run(x, k1=k1, k2=k2, radius=radius, knn=knn, compat=compat)
 
 
@@ -91,13 +85,8 @@ def jaccard_distance(
         TypeError, ValueError: as :func:`jaccard_graph`.
     """
     x, k1, k2, knn = _prepared("jaccard_distance", x, k1, k2, knn)
-    numba, triton = _env.numba(), _env.triton()
-    table = {
-        "numba": _numba_distance if numba.present else numba.detail,
-        "triton": _triton_distance if triton.present else triton.detail,
-        "reference": reference.jaccard_distance,
-    }
-    return choose("jaccard_distance", x.device, backend, table)(x, k1, k2, knn=knn, compat=compat)
+    runs = {"numba": _numba_distance, "triton": _triton_distance, "reference": reference.jaccard_distance}
+    return choose("jaccard_distance", x.device, backend, **runs)(x, k1, k2, knn=knn, compat=compat)
 
 
 def _numba_graph(x: Tensor, *, k1: int, k2: int, radius: float, knn: tuple[Tensor, Tensor], compat: bool) -> Tensor:

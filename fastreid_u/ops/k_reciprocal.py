@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastreid_u import _env
 from fastreid_u._checks import (
     as_tensor,
     require_2d,
@@ -66,13 +65,8 @@ def k_reciprocal_encoding(
     x = require_features(op, "x", x)
     k1, k2 = neighbour_counts(op, k1, k2, len(x))
     knn = neighbours(op, x, k1, knn)
-    numba, triton = _env.numba(), _env.triton()
-    table = {
-        "numba": _numba if numba.present else numba.detail,
-        "triton": _triton if triton.present else triton.detail,
-        "reference": reference.k_reciprocal_encoding,
-    }
-    return choose(op, x.device, backend, table)(x, k1, k2, knn=knn, compat=compat)
+    run = choose(op, x.device, backend, numba=_numba, triton=_triton, reference=reference.k_reciprocal_encoding)
+    return run(x, k1, k2, knn=knn, compat=compat)
 
 
 def _numba(x: Tensor, k1: int, k2: int, *, knn: tuple[Tensor, Tensor], compat: bool) -> Tensor:

@@ -9,10 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastreid_u import _env
 from fastreid_u._checks import (
     clip_count,
-    require_choice,
     require_features,
     require_positive_int,
     require_same_device,
@@ -27,7 +25,6 @@ def knn(
     k: int,
     *,
     gallery: Tensor | None = None,
-    precision: str = "fp32",
     approximate: Any = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -37,8 +34,6 @@ def knn(
         x: (N, D) floating point, any device; taken in float32. Need not be of unit length.
         k: neighbours per row, the row itself included; more than there are rows is clipped with a warning.
         gallery: (M, D) rows to search; ``x`` itself if None.
-        precision: "fp32", "tf32" or "bf16", how coarsely a GPU may look for candidates. The result is measured exactly
-            either way; "triton" looks in float16 with proven bounds, whatever is asked for.
         approximate: only with backend "faiss", for more rows than can all be compared. True builds an inverted file (4
             sqrt(M) lists at most, a sixteenth of them searched); or a ready faiss index, trained, that holds the
             searched rows as they are, in their order, with any metric and on any device. Neighbours may then be missed.
@@ -71,20 +66,13 @@ def knn(
         require_same_device("knn", "gallery", gallery, "x", x)
     k = require_positive_int("knn", "k", k)
     k = clip_count("knn", "k", k, len(x if gallery is None else gallery))
-    require_choice("knn", "precision", precision, ("fp32", "tf32", "bf16"))
-    numba, triton, faiss = _env.numba(), _env.triton(), _env.faiss()
-    table = {
-        "numba": _numba if numba.present else numba.detail,
-        "triton": _triton if triton.present else triton.detail,
-        "faiss": _faiss if faiss.present and numba.present else (faiss if numba.present else numba).detail,
-        "reference": reference.knn,
-    }
-    run = choose("knn", x.device, backend, table)
-    if isinstance(approximate, (bool, np.bool_)) and not approximate:
-        return run(x, k, gallery=gallery, precision=precision)
-    if run is not _faiss:
+    approximate = bool(approximate) if isinstance(approximate, np.bool_) else approximate
+    run = choose("knn", x.device, backend, numba=_numba, triton=_triton, faiss=_faiss, reference=reference.knn)
+    if run is _faiss:
+        return _faiss(x, k, gallery=gallery, approximate=approximate)
+    if approximate is not False:
         raise ValueError(f"knn: approximate must be asked of backend 'faiss', got backend {backend!r}")
-    return _faiss(x, k, gallery=gallery, precision=precision, approximate=approximate)
+    return run(x, k, gallery=gallery)
 
 
 def own_first(sq_dist: Tensor, index: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,8 +88,8 @@ def own_first(sq_dist: Tensor, index: Tensor, row: Tensor) -> tuple[Tensor, Tens
     return sq_dist, torch.where(there, index, torch.cat([row, index[:, :-1]], dim=1))
 
 
-def _numba(x: Tensor, k: int, *, gallery: Tensor | None, precision: str) -> tuple[Tensor, Tensor]:
-    """Products of matrices by torch, the rest compiled; ``precision`` is for GPUs."""
+def _numba(x: Tensor, k: int, *, gallery: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Products of matrices by torch, the rest compiled."""
     from fastreid_u.cpu import knn as cpu
 
     # a process-wide setting may let float32 products round their factors, which no bound of ours covers
@@ -120,16 +108,21 @@ def _numba(x: Tensor, k: int, *, gallery: Tensor | None, precision: str) -> tupl
     return torch.from_numpy(found[0]), torch.from_numpy(found[1])
 
 
-def _faiss(
-    x: Tensor, k: int, *, gallery: Tensor | None, precision: str, approximate: Any = False
-) -> tuple[Tensor, Tensor]:
+def _faiss(x: Tensor, k: int, *, gallery: Tensor | None, approximate: Any) -> tuple[Tensor, Tensor]:
+    """The neighbours that faiss can settle; the rows it leaves open are searched by the fastest exact backend."""
     from fastreid_u.ops import _faiss as faiss
 
     faiss.require_index("knn", approximate, *(x if gallery is None else gallery).shape)
-    return faiss.knn(x, k, gallery=gallery, approximate=approximate)
+    home, x, gallery = x.device, x.cpu(), None if gallery is None else gallery.cpu()
+    sq_dist, index, open_rows = faiss.search(x, k, gallery=gallery, approximate=approximate)
+    if len(open_rows):
+        exact = choose("knn", x.device, "auto", numba=_numba, reference=reference.knn)
+        again = exact(x[open_rows], k, gallery=x if gallery is None else gallery)
+        sq_dist[open_rows], index[open_rows] = again if gallery is not None else own_first(*again, open_rows)
+    return sq_dist.to(home), index.to(home)
 
 
-def _triton(x: Tensor, k: int, *, gallery: Tensor | None, precision: str) -> tuple[Tensor, Tensor]:
+def _triton(x: Tensor, k: int, *, gallery: Tensor | None) -> tuple[Tensor, Tensor]:
     from fastreid_u.kernels.knn import knn as kernel
 
     return kernel(x, k, gallery)

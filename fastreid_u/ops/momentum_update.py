@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
@@ -23,13 +21,12 @@ from fastreid_u._checks import (
     require_same_width,
     require_values_in,
 )
-from fastreid_u.ops._device_flag import flag
-from fastreid_u.ops._dispatch import choose
+from fastreid_u.ops._dispatch import choose, no_float64
+from fastreid_u.ops.device_flag import flag
 from fastreid_u.reference import momentum_update as reference
 
 OP = "momentum_update_"
 RULES = ("sequential", "hard", "mean", "weighted", "index", "row", "push", "push_sequential")
-HAS_TRITON, HAS_NUMBA = (importlib.util.find_spec(name) is not None for name in ("triton", "numba"))
 
 
 def momentum_update_(
@@ -92,7 +89,7 @@ def momentum_update_(
         a GPU with ``FASTREID_U_CHECK=1``; the memory is then untouched.
         Without it the Triton kernel reads nothing back: a target or label out of range leaves the memory untouched, a
         sample that is not finite leaves its row untouched, an index of another row's sample moves nothing, and
-        ``fastreid_u.ops._device_flag.raise_flagged`` raises later.
+        ``fastreid_u.ops.device_flag.raise_flagged`` raises later.
 
     Dai et al., Cluster Contrast, ACCV 2022; Ge et al., SpCL, NeurIPS 2020; DCCC, ICASSP 2024; BMW, NeurIPS 2025.
     """
@@ -185,20 +182,15 @@ def _momentum_update(
     found_inf: Tensor | None,
     backend: str,
 ) -> None:
-    table = {"triton": _triton, "numba": _numba, "reference": reference.momentum_update_}
-    if not HAS_TRITON:
-        table["triton"] = "there is no triton for this platform"
-    elif torch.float64 in (memory.dtype, x.dtype):
-        table["triton"] = "the kernel computes in float32, and float64 was given"
-    elif rule == "push_sequential":
-        table["triton"] = "rows that wait for each other have no kernel; rule='push' has"
-    if not HAS_NUMBA:
-        table["numba"] = "pip install numba"
-    elif memory.dtype not in (torch.float32, torch.float64):
-        table["numba"] = f"numba has no {memory.dtype}"
+    cannot = {"triton": no_float64(memory, x)}
+    if rule == "push_sequential":
+        cannot["triton"] = cannot["triton"] or "rows that wait for each other have no kernel; rule='push' has"
+    if memory.dtype not in (torch.float32, torch.float64):
+        cannot["numba"] = f"numba has no {memory.dtype}"
     elif cluster_means is not None and cluster_means.dtype != memory.dtype:
-        table["numba"] = f"it wants cluster_means in the memory's {memory.dtype}"
-    run = choose(OP, memory.device, backend, table)
+        cannot["numba"] = f"it wants cluster_means in the memory's {memory.dtype}"
+    runs = {"triton": _triton, "numba": _numba, "reference": reference.momentum_update_}
+    run = choose(OP, memory.device, backend, cannot=cannot, **runs)
     if found_inf is not None and memory.device.type == "cpu" and bool(found_inf.any()):
         return
     look = found_inf is None or memory.device.type == "cpu"  # else an overflow is its to skip

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
@@ -22,12 +20,11 @@ from fastreid_u._checks import (
     require_same_length,
     require_same_width,
 )
-from fastreid_u.ops._device_flag import flag
-from fastreid_u.ops._dispatch import choose
+from fastreid_u.ops._dispatch import choose, no_float64
+from fastreid_u.ops.device_flag import flag
 from fastreid_u.reference import proxy_nce as reference
 
 OP = "proxy_nce"
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def proxy_nce(
@@ -93,7 +90,7 @@ def proxy_nce(
     Raises:
         TypeError, ValueError: wrong type, shape or value. A sample of whose cluster there is no proxy (scope "camera":
         none in its camera) is seen on a CPU, and on a GPU with ``FASTREID_U_CHECK=1``; without it the loss of that
-        sample is NaN, nothing is read back, and ``fastreid_u.ops._device_flag.raise_flagged`` raises later.
+        sample is NaN, nothing is read back, and ``fastreid_u.ops.device_flag.raise_flagged`` raises later.
 
     Wang et al., CAP, AAAI 2021; Chen et al., ICE, ICCV 2021; Cho et al., PPLR, CVPR 2022.
     """
@@ -121,12 +118,8 @@ def proxy_nce(
     require_choice(op, "reduction", reduction, ("mean", "camera", "sum", "none"))
     _require_proxies(clusters, cameras, proxy_clusters, proxy_cameras, scope, ignore_index)
 
-    table = {"triton": _triton, "reference": reference.proxy_nce}
-    if not HAS_TRITON:
-        table["triton"] = "there is no triton for this platform"
-    elif torch.float64 in (x.dtype, memory.dtype):
-        table["triton"] = "the kernel computes in float32, and float64 was given"
-    run = choose(op, x.device, backend, table)
+    cannot = {"triton": no_float64(x, memory)}
+    run = choose(op, x.device, backend, cannot=cannot, triton=_triton, reference=reference.proxy_nce)
     return run(
         x,
         clusters,

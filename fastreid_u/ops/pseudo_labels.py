@@ -10,13 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastreid_u import _env, _ext
+from fastreid_u import _ext
 from fastreid_u._checks import one_or_more, require_features, require_in_range, require_positive_int
-from fastreid_u.ops._core import entry_point, missing
-from fastreid_u.ops._dispatch import choose
+from fastreid_u.ops._compiled import entry_point
+from fastreid_u.ops._dispatch import choose, missing
 from fastreid_u.ops.dbscan import dbscan
 from fastreid_u.ops.jaccard import jaccard_graph
 from fastreid_u.ops.k_reciprocal import neighbour_counts, neighbours
+from fastreid_u.ops.pseudo_labels_sharded import LabelStep, agreed, share_clustering, share_search
+from fastreid_u.ranks import Ranks
+
+_OP = "pseudo_labels"
 
 
 def pseudo_labels(
@@ -39,9 +43,9 @@ def pseudo_labels(
             each, on one encoding.
         min_samples: points within eps, the point itself included, that make a core point.
         k1, k2, knn, compat: as in :func:`fastreid_u.jaccard_graph`.
-        group: a process group of ``torch.distributed``, or "world": every rank of it calls with the same arguments and
-            all N rows, does its share, and gets the same labels (:mod:`fastreid_u.ops.pseudo_labels_sharded`). The
-            backend is then chosen by the device.
+        group: a process group of ``torch.distributed`` that this process is in, or "world": every rank of it calls with
+            the same arguments and all N rows, does its share, and gets the same labels, those of one process alone
+            (:mod:`fastreid_u.ops.pseudo_labels_sharded`). The backend is then chosen by the device.
         backend: "auto", "cpp" (a CPU, as many threads as ``torch.get_num_threads()``; the encoding by numba), "cuda" (a
             GPU; the encoding by Triton), "cupy" (the same kernels, compiled by CuPy at first use), "triton" (a GPU: the
             graph of that backend, and the DBSCAN core) or "reference" (its graph and its DBSCAN); anything but "auto"
@@ -53,7 +57,9 @@ def pseudo_labels(
         the same backend.
 
     Raises:
-        TypeError, ValueError: wrong type, shape or count; NaN or infinity in ``x`` (the message counts the rows).
+        TypeError, ValueError: wrong type, shape or count; NaN or infinity in ``x`` (the message counts the rows). With
+            a group also if ranks were not given the same; a fault on one rank raises on all of them.
+        RuntimeError: the backend asked for is not available here; a group without torch.distributed.
 
     "cpp", "cuda" and "cupy" store no pair within eps, so memory does not depend on how many there are: 25 N k1 bytes
     for neighbour lists (24 N k1 on a GPU), and with m entries in the encoding (50 to 100 a row with the defaults) 16 m
@@ -62,36 +68,38 @@ def pseudo_labels(
     store the graph, 12 bytes for each pair within eps, which is 12 N^2 then. Rows of zeros, as a dead feature extractor
     makes them, are copies of each other and cluster as copies do (see :func:`fastreid_u.jaccard_graph`).
     """
-    op = "pseudo_labels"
-    if group is not None:
-        from fastreid_u.ops.pseudo_labels_sharded import pseudo_labels_sharded  # which calls this function in turn
-
-        if backend != "auto":
-            raise ValueError(f"{op}: backend must be 'auto' with a group, got {backend!r}")
-        return pseudo_labels_sharded(
-            x, eps=eps, min_samples=min_samples, k1=k1, k2=k2, knn=knn, compat=compat, group=group
-        )
-    x = require_features(op, "x", x)
-    eps, several = one_or_more(op, "eps", eps)
-    radii = [require_in_range(op, "eps", e, 0, 1, open_low=True, open_high=True) for e in eps]
-    min_samples = require_positive_int(op, "min_samples", min_samples)
-    k1, k2 = neighbour_counts(op, k1, k2, len(x))
-    numba, triton = _env.numba(), _env.triton()
-    encoders = {
-        "cpp": _encode_by_numba if numba.present else numba.detail,
-        "cuda": _encode_by_triton if triton.present else triton.detail,
-    }
-    encoders["cupy"] = encoders["cuda"]
-    table: dict[str, Callable | str] = {
-        name: missing(name)
-        or (functools.partial(_graph_free, backend=name, encode=encode) if callable(encode) else encode)
-        for name, encode in encoders.items()
-    }
-    table |= {"triton": _triton if triton.present else triton.detail, "reference": _by_graph}
-    run = choose(op, x.device, backend, table)
-    knn = neighbours(op, x, k1, knn)
-    labels = run(x, eps=radii, min_samples=min_samples, k1=k1, k2=k2, knn=knn, compat=compat)
+    if group is not None and backend != "auto":
+        raise ValueError(f"{_OP}: backend must be 'auto' with a group, got {backend!r}")
+    ranks = None if group is None else Ranks(_OP, group)
+    check = functools.partial(_checked, x, eps, min_samples, k1, k2, knn, compat)
+    step, several = check() if ranks is None else agreed(check, ranks)
+    shared = ranks is not None and len(step.x) > 0
+    if shared and step.knn is None:
+        step = step._replace(knn=share_search(step, ranks))
+    if shared and step.x.device.type == "cpu" and not missing("numba"):
+        labels = share_clustering(step, ranks)
+    else:
+        encoders = {"cpp": _encode_by_numba, "cuda": _encode_by_triton, "cupy": _encode_by_triton}
+        runs = {name: functools.partial(_graph_free, backend=name, encode=by) for name, by in encoders.items()}
+        cannot = {"cpp": missing("numba"), "cuda": missing("triton"), "cupy": missing("triton")}
+        run = choose(_OP, step.x.device, backend, cannot=cannot, **runs, triton=_triton, reference=_by_graph)
+        if step.knn is None:
+            step = step._replace(knn=neighbours(_OP, step.x, step.k1, None))
+        labels = run(**step._asdict())
+        if shared:
+            labels = ranks.from_first(labels)
     return labels if several else labels[0]
+
+
+def _checked(x, eps, min_samples, k1, k2, knn, compat) -> tuple[LabelStep, bool]:
+    """The arguments of the step, and whether eps was a sequence."""
+    x = require_features(_OP, "x", x)
+    eps, several = one_or_more(_OP, "eps", eps)
+    radii = [require_in_range(_OP, "eps", e, 0, 1, open_low=True, open_high=True) for e in eps]
+    min_samples = require_positive_int(_OP, "min_samples", min_samples)
+    k1, k2 = neighbour_counts(_OP, k1, k2, len(x), stacklevel=4)
+    knn = None if knn is None else neighbours(_OP, x, k1, knn)
+    return LabelStep(x, radii, min_samples, k1, k2, knn, compat), several
 
 
 def _graph_free(
@@ -113,7 +121,7 @@ def _graph_free(
         return labels
     lists = knn[1][:, :k1].to(torch.int32).contiguous()
     (crow, column, mass, weight), least_overlap = encode(x, lists, k2, compat)
-    min_samples = min(min_samples, n + 1)  # nobody is core anyway
+    min_samples = min(min_samples, n + 1)  # no point is core either way
     words = _ext.core().pseudo_labels_scratch_words(n, len(column), min_samples)
     scratch = torch.empty(words, dtype=torch.int64, device=x.device)
     encoding = _ext.core().Encoding(
@@ -135,13 +143,14 @@ def _graph_free(
 def _encode_by_numba(x: Tensor, lists: Tensor, k2: int, compat: bool) -> tuple[tuple, Callable]:
     """Row starts, ascending columns, integers, what a row adds up to; and the distance that overlaps mean."""
     from fastreid_u.cpu.jaccard import least_overlap
-    from fastreid_u.cpu.k_reciprocal import bits, encode, sort_rows
+    from fastreid_u.cpu.k_reciprocal import encode
+    from fastreid_u.cpu.rows import row_weight, sort_rows
 
     threads = torch.get_num_threads()
     rows = encode(x.contiguous().numpy(), lists.numpy(), k2, compat=compat, fixed=True, threads=threads)
     if k2 > 1:
         sort_rows(rows, np.arange(len(x), dtype=np.int32), threads)
-    return (*map(torch.from_numpy, rows), k2 << bits(k2)), least_overlap
+    return (*map(torch.from_numpy, rows), row_weight(k2)), least_overlap
 
 
 def _encode_by_triton(x: Tensor, lists: Tensor, k2: int, compat: bool) -> tuple[tuple, Callable]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,9 +23,37 @@ from fastreid_u._checks import (
 )
 from fastreid_u.ops._dispatch import choose
 from fastreid_u.reference import rank_metrics as reference
-from fastreid_u.reference.rank_metrics import RankMetrics
 
-__all__ = ["RankMetrics", "rank_metrics"]
+
+@dataclass(frozen=True, eq=False)
+class RankMetrics:
+    """Retrieval quality over the valid queries: those with a true match left after same-camera images are removed.
+
+    Attributes:
+        mAP: mean average precision, in [0, 1]; NaN without a valid query.
+        cmc: (max_rank,) float64; entry r - 1 is the share of valid queries whose first match is at rank <= r.
+        mINP: mean over queries of (number of matches) / (rank of the last match).
+        ap, inp: (num_valid_queries,) float64, per valid query in query order.
+        valid: (num_queries,) bool, which queries these are.
+        num_valid_queries, num_queries: how many count, how many there were.
+    """
+
+    mAP: float
+    cmc: Tensor
+    mINP: float
+    ap: Tensor
+    inp: Tensor
+    valid: Tensor
+    num_valid_queries: int
+    num_queries: int
+
+    def top(self, rank: int) -> float:
+        """CMC at ``rank`` (1-based): the share of valid queries with a match among the first ``rank``."""
+        return float(self.cmc[rank - 1])
+
+    def __str__(self) -> str:
+        shown = [f"mAP {self.mAP:.2%}"] + [f"top-{r} {self.top(r):.2%}" for r in (1, 5, 10) if r <= len(self.cmc)]
+        return " · ".join([*shown, f"mINP {self.mINP:.2%}", f"{self.num_valid_queries} of {self.num_queries} queries"])
 
 
 def rank_metrics(
@@ -57,7 +86,7 @@ def rank_metrics(
 
     Returns:
         :class:`RankMetrics`. Queries without a true match left are not counted; if that is all of them, mAP, mINP and
-        CMC are NaN and a warning says why. Equal distances rank by gallery index.
+        CMC are NaN, with a warning that gives the reason. Equal distances rank by gallery index.
 
     Raises:
         TypeError, ValueError: wrong type, shape or choice, NaN or infinity; the message names argument, rule and value.
@@ -89,8 +118,9 @@ def rank_metrics(
     require_choice(op, "ap", ap, ("rank", "sklearn", "trapezoid"))
     max_rank = require_positive_int(op, "max_rank", max_rank)
 
-    run = choose(op, device, backend, {"reference": reference.rank_metrics})
-    metrics = run(query, gallery, q_pids, g_pids, q_camids, g_camids, distmat=distmat, ap=ap, max_rank=max_rank)
+    run = choose(op, device, backend, reference=reference.rank_metrics)
+    scores = run(query, gallery, q_pids, g_pids, q_camids, g_camids, distmat=distmat, ap=ap, max_rank=max_rank)
+    metrics = RankMetrics(**scores._asdict(), num_valid_queries=len(scores.ap), num_queries=len(q_pids))
     if metrics.num_valid_queries == 0:
         if torch.isin(q_pids.cpu(), g_pids.cpu()).any():
             why = "every true match shares its query's camera; without camera ids none would be removed"

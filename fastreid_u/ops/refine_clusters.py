@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreid_u import _env
 from fastreid_u._checks import (
     require_choice,
     require_features,
@@ -19,7 +18,9 @@ from fastreid_u._checks import (
 )
 from fastreid_u.ops._dispatch import choose
 from fastreid_u.ops._distance_graph import DistanceGraph, read_graph
-from fastreid_u.ops._singletons import (
+from fastreid_u.ops.jaccard import jaccard_graph
+from fastreid_u.ops.k_reciprocal import index_array, neighbour_counts, neighbours
+from fastreid_u.ops.label_classes import (
     move_out,
     own_classes,
     require_labels,
@@ -27,8 +28,6 @@ from fastreid_u.ops._singletons import (
     sizes,
     without_singletons,
 )
-from fastreid_u.ops.jaccard import jaccard_graph
-from fastreid_u.ops.k_reciprocal import index_array, neighbour_counts, neighbours
 from fastreid_u.reference import refine_clusters as reference
 
 _OP = "refine_clusters"
@@ -60,7 +59,7 @@ def refine_clusters(
       with the part, so the main part of a split cluster tends to be dissolved and stragglers to stay.
     * "mean_to_cluster", as the paper's text reads: the mean distance of the part's points to the other points of C,
       against the mean distance between points of C; a part that is its cluster stays. Stragglers leave.
-    * "none": nobody moves.
+    * "none": no point moves.
 
     Args:
         x: (N, D) floating point features, any device. None with ``graph``.
@@ -99,13 +98,8 @@ def refine_clusters(
         x = require_features(_OP, "x", x)
         require_same_length(_OP, "labels", labels, "x", x)
         require_same_device(_OP, "labels", labels, "x", x)
-        numba, triton = _env.numba(), _env.triton()
-        table = {
-            "numba": _numba if numba.present else numba.detail,
-            "triton": _triton if triton.present else triton.detail,
-            "reference": reference.refine_clusters,
-        }
-        run = choose(_OP, x.device, backend, table)
+        runs = {"numba": _numba, "triton": _triton, "reference": reference.refine_clusters}
+        run = choose(_OP, x.device, backend, **runs)
         k1, k2 = neighbour_counts(_OP, k1, k2, len(x))
         encoding = {"k1": k1, "k2": k2, "knn": neighbours(_OP, x, k1, knn), "compat": compat}
         if run is reference.refine_clusters:
@@ -177,7 +171,8 @@ def _triton(x: Tensor, labels: Tensor, tight: Tensor, wanted: Tensor, **encoding
 
 
 def _sums_on_graph(graph: DistanceGraph, labels: Tensor, tight: Tensor) -> tuple[Tensor, Tensor]:
-    """As the CPU kernel sums them: distances to the rest of the own cluster, and to whom ``tight`` changes."""
+    """As the CPU kernel sums them: each point's distances to the rest of its cluster, and to the points that ``tight``
+    adds to it or takes from it."""
     inside, changed, absent = torch.zeros_like(labels), torch.zeros_like(labels), 0
     if graph.indptr is not None:  # start from all at 1, where an entry that is not stored is
         absent = _UNIT

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastreid_u import _env
 from fastreid_u._checks import (
     as_tensor,
     clip_count,
@@ -101,13 +100,7 @@ def rerank(
     if top is not None:
         top = clip_count(op, "top", require_positive_int(op, "top", top), shape[1])
 
-    numba, triton = _env.numba(), _env.triton()
-    table = {
-        "numba": _numba if numba.present else numba.detail,
-        "triton": _triton if triton.present else triton.detail,
-        "reference": reference.rerank,
-    }
-    run = choose(op, device, backend, table)
+    run = choose(op, device, backend, numba=_numba, triton=_triton, reference=reference.rerank)
     if 0 in shape:
         empty = torch.zeros(shape if top is None else (shape[0], top), dtype=torch.float32, device=device)
         return empty if top is None else (empty, empty.long())

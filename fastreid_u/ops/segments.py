@@ -31,7 +31,7 @@ def segment_sum(x: Tensor, labels: Tensor, num_segments: int | None = None) -> T
             waited for; give it in a training step.
 
     Returns:
-        (C, D) float32 (float64 for float64) on ``x``'s device; zeros for a label that nobody has. Differentiable.
+        (C, D) float32 (float64 for float64) on ``x``'s device; zeros for a label that no row has. Differentiable.
         Summed in the order of the rows on a CPU and without atomics on a GPU: the same bits every time. No memory
         beyond the result and one integer per row.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 def cluster_centroids(x: Tensor, labels: Tensor, *, normalize: bool = True) -> Tensor:
     """(C, D): row c is the mean of the rows of ``x`` labelled c, scaled to unit length if ``normalize``.
 
-    C is the largest label plus 1. Label -1 is noise and ignored; a label that nobody has gets a row of zeros.
+    C is the largest label plus 1. Label -1 is noise and ignored; a label that no row has gets zeros.
     """
     x = x if x.dtype == torch.float64 else x.float()
     order = labels.argsort(stable=True)

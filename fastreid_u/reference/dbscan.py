@@ -65,7 +65,7 @@ def core_points(graph: Tensor | np.ndarray | scipy.sparse.sparray, eps: float, m
 
 
 def neighbourhoods(graph: Tensor | np.ndarray | scipy.sparse.sparray, eps: float) -> list[list[int]]:
-    """For each point the points within eps of it, itself included unless its diagonal entry says otherwise."""
+    """For each point the points within eps of it, itself included unless its diagonal entry is beyond eps."""
     if isinstance(graph, Tensor) and graph.layout == torch.sparse_csr:
         parts = [part.detach().cpu().numpy() for part in (graph.values(), graph.col_indices(), graph.crow_indices())]
         graph = scipy.sparse.csr_array(tuple(parts), shape=tuple(graph.shape))

@@ -20,12 +20,12 @@ def pair_sq_dist(x: Tensor, y: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def knn(x: Tensor, k: int, *, gallery: Tensor | None = None, precision: str = "fp32") -> tuple[Tensor, Tensor]:
+def knn(x: Tensor, k: int, *, gallery: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The ``k`` nearest rows of ``gallery`` (or of ``x`` itself) for every row of ``x``.
 
     Returns ``(sq_dist, index)``, both (N, min(k, rows searched)); ``sq_dist`` is float64 for float64 ``x``, else
     float32. Distances are summed in float64 and rounded once. Order: without a gallery the row itself, then by
-    (rounded distance, index). ``precision`` names how a kernel may look for candidates and changes nothing here.
+    (rounded distance, index).
 
     A product of matrices gives a lower bound on every distance; whatever that cannot rule out of the first ``k`` is
     measured exactly and sorted, so ties at the cut-off are decided by index however many copies there are. Memory is

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,35 +16,15 @@ _BLOCK_ENTRIES = 2**23
 _NEAR = 2.0**-22  # share of |q|^2 + |g|^2 below which their difference is measured rather than computed
 
 
-@dataclass(frozen=True, eq=False)
-class RankMetrics:
-    """Retrieval quality over the valid queries: those with a true match left after same-camera images are removed.
-
-    Attributes:
-        mAP: mean average precision, in [0, 1]; NaN without a valid query.
-        cmc: (max_rank,) float64; entry r - 1 is the share of valid queries whose first match is at rank <= r.
-        mINP: mean over queries of (number of matches) / (rank of the last match).
-        ap, inp: (num_valid_queries,) float64, per valid query in query order.
-        valid: (num_queries,) bool, which queries these are.
-        num_valid_queries, num_queries: how many count, how many there were.
-    """
+class Scores(NamedTuple):
+    """Means over the valid queries (NaN without one), the scores of each, and which queries they are."""
 
     mAP: float
-    cmc: Tensor
+    cmc: Tensor  # (max_rank,) float64
     mINP: float
-    ap: Tensor
+    ap: Tensor  # (number of valid queries,) float64, as inp
     inp: Tensor
-    valid: Tensor
-    num_valid_queries: int
-    num_queries: int
-
-    def top(self, rank: int) -> float:
-        """CMC at ``rank`` (1-based): the share of valid queries with a match among the first ``rank``."""
-        return float(self.cmc[rank - 1])
-
-    def __str__(self) -> str:
-        shown = [f"mAP {self.mAP:.2%}"] + [f"top-{r} {self.top(r):.2%}" for r in (1, 5, 10) if r <= len(self.cmc)]
-        return " · ".join([*shown, f"mINP {self.mINP:.2%}", f"{self.num_valid_queries} of {self.num_queries} queries"])
+    valid: Tensor  # (Q,) bool
 
 
 @torch.no_grad()
@@ -59,7 +39,7 @@ def rank_metrics(
     distmat: Tensor | None = None,
     ap: str = "rank",
     max_rank: int = 100,
-) -> RankMetrics:
+) -> Scores:
     """Rank the gallery for each query by (distance, gallery index) and score the lists.
 
     Gallery images with the query's identity and camera are removed first. ``ap``: "rank", the mean over matches of
@@ -91,15 +71,13 @@ def rank_metrics(
             first_match[rank[0] - 1] += 1
 
     count = len(precisions)
-    return RankMetrics(
+    return Scores(
         mAP=float(np.mean(precisions)) if count else float("nan"),
         cmc=torch.from_numpy(first_match.cumsum() / (count if count else np.nan)).to(device),
         mINP=float(np.mean(penalties)) if count else float("nan"),
         ap=torch.tensor(precisions, dtype=torch.float64, device=device),
         inp=torch.tensor(penalties, dtype=torch.float64, device=device),
         valid=torch.from_numpy(valid).to(device),
-        num_valid_queries=count,
-        num_queries=len(q_pids),
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .jaccard import jaccard_distance
-from .reliability import own_classes, without_singletons
+from .reliable_clusters import own_classes, without_singletons
 
 
 def scores(distance: Tensor, labels: Tensor, labels_tight: Tensor, rule: str) -> tuple[Tensor, Tensor]:

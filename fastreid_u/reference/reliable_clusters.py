@@ -3,23 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class ReliableClusters:
-    """What the criterion leaves of a clustering.
-
-    Attributes:
-        labels: (N,) int64, the labels after the criterion.
-        threshold: the least independence a cluster needs; give it back in the next epoch. None if there was no
-            cluster yet to take it from.
-        compactness: (N,) float64 in (0, 1], how much of a point's cluster the tight clustering shares.
-        independence: (N,) float64 in (0, 1], the same for the loose clustering.
-    """
+class Kept(NamedTuple):
+    """Labels (N,), the threshold or None, and the scores (N,) of the points."""
 
     labels: Tensor
     threshold: float | None
@@ -57,10 +48,10 @@ def reliable_clusters(
     threshold: float | None = None,
     keep: float = 0.9,
     singletons: bool = True,
-) -> ReliableClusters:
-    """Keep a point in its cluster if the cluster is independent enough and nobody in it is more compact.
+) -> Kept:
+    """Keep a point in its cluster if the cluster is independent enough and no member of it is more compact.
 
-    The published code works with one minus these scores, and so with least where this says most.
+    The published code works with one minus these scores, and so with the least where these are the most.
     """
     labels, tight, loose = (own_classes(each) for each in (labels, labels_tight, labels_loose))
 
@@ -89,4 +80,4 @@ def reliable_clusters(
             fresh += 1
     if not singletons:
         found = without_singletons(found)
-    return ReliableClusters(found, threshold, compactness, independence)
+    return Kept(found, threshold, compactness, independence)

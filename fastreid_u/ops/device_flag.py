@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors that a kernel finds in data on a GPU, kept until somebody waits for the GPU anyway.
+"""Errors that a kernel finds in data on a GPU, kept until the host waits for the GPU anyway.
 
 A kernel of a training step must not make the host wait, so it sets a bit of a flag on its device and leaves its result
 unchanged or NaN. ``raise_flagged`` reads the flags; call it where the host waits, as when it prints a loss.

@@ -33,7 +33,7 @@ def batch_hard_triplet(x: Tensor, targets: Tensor, *, ignore_index: int = -1, re
     Args:
         x: (B, D) floating point, any device.
         targets: (B,) integers on the same device, or ``ignore_index`` for samples that take no part, neither as anchor
-            nor as somebody's positive or negative.
+            nor as another's positive or negative.
         reduction: "mean" over the samples that take part, "sum", or "none" for (B,) with zeros at the others.
 
     Returns:

@@ -15,9 +15,15 @@ def require_labels(op: str, name: str, labels: object) -> Tensor:
     return require_values_in(op, name, labels, -1, max(1, 2 * len(labels)), always=True)
 
 
-def own_classes(labels: Tensor) -> Tensor:
-    """Noise points become classes of their own, numbered after the clusters in the order of their index."""
-    return move_out(labels, labels < 0)
+def own_classes(labels: Tensor, among: Tensor | None = None) -> Tensor:
+    """Noise points become classes of their own, numbered after the clusters in the order of their index.
+
+    Args:
+        labels: (N,) integers, -1 for noise.
+        among: (N,) bool, the points that may; the others stay noise. None for all.
+    """
+    noise = labels < 0
+    return move_out(labels, noise if among is None else noise & among)
 
 
 def move_out(labels: Tensor, moved: Tensor) -> Tensor:

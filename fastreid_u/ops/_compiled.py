@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of the compiled core where no nvcc was: CuPy compiles their source, which comes with the package.
+"""The compiled core ``_C``, bound to where it runs: CPU threads, its own CUDA kernels, or the same kernels by CuPy.
 
-``_C`` then runs its phases through a :class:`Launcher`: it says which kernel comes next and with what argument, so what
-happens and in which order stays in C++. CuPy is imported when the first kernel is launched, takes under a second for
-each, and keeps the machine code on disk.
+Where no nvcc was, CuPy compiles the source of the kernels, which comes with the package. ``_C`` then runs its phases
+through a :class:`Launcher`: it names the next kernel and its argument, so what happens and in which order stays in C++.
+CuPy is imported when the first kernel is launched, takes under a second for each, and keeps the machine code on disk.
 """
 
 from __future__ import annotations
@@ -18,6 +18,24 @@ import torch
 from torch import Tensor
 
 from fastreid_u import _ext
+
+
+def entry_point(name: str, backend: str, scratch: Tensor) -> Callable:
+    """``_C``'s function ``name`` on ``backend``; its scratch memory, int64, tells the device and is passed along.
+
+    On a GPU it runs on torch's current stream.
+    """
+    if backend == "cpp":
+        where = {"threads": torch.get_num_threads()}
+        run = getattr(_ext.core(), f"{name}_cpu")
+    elif backend == "cuda":
+        stream = torch.cuda.current_stream(scratch.device).cuda_stream
+        where = {"device": scratch.device.index, "stream": stream}
+        run = getattr(_ext.core(), f"{name}_cuda")
+    else:
+        where = {"launcher": Launcher(scratch)}
+        run = getattr(_ext.core(), f"{name}_launched")
+    return functools.partial(run, scratch=scratch.data_ptr(), **where)
 
 
 def source_folder() -> Path:
@@ -35,7 +53,7 @@ def source() -> str:
 
 
 def options() -> tuple[str, ...]:
-    """For the compiler; CuPy adds the architecture, and that a function is for the device unless it says otherwise."""
+    """For the compiler; CuPy adds the architecture, and that functions are for the device unless marked otherwise."""
     return "-std=c++17", f"-I{source_folder()}"
 
 

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from fastreid_u._checks import require_in_range, require_same_device, require_same_length
-from fastreid_u.ops._singletons import (
+from fastreid_u.ops.label_classes import (
     move_out,
     own_classes,
     require_labels,
@@ -14,9 +16,24 @@ from fastreid_u.ops._singletons import (
     sizes,
     without_singletons,
 )
-from fastreid_u.reference.reliability import ReliableClusters
 
-__all__ = ["ReliableClusters", "reliable_clusters"]
+
+@dataclass(frozen=True, eq=False)
+class ReliableClusters:
+    """What the criterion leaves of a clustering.
+
+    Attributes:
+        labels: (N,) int64, the labels after the criterion.
+        threshold: the least independence a cluster needs; give it back in the next epoch. None if there was no
+            cluster yet to take it from.
+        compactness: (N,) float64 in (0, 1], how much of a point's cluster the tight clustering shares.
+        independence: (N,) float64 in (0, 1], the same for the loose clustering.
+    """
+
+    labels: Tensor
+    threshold: float | None
+    compactness: Tensor
+    independence: Tensor
 
 
 def reliable_clusters(
