@@ -193,7 +193,7 @@ def _thickness(pairs: int) -> float:
 
 
 def _slot(span: tuple[float, float], number: int, count: int) -> float:
-    """Where arrow ``number`` meets a floor's right edge: 0 leaves it, 1 .. ``count`` arrive, the nearest floor first."""
+    """Where arrow ``number`` meets a floor's right edge: 0 leaves it, 1 .. ``count`` arrive, nearest floor first."""
     top, bottom = span
     return top + (bottom - top) * (number + 0.75) / (count + 1.25)
 
