@@ -9,6 +9,7 @@ Another test draws it anew and compares, so it cannot fall behind the tree.
 
 import ast
 import importlib.util
+import re
 import textwrap
 from collections.abc import Iterator
 from html import escape
@@ -27,7 +28,7 @@ COLOURS = ["#57534e", "#1d4ed8", "#0e7490", "#15803d", "#b45309", "#be123c", "#7
 FONT = "font-family=\"Helvetica, Arial, 'DejaVu Sans', sans-serif\""
 
 # What has no Python docstring of its own.
-UNDOCUMENTED = {"kernels": "The ops in Triton; each file can be copied out.", "_C": "The label step in C++ and CUDA."}
+UNDOCUMENTED = {"kernels": "The ops in Triton; each can be copied out.", "_C": "The label step in C++ and CUDA."}
 
 
 class Box(NamedTuple):
@@ -158,14 +159,14 @@ def _lines(box: Box, width: float, *, alone: bool) -> Iterator[tuple[str, str]]:
 
 
 def _shorten(text: str, fit: int) -> list[str]:
-    """``text`` in at most three lines; a longer one ends at the last pause that fits, rather a colon than a comma."""
+    """``text`` in at most three lines; a longer one ends at a pause, at a colon rather than a comma."""
     lines = textwrap.wrap(text, fit, break_on_hyphens=False)
     if len(lines) <= 3:
         return lines
     start = " ".join(lines[:3])
-    pause = max(start.rfind(":"), start.rfind(";"))
-    pause = pause if pause >= 20 else start.rfind(",")
-    return textwrap.wrap(start[:pause], fit, break_on_hyphens=False) if pause > 0 else [*lines[:2], lines[2][:-1] + "…"]
+    pauses = [found.start() for found in re.finditer(r"[:;]", start[20:])]  # a shorter start would mean too little
+    end = 20 + pauses[0] if pauses else start.rfind(",")
+    return textwrap.wrap(start[:end] if end > 0 else start.rpartition(" ")[0] + " …", fit, break_on_hyphens=False)
 
 
 def _draw_imports(shapes: list[str], floors: list[Floor], spans: dict[int, tuple[float, float]]) -> None:
