@@ -128,11 +128,3 @@ def test_the_module_prints_what_the_machine_offers():
     done = subprocess.run([sys.executable, "-m", "fastreid_u"], capture_output=True, text=True, check=True)
     for word in ("python", "torch", "triton", "numba", "_C", "cupy", "faiss", "gpu"):
         assert re.search(rf"(yes|no ) +{word}\b", done.stdout), word
-
-
-def test_links_and_pictures_exist():
-    for target in re.findall(r"\]\(((?!http)[^)#]+)", README.read_text()):
-        assert (ROOT / target).exists(), target
-    for page in (ROOT / "docs").glob("*.md"):
-        for target in re.findall(r"\]\(((?!http)[^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"

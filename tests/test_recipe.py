@@ -101,8 +101,9 @@ def test_every_method_is_what_it_is_listed_as_and_documented(name):
     for dataset in ("", "market1501", "synthetic"):
         config = recipe.Config.for_dataset(dataset)
         assert all(field.metadata["help"] and field.metadata["source"] for field in dataclasses.fields(config))
-    pages = Path(__file__).parents[1] / "docs" / "methods.md"
-    assert f"`{name}`" in pages.read_text()
+    pages = Path(__file__).parents[1] / "docs" / "methods"
+    assert f"`{name}`" in (pages / "README.md").read_text()
+    assert f"`{name}`" in (pages / f"{name}.md").read_text()
 
 
 def test_an_unknown_method_lists_the_known():

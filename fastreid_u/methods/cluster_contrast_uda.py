@@ -3,7 +3,7 @@
 
 Described in words in the appendix of Cluster Contrast (arXiv 2103.11568 v3): SpCL's domain-adaptive setting with
 cluster-level rows in place of its hybrid memory. No code was released; what the words leave open is an option here,
-and docs/methods.md says which choice is whose.
+and docs/methods/cluster_contrast_uda.md lists which choice is whose.
 """
 
 from collections.abc import Mapping

@@ -4,7 +4,7 @@
 "A new robust contrastive learning for unsupervised person re-identification", IJMLC 2023 (DOI
 10.1007/s13042-023-01997-1). Only its abstract was to be had: no code, no formula, no figure. What is here is OUR design
 of what the abstract names (cluster sample aggregation, hard positive sampling by a dispersion degree, self-attention
-aggregation), every choice of it named in docs/methods.md; it reproduces no published number.
+aggregation), every choice of it named in docs/methods/csa_hps.md; it reproduces no published number.
 """
 
 import operator
