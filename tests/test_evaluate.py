@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fastreid_u
-from fastreid_u.config import dump_toml, load_toml
+from fastreid_u._toml import dump_toml, load_toml
 from fastreid_u.data import ReIDDataset, Sample, load_dataset
 from fastreid_u.data import test_transform as transform
 from fastreid_u.engine import checkpoint

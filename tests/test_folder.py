@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastreid_u
-from fastreid_u.config import dump_toml, load_toml
+from fastreid_u._toml import dump_toml, load_toml
 from fastreid_u.data import load_dataset, locate
 from fastreid_u.engine import checkpoint
 from fastreid_u.engine.folder import LAYOUT, LayoutError, RunFolder, State, settings_text

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import fastreid_u
+from fastreid_u._toml import load_toml
 from fastreid_u.cli import main
-from fastreid_u.config import load_toml
 from fastreid_u.engine.lock import FolderInUse, locked
 from fastreid_u.models import build_model
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import fastreid_u
-from fastreid_u.config import load_toml, option
+from fastreid_u._toml import load_toml
+from fastreid_u.config import option
 from fastreid_u.data import load_dataset, test_transform
 from fastreid_u.engine import optimizer
 from fastreid_u.methods import get_method

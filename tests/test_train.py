@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import fastreid_u
-from fastreid_u.config import load_toml
+from fastreid_u._toml import load_toml
 from fastreid_u.engine import checkpoint, loop, optimizer
 from fastreid_u.engine.folder import RunFolder
 

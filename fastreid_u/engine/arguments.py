@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastreid_u.config import Config, plain
+from fastreid_u._toml import plain
+from fastreid_u.config import Config
 from fastreid_u.methods import get_method, method_names
 from fastreid_u.recipe import Recipe
 
@@ -60,6 +61,21 @@ class Arguments:
             data=stored["data"] if self.data is None else self.data,
             source_data=stored["source_data"] if self.source_data is None else self.source_data,
         )
+
+
+def stored_method(stored: Mapping[str, Any]) -> str:
+    """The method of a run folder's settings, if it is one of ours. A stored file or module is never imported.
+
+    Raises:
+        ValueError: it is not one of ours, so the caller has to give it again.
+    """
+    method = stored["run"]["method"]
+    if method not in method_names():
+        raise ValueError(
+            "train: method must be given again, as FILE.py:CLASS or the class, for a run of one's own method "
+            f"({method!r}), got None"
+        )
+    return method
 
 
 @dataclass(frozen=True)
@@ -145,23 +161,6 @@ def absolute_name(argument: str, value: object, root: str | os.PathLike | None) 
     text = os.fspath(value)
     places = (Path(text).expanduser(), data_root(root) / text) if text and not known_name(text) else ()
     return known_name(text) or next((os.path.abspath(place) for place in places if place.exists()), text)
-
-
-def stored_method(stored: Mapping[str, Any]) -> str:
-    """The method of a run's settings, where it is one of ours.
-
-    A file or module that settings name is never imported: the folder may come from someone else.
-
-    Raises:
-        ValueError: it is not one of ours, so the caller has to give it again.
-    """
-    method = stored["run"]["method"]
-    if method not in method_names():
-        raise ValueError(
-            "train: method must be given again, as FILE.py:CLASS or the class, for a run of one's own method "
-            f"({method!r}), got None"
-        )
-    return method
 
 
 def stored_root(name: str, root: str | None) -> str | None:

@@ -18,7 +18,8 @@ class Display:
     """The lines and the progress of one run.
 
     Args:
-        log: file to which every line is appended, refused if it is a link; None keeps lines until ``log_to`` names it.
+        log: file to which every line is appended, refused if it is a link; without one, lines are kept until ``log_to``
+            names it.
         quiet: show nothing on ``stream`` (lines are logged all the same).
         stream: where lines are shown; a terminal gets progress bars.
     """
@@ -31,11 +32,7 @@ class Display:
         self._progress = None
 
     def log_to(self, log: Path) -> None:
-        """Append the lines shown so far, and all that follow, to ``log``.
-
-        Raises:
-            PermissionError: ``log`` is a link or a device. OSError: it cannot be written.
-        """
+        """Append the lines shown so far, and all that follow, to ``log``."""
         self._log = log
         kept, self._kept = self._kept, []
         self._append(kept)

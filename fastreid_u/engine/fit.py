@@ -15,7 +15,7 @@ from fastreid_u.ranks import gather_batch
 from fastreid_u.recipe import Batch, balanced_batches
 
 if TYPE_CHECKING:
-    from fastreid_u.data import Loaded
+    from fastreid_u.data.loader import Loaded
     from fastreid_u.engine.session import Session
 
 

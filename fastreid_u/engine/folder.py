@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Self
 
 from torch import Tensor, nn
 
-from fastreid_u.config import dump_toml, load_toml
+from fastreid_u._toml import dump_toml, load_toml
 from fastreid_u.engine.checkpoint import SaveError, read_described, write_described, write_text
 from fastreid_u.engine.lock import FolderInUse, locked
 from fastreid_u.engine.own_file import open_own
@@ -274,6 +274,16 @@ def require_readable(op: str, path: Path, layout: object) -> None:
         f"{layout!r} of {'a newer' if newer else 'an older'} fastreid_u; use that version for it, or start another run "
         "in another logs_dir"
     )
+
+
+def refuse_import(op: str, path: Path, method: object) -> None:
+    """Refuse a stored ``method`` that is a file or a module to import: ``train`` stores names only.
+
+    Raises:
+        ValueError: someone else wrote ``path``.
+    """
+    if not isinstance(method, str) or ":" in method:
+        raise ValueError(f"{op}: {path} must hold the name of a method, as train wrote it, got {method!r}")
 
 
 def settings_text(tables: Mapping[str, Mapping[str, Any]]) -> str:

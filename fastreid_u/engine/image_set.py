@@ -12,7 +12,8 @@ from fastreid_u.engine.device import Machine
 from fastreid_u.engine.display import Display
 
 if TYPE_CHECKING:
-    from fastreid_u.data import BadImage, Loaded, Sample, View
+    from fastreid_u.data import BadImage, Sample, View
+    from fastreid_u.data.loader import Loaded
 
 BAD_SHARE = 0.05  # past this share of unreadable images, the folder is more likely wrong than damaged
 
@@ -141,7 +142,7 @@ class ImageSet:
         return features
 
     def train_batches(self, batches: Sequence[Sequence[int]], seed: Sequence[int]) -> "Iterator[Loaded]":
-        """Read ``batches`` of indices under the training views; unreadable images are left out and noted in ``bad``.
+        """``batches`` of image indices under the training views; unreadable images are left out and noted in ``bad``.
 
         The workers begin at once, before the first batch is asked for.
         """

@@ -88,7 +88,7 @@ def open_session(recipe: Recipe, datasets: Datasets, machine: Machine, folder: R
             "warning: center_per_camera has no effect: these data have no camera ids, or one camera only"
         )
     reading = Reading(
-        test_transform(config.height, config.width, **config.pixel_statistics()),
+        test_transform(config.height, config.width, pixel_norm=config.pixel_norm),
         config.eval_batch_size,
         train_views=recipe.views(),
         train_batch_size=config.batch_size,
@@ -122,8 +122,8 @@ def start_networks(session: Session, model: "ReIDModel", *, calibrate: bool) -> 
         # Any fixed spread over the images will do; batches of near-identical neighbours would not.
         generator = torch.Generator().manual_seed(config.seed)
         order = torch.randperm(len(session.target.samples), generator=generator).tolist()
-        spread = session.target.plain.epoch(chunks(order, config.eval_batch_size))
-        batches = (loaded.images.to(machine.device) for loaded in spread)
+        fixed = chunks(order, config.eval_batch_size)
+        batches = (batch.images.to(machine.device) for batch in session.target.plain.epoch(fixed))
         with machine.precision():
             calibrate_batchnorm(model, islice(batches, config.calibrate_bn))
     recipe.build(model)

@@ -13,8 +13,8 @@ from fastreid_u.engine.card import metric_block
 from fastreid_u.engine.device import Machine, pick_device, uses_bfloat16
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.evaluate import SplitImages, evaluate_split, test_split
-from fastreid_u.engine.folder import RunFolder
-from fastreid_u.trained.model import load_model, reading_of, refuse_import, run_path
+from fastreid_u.engine.folder import RunFolder, refuse_import
+from fastreid_u.trained.model import load_model, reading_of, run_path
 
 if TYPE_CHECKING:
     from fastreid_u.data import ReIDDataset

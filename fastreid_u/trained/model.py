@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastreid_u.config import pixel_statistics
 from fastreid_u.engine.checkpoint import read_described
 from fastreid_u.engine.device import pick_device
-from fastreid_u.engine.folder import LAYOUT, LayoutError, RunFolder
+from fastreid_u.engine.folder import LAYOUT, LayoutError, RunFolder, refuse_import
 from fastreid_u.engine.image_set import Reading
 
 if TYPE_CHECKING:
@@ -79,16 +78,6 @@ def load_model(
     return model.eval(), about
 
 
-def refuse_import(op: str, path: Path, method: Any) -> None:
-    """``train`` stores the name of a method; a file or module to import in its place was written by someone else.
-
-    Raises:
-        ValueError: ``method`` is no name; the message begins with ``op`` and names the file at ``path``.
-    """
-    if not isinstance(method, str) or ":" in method:
-        raise ValueError(f"{op}: {path} must hold the name of a method, as train wrote it, got {method!r}")
-
-
 def run_path(op: str, run: str | os.PathLike) -> Path:
     """``run`` as a path, "~" being the user's home.
 
@@ -104,5 +93,5 @@ def reading_of(config: Mapping[str, Any], batch_size: int | None, workers: int) 
     """How images are read for a network with the settings ``config``; None is the run's own batch size."""
     from fastreid_u.data import test_transform
 
-    view = test_transform(config["height"], config["width"], **pixel_statistics(config["pixel_norm"]))
+    view = test_transform(config["height"], config["width"], pixel_norm=config["pixel_norm"])
     return Reading(view, config["eval_batch_size"] if batch_size is None else batch_size, workers=workers)
