@@ -148,23 +148,6 @@ def absolute_name(argument: str, value: object, root: str | os.PathLike | None) 
     return known_name(text) or next((os.path.abspath(place) for place in places if place.exists()), text)
 
 
-def stored_method(stored: Mapping[str, Any]) -> str:
-    """The method of a run's settings, where it is one of ours.
-
-    A file or module that settings name is never imported: the folder may come from someone else.
-
-    Raises:
-        ValueError: it is not one of ours, so the caller has to give it again.
-    """
-    method = stored["run"]["method"]
-    if method not in method_names():
-        raise ValueError(
-            "train: method must be given again, as FILE.py:CLASS or the class, for a run of one's own method "
-            f"({method!r}), got None"
-        )
-    return method
-
-
 def stored_root(name: str, root: str | None) -> str | None:
     """The ``root`` with which ``load_dataset(name, root)`` finds again the set that a run found in its ``root``.
 
