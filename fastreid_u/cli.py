@@ -267,4 +267,4 @@ def _methods(arguments: argparse.Namespace) -> None:
     from fastreid_u.methods import get_method, method_names
 
     for name in method_names():
-        print(f"{name:<24} {get_method(name).title}")
+        print(f"{name:<24} {get_method(name).paper.title}")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SCHEMA = 3
+SCHEMA = 4  # 3: networks and what else a method kept, apart from each other
 
 
 class SaveError(OSError):
@@ -93,15 +93,13 @@ def load_model_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def save_state(
     folder: Path,
-    networks: torch.nn.Module,
+    recipe: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    labels: Tensor,
-    recipe_state: dict[str, Tensor],
+    epoch_tensors: dict[str, Tensor],
     about: dict[str, Any],
 ) -> None:
-    tensors = {f"networks.{name}": tensor for name, tensor in networks.state_dict().items()}
-    tensors |= {f"recipe.{name}": tensor for name, tensor in recipe_state.items()}
-    tensors["labels"] = labels
+    """``state.safetensors``: all of the recipe, the optimiser's moments, and the engine's own tensors of the epoch."""
+    tensors = {f"recipe.{name}": tensor for name, tensor in recipe.state_dict().items()} | epoch_tensors
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
     write_tensors(folder / "state.safetensors", tensors, {"fastreid_u": json.dumps({"schema": SCHEMA, **about})})
@@ -116,21 +114,24 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_state(
-    tensors: dict[str, Tensor], networks: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Restore ``networks`` and ``optimizer`` from ``read_state``'s tensors; the last labels and the recipe's own."""
-    groups: dict[str, dict[str, Tensor]] = {"networks": {}, "recipe": {}}
+    tensors: dict[str, Tensor], recipe: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Restore ``recipe`` and ``optimizer`` from ``read_state``'s tensors; returns the engine's own."""
+    own: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
         if group == "optimizer":
             index, _, key = rest.partition(".")
             moments.setdefault(int(index), {})[key] = tensor
-        elif group in groups:
-            groups[group][rest] = tensor
-    networks.load_state_dict(groups["networks"])
+        elif group == "recipe":
+            state[rest] = tensor
+        else:
+            own[name] = tensor
+    recipe.load_state_dict(state)
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return tensors["labels"], groups["recipe"]
+    return own
 
 
 def holds_run(folder: Path) -> bool:

@@ -3,6 +3,8 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sized
+from dataclasses import replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +14,7 @@ from fastreid_u.config import Config
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.extract import BadImageLog
 from fastreid_u.ops._device_flag import raise_flagged
-from fastreid_u.recipe import Batch, Recipe
+from fastreid_u.recipe import Batch, Images, Recipe
 
 if TYPE_CHECKING:
     from fastreid_u.data import ReIDLoader
@@ -58,7 +60,7 @@ def fit_epoch(
         optimizer.state.clear()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, epoch)
-    recipe.networks.train()
+    recipe.train()
     total = torch.zeros((), device=device)
     steps = 0
     order = recipe.order(targets.cpu(), epoch)
@@ -66,18 +68,18 @@ def fit_epoch(
     with display.phase(f"epoch {epoch}", expected, unit="steps") as advance:
         for batch in _batches(recipe, order, loader, source_loader, targets, epoch, log, device):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-                x = recipe.forward(batch)
+                x = recipe(batch)
             x = _each(x, Tensor.float)
-            loss = recipe.loss(x, batch)
+            loss = _total(recipe.loss(x, batch))
             total += loss.detach()
             steps += 1
             if device.type == "cpu" or steps % config.print_freq == 0:
                 _require_finite(total, epoch, steps)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            recipe.update(_each(x, Tensor.detach), batch)
             optimizer.step()
-            recipe.after_step()
+            with torch.no_grad():
+                recipe.update(_each(x, Tensor.detach), batch)
 
             advance(1, note=f"loss {total.item() / steps:.3f}" if steps % config.print_freq == 0 else "")
     _require_finite(total, epoch, steps)
@@ -95,7 +97,7 @@ def _batches(
     device: torch.device,
 ) -> Iterator[Batch]:
     """The epoch's batches on ``device``, each with one of source images where there is a source."""
-    seed = (recipe.config.seed, epoch)
+    seed, images = (recipe.config.seed, epoch), recipe.images
     source = source_loader.epoch(recipe.source_order(epoch), seed=(*seed, 1)) if source_loader else None
     for loaded in loader.epoch(order, seed=seed):
         log.note(loaded.bad)
@@ -103,19 +105,24 @@ def _batches(
         if labelled is not None:
             log.note(labelled.bad)
         if len(loaded.indices) and (labelled is None or len(labelled.indices)):
-            extra = None if labelled is None else _on_device(labelled, recipe.source.pids, recipe.source.camids, device)
-            yield _on_device(loaded, targets, recipe.images.camids, device, extra)
+            extra = None if labelled is None else _on_device(labelled, images.source, images.source.pids, epoch, device)
+            yield replace(_on_device(loaded, images, targets, epoch, device), source=extra)
 
 
-def _on_device(loaded: Any, targets: Tensor, camids: Tensor | None, device: torch.device, source=None) -> Batch:
+def _on_device(loaded: Any, images: Images, targets: Tensor, epoch: int, device: torch.device) -> Batch:
     views = loaded.images if isinstance(loaded.images, tuple) else (loaded.images,)
     return Batch(
         views=tuple(view.to(device, non_blocking=True) for view in views),
         indices=loaded.indices.to(device),
         targets=targets[loaded.indices.to(targets.device)].to(device),
-        camids=None if camids is None else camids[loaded.indices].to(device),
-        source=source,
+        camids=None if images.camids is None else images.camids[loaded.indices].to(device),
+        epoch=epoch,
     )
+
+
+def _total(loss: Tensor | dict[str, Tensor]) -> Tensor:
+    """The loss, or the sum of its named terms, from the first to the last."""
+    return loss if isinstance(loss, Tensor) else reduce(torch.add, loss.values())
 
 
 def _each(x: Any, change: Any) -> Any:

@@ -90,15 +90,16 @@ def run_epochs(session: Session) -> None:
         with _timed(seconds, "extract"):
             features = s.recipe.features(partial(_extract, s), epoch)
         with _timed(seconds, "label"), s.display.phase("label", len(features)) as advance:
-            labels = s.recipe.label(features, epoch)
+            labels = s.recipe.labels(features, epoch)
             advance(len(features))
         health = _look_at(s, labels.cpu().numpy(), epoch)
 
         with _timed(seconds, "fit"):
-            s.recipe.begin_epoch(features, labels, epoch)
+            targets = s.recipe.begin_epoch(features, labels, epoch)
+            if not isinstance(targets, torch.Tensor):
+                raise TypeError(f"train: begin_epoch of {s.recipe.name!r} must return (N,) targets, got {targets!r}")
             loss = fit_epoch(
-                s.recipe, s.optimizer, s.augmented, s.source.augmented if s.source else None,
-                s.recipe.targets(labels), epoch,
+                s.recipe, s.optimizer, s.augmented, s.source.augmented if s.source else None, targets, epoch,
                 display=s.display, log=s.bad_train, device=s.device, autocast=s.autocast,
             )  # fmt: skip
         with _timed(seconds, "evaluate"):
@@ -132,17 +133,19 @@ def start_networks(s: Session, model: "ReIDModel", *, calibrate: bool) -> None:
         with torch.autocast(s.device.type, dtype=torch.bfloat16, enabled=s.autocast):
             calibrate_batchnorm(model, islice(batches, config.calibrate_bn))
     s.recipe.build(model)
-    s.recipe.networks.to(s.device)
-    s.optimizer = make_optimizer(s.recipe.parameters(), config)
+    s.recipe.to(s.device)
+    s.optimizer = make_optimizer([weight for weight in s.recipe.parameters() if weight.requires_grad], config)
 
 
 def _extract(s: Session, network: nn.Module, *, of: str = "target") -> torch.Tensor:
-    loader, samples, log = s.plain, s.dataset.train, s.bad_train
+    loader, samples, log, images = s.plain, s.dataset.train, s.bad_train, s.recipe.images
     if of == "source":
-        loader, samples, log = s.source.plain, s.source.samples, s.source.bad
-    return extract_features(
+        loader, samples, log, images = s.source.plain, s.source.samples, s.source.bad, images.source
+    features = extract_features(
         network, loader, samples, display=s.display, log=log, device=s.device, autocast=s.autocast
     )  # fmt: skip
+    images.readable = torch.isfinite(features).all(dim=1).cpu()
+    return features
 
 
 def _ranking(s: Session) -> tuple[dict[str, Any], nn.Module]:
@@ -170,14 +173,14 @@ def _look_at(s: Session, labels: np.ndarray, epoch: int) -> dict[str, Any]:
     health = label_health(labels, s.labels, pids)
     if health["clusters"] == 0:
         raise NoClustersError(
-            f"epoch {epoch}: all {len(labels)} images are un-clustered at {s.recipe.label_settings(epoch)}. "
-            f"{s.recipe.if_none_cluster}, in another run"
+            f"epoch {epoch}: all {len(labels)} images are un-clustered at {s.recipe.labels.settings(epoch)}. "
+            f"{s.recipe.labels.advice.no_cluster}, in another run"
             + ("" if epoch == 0 else "; the finished epochs of this one are saved")
         )
     if health["clusters"] == 1:
         s.display.line(
             f"warning: epoch {epoch}: one cluster holds all clustered images, so its labels tell nobody apart. "
-            f"{s.recipe.if_all_cluster} (now {s.recipe.label_settings(epoch)})"
+            f"{s.recipe.labels.advice.one_cluster} (now {s.recipe.labels.settings(epoch)})"
             + (" or try center_per_camera=True" if s.dataset.has_cameras and not config.center_per_camera else "")
         )
     return health
@@ -211,14 +214,13 @@ def _keep(s: Session, record: dict[str, Any], network: nn.Module) -> None:
         checkpoint.save_model(s.folder, "model_best", network, about)
     checkpoint.save_state(
         s.folder,
-        s.recipe.networks,
+        s.recipe,
         s.optimizer,
-        torch.from_numpy(s.labels),
-        s.recipe.state(),
+        {"labels": torch.from_numpy(s.labels), "readable": s.recipe.images.readable},
         {"epoch": record["epoch"], "data": s.data},
     )
     people = len({x.pid for x in s.dataset.train if x.pid >= 0}) if s.dataset.has_pids else None
-    draw_curves(s.records, s.folder / "curves.png", f"{s.recipe.title} on {s.dataset.name}", people)
+    draw_curves(s.records, s.folder / "curves.png", f"{s.recipe.paper.title} on {s.dataset.name}", people)
     s.display.line(table_row(record))
 
 

@@ -54,6 +54,10 @@ def load(
         return load_dataset(dataset, root, progress=progress, **dict(data or {}))
 
 
+# A rendered source has other people and cameras than the rendered set to learn, unless its dials say otherwise.
+SOURCE_DIALS: Mapping[str, Mapping[str, Any]] = {"synthetic": {"seed": 50}}
+
+
 def load_source(
     recipe_class: type[Recipe],
     config: Config,
@@ -62,7 +66,7 @@ def load_source(
     display: Display,
 ) -> "ReIDDataset | None":
     """The labelled set of a method that uses one, without images whose identity is unknown."""
-    if not recipe_class.uses_source:
+    if not hasattr(config, "source"):
         if data:
             raise ValueError(f"train: source_data must be left out for method {recipe_class.name!r}, got {dict(data)}")
         return None
@@ -140,8 +144,10 @@ def open_session(
     )  # fmt: skip
 
 
-def images_of(reid: "ReIDDataset", *, pids: bool = False) -> Images:
-    """What a recipe is told of a set; identities, numbered 0 .. P - 1 in their own order, of a source only."""
-    camids = torch.tensor([s.camid for s in reid.train]) if reid.has_cameras else None
-    known = torch.tensor([s.pid for s in reid.train]).unique(return_inverse=True)[1] if pids else None
-    return Images(len(reid.train), camids, known)
+def images_of(reid: "ReIDDataset", source: "ReIDDataset | None" = None) -> Images:
+    """What a recipe may know of the set to learn, and of the labelled ``source`` with its identities, 0 .. P - 1."""
+    images = Images(len(reid.train), torch.tensor([s.camid for s in reid.train]) if reid.has_cameras else None)
+    if source is not None:
+        images.source = images_of(source)
+        images.source.pids = torch.tensor([s.pid for s in source.train]).unique(return_inverse=True)[1]
+    return images

@@ -23,21 +23,31 @@ _MACHINE = {
 
 
 def recipe_card(
-    method: type[Recipe], config: Config, dataset: str, *, model: dict[str, Any], device: str, selects: str
+    method: type[Recipe],
+    config: Config,
+    dataset: str,
+    *,
+    model: dict[str, Any],
+    labels: str,
+    device: str,
+    selects: str,
 ) -> list[str]:
-    """What this run is, and in what it departs from the published one."""
+    """What this run is, and in what it departs from the published one.
+
+    ``model`` and ``labels`` are what the network and the label generator say of themselves.
+    """
     # Some settings are published per data set. The rendered set's are ours.
     published = method.Config.for_dataset(dataset if dataset != "synthetic" else "")
     fields = dataclasses.fields(config)
     differing = [f for f in fields if f.name not in _MACHINE and getattr(config, f.name) != getattr(published, f.name)]
 
-    lines = [f"{method.title} on {dataset}, seed {config.seed}, {device}"]
+    lines = [f"{method.paper.title} on {dataset}, seed {config.seed}, {device}"]
     lines.append(
         f"  network     {model['arch']}, {model['parameters'] / 1e6:.1f} M parameters, "
         f"{model['num_features']} features, pooling {model['pooling']}, weights {model['weights']}"
     )
     lines.append(
-        f"  labels      {method.describe_labels(config)}, "
+        f"  labels      {labels}, "
         f"per-camera centring {'ON (ours, not in the published recipe)' if config.center_per_camera else 'off'}"
     )
     lines.append(
@@ -45,13 +55,13 @@ def recipe_card(
         f"x {config.num_instances} images, BatchNorm over {config.bn_group or config.batch_size}"
     )
     lines.append(f"  evaluation  AP formula {config.ap}; {selects}")
-    if method.has_compat:
+    if method.paper.compat:
         how = "on: as" if config.compat else "off: not always as"
         lines.append(f"  compat      {how} published code, docs/quirks.md")
     elif config.compat:
         lines.append("  compat      on, which changes nothing in this method")
     recipe, whose = (
-        ("the published recipe", "published") if method.is_published() else ("the method's own defaults", "default")
+        ("the published recipe", "published") if method.paper.published else ("the method's own defaults", "default")
     )
     if differing:
         lines.append(f"  differs from {recipe} in:")

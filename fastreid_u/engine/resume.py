@@ -95,9 +95,9 @@ def restore(session: Session) -> None:
             f"the run has {len(tensors['labels'])}"
             + (", with other names, sizes, identities or cameras" if len(tensors["labels"]) == count else "")
         )
-    labels, recipe_state = checkpoint.load_state(tensors, session.recipe.networks, session.optimizer)
-    session.recipe.load_state(recipe_state)
-    session.labels = labels.numpy()
+    own = checkpoint.load_state(tensors, session.recipe, session.optimizer)
+    session.labels = own["labels"].numpy()
+    session.recipe.images.readable = own["readable"]
     session.start = about["epoch"] + 1
     session.records = [r for r in _records(session.folder / "metrics.jsonl") if r["epoch"] < session.start]
     checkpoint.write_text(session.folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in session.records))

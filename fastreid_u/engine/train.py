@@ -19,7 +19,7 @@ from fastreid_u.engine.claim import FolderInUse, claimed
 from fastreid_u.engine.device import pick_device
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.loop import Session, run_epochs, start_networks
-from fastreid_u.engine.opening import build_network, images_of, load, load_source, located, open_session
+from fastreid_u.engine.opening import SOURCE_DIALS, build_network, images_of, load, load_source, located, open_session
 from fastreid_u.engine.report import metric_block, recipe_card
 from fastreid_u.engine.resume import place, restore, stored_config, stored_tables
 from fastreid_u.methods import get_method, method_names
@@ -148,12 +148,12 @@ def train(
         reid = dataset if given else load(dataset, places["root"], data, Display(quiet=quiet))
         if not reid.train:
             raise ValueError(f"train: dataset must hold training images, got none in {reid.root}")
-        if recipe_class.uses_source and config.source is not None:
-            source_data = {**recipe_class.source_dials.get(known_name(config.source), {}), **dict(source_data or {})}
+        if getattr(config, "source", None) is not None:
+            source_data = {**SOURCE_DIALS.get(known_name(config.source), {}), **dict(source_data or {})}
         labelled = load_source(recipe_class, config, places["source_root"], source_data, display=Display(quiet=quiet))
         if labelled is not None and not {s.path for s in reid.train}.isdisjoint(s.path for s in labelled.train):
             raise ValueError(f"train: source must hold other images than the set to learn, got {reid.root} for both")
-        recipe = recipe_class(config, images_of(reid), images_of(labelled, pids=True) if labelled else None)
+        recipe = recipe_class(config, images_of(reid, labelled))
         model = build_network(config, device, trained=resume)
 
         if folder is None:
@@ -204,7 +204,12 @@ def _introduce(session: Session, model: "ReIDModel", labelled: "ReIDDataset | No
         for line in labelled.table().splitlines():
             display.line(line)
     display.line()
-    about = {"model": model.describe(), "device": str(session.device), "selects": _selects(session)}
+    about = {
+        "model": model.describe(),
+        "labels": recipe.labels.describe(),
+        "device": str(session.device),
+        "selects": _selects(session),
+    }
     for line in [*recipe_card(type(recipe), recipe.config, key, **about), f"  run folder  {session.folder}", ""]:
         display.line(line)
 
@@ -231,9 +236,10 @@ def _selects(session: Session) -> str:
     if session.split is None:
         return "nothing to evaluate on, so no model_best"
     text = f"model_best is chosen on the {_ranked_on(session)}"
-    if session.split.queries is None or not session.recipe.is_published():
+    paper = session.recipe.paper
+    if session.split.queries is None or not paper.published:
         return text
-    return f"{text}, as published" if session.recipe.published_model == "best" else f"{text}; published: the last epoch"
+    return f"{text}, as published" if paper.model == "best" else f"{text}; published: the last epoch"
 
 
 def _claim_free_folder(stack: ExitStack, name: str) -> Path:

@@ -3,7 +3,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastreid_u._checks import (
     as_tensor,
@@ -12,21 +12,22 @@ from fastreid_u._checks import (
     require_ids,
     require_in_range,
     require_positive,
+    require_same_width,
 )
-from fastreid_u.memory.gather import gather_in_rank_order
 from fastreid_u.memory.one_call import loss_then_update
+from fastreid_u.memory.rows import RowMemory
 from fastreid_u.ops.cluster_nce import cluster_nce
 from fastreid_u.ops.momentum_update import momentum_update_
 
 RULES = ("sequential", "hard", "mean", "weighted", "index", "push", "push_sequential")
 
 
-class ClusterMemory(nn.Module):
+class ClusterMemory(RowMemory):
     """One unit row per cluster; drop-in for the published class of the same name and signature.
 
     Args:
         num_features: D, length of a row.
-        num_samples: C, number of clusters (the published argument name is kept).
+        num_samples: C, number of clusters (the published argument name is kept); ``restart`` may change it.
         temp: temperature of the softmax, positive.
         momentum: weight of the OLD row in an update, in [0, 1].
         use_hard: update a row once a step with its least similar sample, instead of with every sample in turn.
@@ -34,8 +35,8 @@ class ClusterMemory(nn.Module):
         weight_temperature: of the rule "weighted" (DCCC).
         push_weight: of the rules "push" and "push_sequential" (BMW).
 
-    The rows are the buffer ``features`` (C, D) float32; fill it before the first step. ``memory(x, targets)`` returns
-    the loss and updates the rows when ``backward`` runs, as published; trainers that may skip a step use
+    The rows are the buffer ``features`` (C, D) float32; ``restart`` fills it, once an epoch. ``memory(x, targets)``
+    returns the loss and updates the rows when ``backward`` runs, as published; trainers that may skip a step use
     ``loss = memory.loss(x, targets)`` and, after backward, ``memory.update_(x, targets, found_inf=...)`` instead.
     Both give the same numbers, and both take further settings of ``cluster_nce`` for the loss (teacher, smoothing,
     ...). Source: Dai et al., Cluster Contrast, ACCV 2022.
@@ -55,7 +56,6 @@ class ClusterMemory(nn.Module):
     ) -> None:
         super().__init__()
         self.num_features = num_features
-        self.num_samples = num_samples
         self.temp = require_positive("ClusterMemory", "temp", temp)
         self.momentum = require_in_range("ClusterMemory", "momentum", momentum, 0, 1)
         if use_hard and rule not in (None, "hard"):
@@ -70,9 +70,21 @@ class ClusterMemory(nn.Module):
     def from_centroids(cls, centroids: Tensor, **settings) -> "ClusterMemory":
         """A memory that starts at ``centroids`` (C, D), normalised to unit length."""
         centroids = require_features("ClusterMemory.from_centroids", "centroids", centroids)
-        memory = cls(centroids.shape[1], centroids.shape[0], **settings).to(centroids.device)
-        memory.features.copy_(F.normalize(centroids, dim=1))
+        memory = cls(centroids.shape[1], 0, **settings).to(centroids.device)
+        memory.restart(centroids)
         return memory
+
+    @property
+    def num_samples(self) -> int:
+        """C, number of rows."""
+        return len(self.features)
+
+    @torch.no_grad()
+    def restart(self, centroids: Tensor) -> None:
+        """Replace the rows by ``centroids`` (C, D) for any C, normalised to unit length; the settings stay."""
+        centroids = require_features("ClusterMemory.restart", "centroids", centroids)
+        require_same_width("ClusterMemory.restart", "centroids", centroids, "features", self.features)
+        self.features = F.normalize(centroids, dim=1).to(self.features)
 
     def loss(self, x: Tensor, targets: Tensor, **settings) -> Tensor:
         """Softmax contrastive loss of ``x`` (B, D), normalised inside, against the rows; targets -1 are ignored."""
@@ -82,17 +94,15 @@ class ClusterMemory(nn.Module):
     def update_(
         self, x: Tensor, targets: Tensor, *, index: Tensor | None = None, found_inf: Tensor | None = None
     ) -> None:
-        """Move the rows towards the batch, in place; on every rank towards the batches of all ranks.
+        """Move the rows towards the batch, in place.
 
         Args:
-            x: (B, D) the features of the loss. targets: (B,) their rows; -1 for none.
-            index: of the rule "index": (C,) the sample that moves each row, -1 for none. It counts in the batch of all
-                ranks, so ``x`` and ``targets`` must then come from ``gather_in_rank_order``.
+            x: (B, D) the features of the loss. targets: (B,) their rows; -1 for none. Of several ranks, each must give
+                the batch of all of them, ``memory.update_(*gather_in_rank_order(x, targets))``.
+            index: of the rule "index": (C,) the sample of ``x`` that moves each row, -1 for none.
             found_inf: one number as a gradient scaler keeps it, the same on all ranks; nothing moves unless it is 0.
         """
         x, targets = _batch(x, targets)
-        if index is None:
-            x, targets = gather_in_rank_order(x, targets)
         momentum_update_(
             self.features, x, targets, momentum=self.momentum, rule=self.rule, index=index, found_inf=found_inf,
             weight_temperature=self.weight_temperature, push_weight=self.push_weight,

@@ -3,7 +3,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastreid_u._checks import (
     as_tensor,
@@ -17,14 +17,14 @@ from fastreid_u._checks import (
     require_same_width,
     require_values_in,
 )
-from fastreid_u.memory.gather import gather_in_rank_order
 from fastreid_u.memory.one_call import loss_then_update
+from fastreid_u.memory.rows import RowMemory
 from fastreid_u.ops.centroids import cluster_centroids
 from fastreid_u.ops.cluster_nce import cluster_nce
 from fastreid_u.ops.momentum_update import momentum_update_
 
 
-class InstanceMemory(nn.Module):
+class InstanceMemory(RowMemory):
     """SpCL's hybrid memory: a unit row per image, or before them one per labelled source class; labels per epoch.
 
     Args:
@@ -37,8 +37,9 @@ class InstanceMemory(nn.Module):
         epsilon: in the softmax and in the logarithm, as in the published loss; see ``cluster_nce``.
         normalize: scale the features to unit length first; False uses them as they are, as the published class.
 
-    Buffers: ``features`` (N, D) float32 and ``labels`` (N,) int64, both in ``state_dict``; from them
-    ``cluster_means`` (K, D), not unit rows, and ``cluster_sizes`` (K,), which ``set_labels`` makes and updates keep.
+    Buffers: ``features`` (N, D) float32 and ``labels`` (N,) int64; from them ``cluster_means`` (K, D), not unit rows,
+    and ``cluster_sizes`` (K,), which ``set_labels`` makes and updates keep. All but the sizes are in ``state_dict``:
+    means that were updated differ in their last bits from means made anew.
     Memory: 4 (N + K) D bytes; a step reads K D numbers, never N D.
 
     Once an epoch ``memory.set_labels(labels)``; then ``memory(x, rows)`` returns the loss and updates the rows when
@@ -47,6 +48,8 @@ class InstanceMemory(nn.Module):
     published class lets the later one change the rows before the gradient of the earlier).
     Sources: Ge et al., SpCL, NeurIPS 2020; with ``focal=4`` for the loss CACL, IEEE TIP 2022.
     """
+
+    PER_ROW = ("features", "labels")
 
     def __init__(
         self,
@@ -61,7 +64,6 @@ class InstanceMemory(nn.Module):
     ) -> None:
         super().__init__()
         self.num_features = num_features
-        self.num_samples = num_samples
         self.temp = require_positive("InstanceMemory", "temp", temp)
         self.momentum = require_in_range("InstanceMemory", "momentum", momentum, 0, 1)
         self.num_source_classes = require_int_at_least("InstanceMemory", "num_source_classes", num_source_classes, 0)
@@ -69,9 +71,13 @@ class InstanceMemory(nn.Module):
         self.normalize = normalize
         self.register_buffer("features", torch.zeros(num_samples, num_features, dtype=torch.float32))
         self.register_buffer("labels", torch.full((num_samples,), -1))
-        self.register_buffer("cluster_means", self.features[:0].clone(), persistent=False)
+        self.register_buffer("cluster_means", self.features[:0].clone())
         self.register_buffer("cluster_sizes", torch.zeros(0, dtype=torch.int64), persistent=False)
-        self.register_load_state_dict_post_hook(_gather_after_loading)
+
+    @property
+    def num_samples(self) -> int:
+        """N, number of rows."""
+        return len(self.features)
 
     @classmethod
     def from_features(cls, features: Tensor, *, source_centroids: Tensor | None = None, **settings) -> "InstanceMemory":
@@ -103,10 +109,22 @@ class InstanceMemory(nn.Module):
         self._gather_clusters()
 
     def _gather_clusters(self) -> None:
-        members = self.labels[self.labels >= 0]
-        self.cluster_sizes = torch.bincount(members)
+        self._count_clusters()
         means = cluster_centroids(self.features, self.labels, normalize=False)
         self.cluster_means = means.to(self.features.dtype)
+
+    def _count_clusters(self) -> None:
+        self.cluster_sizes = torch.bincount(self.labels[self.labels >= 0])
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        faults = len(errors)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if len(errors) > faults:
+            return
+        if prefix + "cluster_means" in missing:  # files of versions that did not keep them
+            missing.remove(prefix + "cluster_means")
+            self._gather_clusters()
+        self._count_clusters()
 
     def loss(self, x: Tensor, rows: Tensor, **settings) -> Tensor:
         """Loss of ``x`` (B, D) against the cluster means, each towards the cluster of its row (B,); -1 is ignored.
@@ -126,14 +144,15 @@ class InstanceMemory(nn.Module):
 
     @torch.no_grad()
     def update_(self, x: Tensor, rows: Tensor, *, found_inf: Tensor | None = None) -> None:
-        """Move row ``rows[b]`` towards ``x[b]``, in batch order, in place; on every rank the batches of all ranks.
+        """Move row ``rows[b]`` towards ``x[b]``, in batch order, in place.
 
+        Of several ranks, each must give the batch of all of them, ``update_(*gather_in_rank_order(x, rows))``.
         ``found_inf``: one number as a gradient scaler keeps it, the same on all ranks; nothing moves unless it is 0.
         """
-        x, rows = gather_in_rank_order(*_batch(x, rows))
         clusters = {} if len(self.cluster_means) == 0 else {
             "labels": self.labels, "cluster_sizes": self.cluster_sizes, "cluster_means": self.cluster_means,
         }  # fmt: skip
+        x, rows = _batch(x, rows)
         momentum_update_(
             self.features, x, rows, momentum=self.momentum, rule="row", normalize=self.normalize, found_inf=found_inf,
             **clusters,
@@ -151,8 +170,3 @@ class InstanceMemory(nn.Module):
 
 def _batch(x: object, rows: object) -> tuple[Tensor, Tensor]:
     return as_tensor("InstanceMemory", "x", x), require_ids("InstanceMemory", "rows", rows)
-
-
-def _gather_after_loading(memory: InstanceMemory, _: object) -> None:
-    """A function of the module, so that a memory can be pickled with its hook."""
-    memory._gather_clusters()

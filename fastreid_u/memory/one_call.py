@@ -5,9 +5,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastreid_u.memory.gather import gather_in_rank_order
+
 
 def loss_then_update(memory: nn.Module, x: Tensor, targets: Tensor, **settings) -> Tensor:
-    """``memory.loss(x, targets, **settings)``; when backward reaches it, ``memory.update_(x, targets)`` follows.
+    """``memory.loss(x, targets, **settings)``; when backward reaches it, ``memory.update_`` follows.
+
+    The loss is that of this rank's batch; the update takes in the batches of all ranks, in rank order.
 
     Nothing copies the memory: the gradient to ``x`` is made together with the loss, so several losses of one memory may
     go into one backward and all have seen the old rows. Without gradients there is no update.
@@ -34,7 +38,7 @@ class _LossAndGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream: Tensor):
         x, targets, gradient = ctx.saved_tensors
-        ctx.memory.update_(x, targets)
+        ctx.memory.update_(*gather_in_rank_order(x, targets))
         return (gradient * upstream.reshape(-1, 1)).to(x.dtype), None, None, None
 
 
@@ -50,5 +54,5 @@ class _UpdateLast(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         x, targets = ctx.saved_tensors
-        ctx.memory.update_(x, targets)
+        ctx.memory.update_(*gather_in_rank_order(x, targets))
         return upstream, None, None

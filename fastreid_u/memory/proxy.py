@@ -3,7 +3,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastreid_u._checks import (
     as_tensor,
@@ -13,21 +13,22 @@ from fastreid_u._checks import (
     require_positive,
     require_same_device,
     require_same_length,
+    require_same_width,
     require_values_in,
 )
-from fastreid_u.memory.gather import gather_in_rank_order
 from fastreid_u.memory.one_call import loss_then_update
-from fastreid_u.ops.centroids import cluster_centroids
+from fastreid_u.memory.rows import RowMemory
+from fastreid_u.ops.centroids import proxy_centroids
 from fastreid_u.ops.momentum_update import momentum_update_
 from fastreid_u.ops.proxy_nce import proxy_nce
 
 
-class ProxyMemory(nn.Module):
+class ProxyMemory(RowMemory):
     """CAP's memory: one unit row for what each camera has seen of each cluster.
 
     Args:
         num_features: D, length of a row.
-        num_proxies: Q, pairs of a cluster and a camera that has seen it.
+        num_proxies: Q, pairs of a cluster and a camera that has seen it; ``restart`` may change it.
         temp: temperature of the softmax, positive.
         momentum: weight of the OLD row in an update, in [0, 1]; 1 keeps the rows as they are (ICE, PPLR).
         intra_weight: factor of the loss within cameras: each sample among the proxies of its camera.
@@ -36,11 +37,13 @@ class ProxyMemory(nn.Module):
         hard_negatives, positives, reduction, compat: of ``proxy_nce``. CAP as published is reduction="camera".
 
     Buffers: ``features`` (Q, D) float32, ``clusters`` and ``cameras`` (Q,) int64, rows ascending by (camera, cluster).
-    Make one with ``from_features`` each epoch. Targets are rows, ``memory.rows(labels, cameras)``; a sampler that deals
+    ``restart`` fills them, once an epoch. Targets are rows, ``memory.rows(labels, cameras)``; a sampler that deals
     out proxies takes the same numbers. ``memory(x, targets)`` returns the loss and updates the rows when backward runs,
     or use ``memory.loss(x, targets)`` and, after backward, ``memory.update_(x, targets)``.
     Source: Wang et al., CAP, AAAI 2021.
     """
+
+    PER_ROW = ("features", "clusters", "cameras")
 
     def __init__(
         self,
@@ -58,7 +61,6 @@ class ProxyMemory(nn.Module):
     ) -> None:
         super().__init__()
         self.num_features = num_features
-        self.num_proxies = num_proxies
         self.temp = require_positive("ProxyMemory", "temp", temp)
         self.momentum = require_in_range("ProxyMemory", "momentum", momentum, 0, 1)
         self.intra_weight = require_in_range("ProxyMemory", "intra_weight", intra_weight, 0, float("inf"))
@@ -77,24 +79,26 @@ class ProxyMemory(nn.Module):
 
         Labels and cameras are integers from 0, with gaps or without; images labelled -1 take no part.
         """
-        op = "ProxyMemory.from_features"
-        features = F.normalize(require_features(op, "features", features), dim=1)
-        labels, cameras = (
-            require_same_length(op, name, require_ids(op, name, ids), "features", features)
-            for name, ids in (("labels", labels), ("cameras", cameras))
-        )
-        for name, ids, outlier in (("labels", labels, -1), ("cameras", cameras, None)):
-            require_values_in(op, name, ids, 0, 2**31, ignore=outlier, always=True)
-        labels, cameras = labels.to(features.device), cameras.to(features.device)
-        kept = labels >= 0
-        proxies, row = torch.unique(
-            torch.stack([cameras, labels], dim=1)[kept], dim=0, return_inverse=True
-        )  # ascending
-        memory = cls(features.shape[1], len(proxies), **settings).to(features.device)
-        memory.features.copy_(cluster_centroids(features[kept], row))
-        memory.cameras.copy_(proxies[:, 0])
-        memory.clusters.copy_(proxies[:, 1])
+        rows, clusters, cameras = _proxies("ProxyMemory.from_features", features, labels, cameras)
+        memory = cls(rows.shape[1], 0, **settings).to(rows.device)
+        memory._take(rows, clusters, cameras)
         return memory
+
+    @property
+    def num_proxies(self) -> int:
+        """Q, number of rows."""
+        return len(self.features)
+
+    def restart(self, features: Tensor, labels: Tensor, cameras: Tensor) -> None:
+        """Replace the rows, as many as there are now, by those of ``from_features``; the settings stay."""
+        proxies = _proxies("ProxyMemory.restart", features, labels, cameras)
+        require_same_width("ProxyMemory.restart", "features", proxies[0], "the memory", self.features)
+        self._take(*proxies)
+
+    def _take(self, rows: Tensor, clusters: Tensor, cameras: Tensor) -> None:
+        self.features, self.clusters, self.cameras = (
+            rows.to(self.features), clusters.to(self.clusters), cameras.to(self.cameras)
+        )  # fmt: skip
 
     def rows(self, labels: Tensor, cameras: Tensor) -> Tensor:
         """The row of each image (N,) int64 by its label and camera; -1 where there is none. Reads nothing back."""
@@ -132,11 +136,12 @@ class ProxyMemory(nn.Module):
 
     @torch.no_grad()
     def update_(self, x: Tensor, targets: Tensor, *, found_inf: Tensor | None = None) -> None:
-        """Move row ``targets[b]`` towards ``x[b]``, in batch order, in place; on every rank the batches of all ranks.
+        """Move row ``targets[b]`` towards ``x[b]``, in batch order, in place.
 
+        Of several ranks, each must give the batch of all of them, ``update_(*gather_in_rank_order(x, targets))``.
         ``found_inf``: one number as a gradient scaler keeps it, the same on all ranks; nothing moves unless it is 0.
         """
-        x, targets = gather_in_rank_order(*_batch(x, targets))
+        x, targets = _batch(x, targets)
         momentum_update_(self.features, x, targets, momentum=self.momentum, found_inf=found_inf)
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -147,6 +152,18 @@ class ProxyMemory(nn.Module):
             f"num_features={self.num_features}, num_proxies={self.num_proxies}, temp={self.temp}, "
             f"momentum={self.momentum}, intra_weight={self.intra_weight}, inter_weight={self.inter_weight}"
         )
+
+
+def _proxies(op: str, features: object, labels: object, cameras: object) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows (Q, D) of unit length, their clusters (Q,) and their cameras (Q,)."""
+    features = F.normalize(require_features(op, "features", features), dim=1)
+    labels, cameras = (
+        require_same_length(op, name, require_ids(op, name, ids), "features", features)
+        for name, ids in (("labels", labels), ("cameras", cameras))
+    )
+    for name, ids, outlier in (("labels", labels, -1), ("cameras", cameras, None)):
+        require_values_in(op, name, ids, 0, 2**31, ignore=outlier, always=True)
+    return proxy_centroids(features, labels.to(features.device), cameras.to(features.device))
 
 
 def _batch(x: object, targets: object) -> tuple[Tensor, Tensor]:

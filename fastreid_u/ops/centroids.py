@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -79,11 +78,7 @@ def proxy_centroids(
     seen, camera = cameras.unique(return_inverse=True)
     known, cluster = labels.unique(return_inverse=True)
     pairs, slot = (camera * len(known) + cluster)[kept].unique(return_inverse=True)
-    slots = torch.full_like(labels, -1)
-    slots[kept] = slot
-    proxies = segment_mean(x, slots, len(pairs))
-    if normalize:
-        proxies = F.normalize(proxies, dim=1, eps=1e-12)
+    proxies = cluster_centroids(x[kept], slot, normalize=normalize)
     return proxies, known[pairs % max(len(known), 1)], seen[pairs // max(len(known), 1)]
 
 
