@@ -15,7 +15,7 @@ FLOORS = [
     ("ground", ["kernels", "reference", "cpu", "_C"]),
     ("environment", ["_env", "_ext", "_checks", "config"]),
     ("ops", ["ops"]),
-    ("parts", ["recipe", "memory", "losses", "models", "data"]),
+    ("parts", ["recipe", "images", "draws", "labels", "memory", "losses", "models", "data"]),
     ("methods", ["methods"]),
     ("engine", ["engine"]),
     ("roof", ["", "cli", "__main__"]),
