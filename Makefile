@@ -19,10 +19,10 @@ bench: $(VENV)/.installed  ## the benchmarks: equality first, then the clock
 
 # On a machine without network: uses the environment of $(PYTHON), and installs this tree into it.
 gpu:  ## on a CUDA machine: build, GPU tests, sanitizer, ceilings, kernels, a training run; JSON, and a table
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu
 
 gpu-%:  ## one stage of it: gpu-build, gpu-test, gpu-sanitizer, gpu-ceilings, gpu-kernels, gpu-train
-	$(PYTHON) benchmarks/gpu.py $*
+	$(PYTHON) benchmarks/gpu $*
 
 lint: $(VENV)/.linter  ## what the pre-commit hook and CI check
 	$(BIN)/ruff check .

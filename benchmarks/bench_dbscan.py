@@ -26,7 +26,7 @@ def graph(n: int) -> scipy.sparse.csr_array:
     """A symmetric graph of distances in (0, 1): identities of about 17 images, about 50 stored entries a row.
 
     Most entries join strangers, beyond eps but for one in two thousand, which makes bridges; one point in ten is near
-    nobody, which makes noise.
+    no other, which makes noise.
     """
     rng = np.random.default_rng(0)
     identity = np.sort(rng.integers(0, n // 17, n))

@@ -48,7 +48,7 @@ def grouped(
     memory, x, targets, *, people, each, momentum, rule, weight_temperature=None, index=None,
     labels=None, cluster_sizes=None, cluster_means=None,
 ):  # fmt: skip
-    """All people at once; it may, because it is told that the batch is P x K."""
+    """All people at once: ``people`` and ``each`` state that the batch is P x K."""
     rows = targets[::each]
     old = memory[rows]
     unit = F.normalize(x, dim=1).view(people, each, -1)

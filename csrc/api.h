@@ -5,6 +5,7 @@
 #include "integers.h"
 
 #ifndef __CUDACC_RTC__
+#include <memory>
 #include <string>
 #endif
 
@@ -36,26 +37,29 @@ struct Encoding {
 // What can be wrong with a row of a graph. bindings.cpp hands the names on.
 enum Fault : int64_t { kFaultIndptr, kFaultColumn, kFaultOrder, kFaultNan, kFaultNegative, kFaultKinds };
 
-// Words of int64 scratch that the functions below need for n points.
+#ifndef __CUDACC_RTC__
+// Words of int64 scratch that Core needs for n points: with a graph, and with an encoding, where it takes 8 bytes an entry
+// and about 60 a row.
 int64_t dbscan_scratch_words(int64_t n);
-
-// The first faulty row as row * kFaultKinds + fault, or -1 if the graph may be clustered.
-int64_t check_graph_cpu(const Graph& graph, int64_t* scratch, int threads);
-
-// Labels [n_eps, n] and core flags [n_eps, n], one row per eps. The graph must have passed the check.
-void dbscan_cpu(const Graph& graph, const double* eps, int64_t n_eps, int64_t min_samples, int64_t* labels,
-                uint8_t* core, int64_t* scratch, int threads);
-
-// Words of int64 scratch that pseudo_labels_* needs: 8 bytes an entry, and about 60 a row.
 int64_t pseudo_labels_scratch_words(int64_t n, int64_t nnz, int64_t min_samples);
 
-// Labels [n_needs, n] of DBSCAN on the graph of the pairs that overlap by `need` >= 1 or more, one row for each.
-void pseudo_labels_cpu(const Encoding& encoding, const int64_t* need, int64_t n_needs, int64_t min_samples,
-                       int64_t* labels, int64_t* scratch, int threads);
+// What bindings.cpp runs. On a GPU all pointers but `eps` and `need` are device pointers.
+class Core {
+ public:
+  virtual ~Core() = default;
+  // The first faulty row as row * kFaultKinds + fault, or -1 if the graph may be clustered.
+  virtual int64_t check_graph(const Graph& graph, int64_t* scratch) = 0;
+  // Labels [n_eps, n] and core flags [n_eps, n], one row per eps. The graph must have passed the check.
+  virtual void dbscan(const Graph& graph, const double* eps, int64_t n_eps, int64_t min_samples, int64_t* labels,
+                      uint8_t* core, int64_t* scratch) = 0;
+  // Labels [n_needs, n] of DBSCAN on the graph of the pairs that overlap by `need` >= 1 or more, one row for each.
+  virtual void pseudo_labels(const Encoding& encoding, const int64_t* need, int64_t n_needs, int64_t min_samples,
+                             int64_t* labels, int64_t* scratch) = 0;
+};
 
-#ifndef __CUDACC_RTC__
-// The same on a GPU without CUDA in this build: `launcher` runs kernels that it has compiled from these sources, in order.
-// All pointers but `eps` and `need` are device pointers.
+std::unique_ptr<Core> on_threads(int threads);
+
+// Runs kernels that it has compiled from these sources, in order: a GPU without CUDA in this build.
 class Launcher {
  public:
   virtual ~Launcher() = default;
@@ -65,21 +69,12 @@ class Launcher {
   virtual int64_t read(const int64_t* p) = 0;
   virtual void write(int64_t* p, int64_t value) = 0;
 };
-
-int64_t check_graph_by(Launcher& launcher, const Graph& graph, int64_t* scratch);
-void dbscan_by(Launcher& launcher, const Graph& graph, const double* eps, int64_t n_eps, int64_t min_samples,
-               int64_t* labels, uint8_t* core, int64_t* scratch);
-void pseudo_labels_by(Launcher& launcher, const Encoding& encoding, const int64_t* need, int64_t n_needs,
-                      int64_t min_samples, int64_t* labels, int64_t* scratch);
-#endif
+std::unique_ptr<Core> on_launcher(std::unique_ptr<Launcher> launcher);
 
 #ifdef FASTREID_U_WITH_CUDA
-// The same by nvcc's kernels: all pointers but `eps` and `need` are device pointers; `stream` is a cudaStream_t. All wait for it.
-int64_t check_graph_cuda(const Graph& graph, int64_t* scratch, int device, void* stream);
-void dbscan_cuda(const Graph& graph, const double* eps, int64_t n_eps, int64_t min_samples, int64_t* labels,
-                 uint8_t* core, int64_t* scratch, int device, void* stream);
-void pseudo_labels_cuda(const Encoding& encoding, const int64_t* need, int64_t n_needs, int64_t min_samples,
-                        int64_t* labels, int64_t* scratch, int device, void* stream);
+// By nvcc's kernels; `stream` is a cudaStream_t. Each function waits for it.
+std::unique_ptr<Core> on_cuda(int device, void* stream);
+#endif
 #endif
 
 }  // namespace fastreid_u

@@ -50,7 +50,7 @@ FU_HD int64_t add_relaxed(int64_t* p, int64_t x) {
 #endif
 }
 
-// Replaces *p by `desired` if it still is `expected`; says whether it did.
+// Replaces *p by `desired` if it still is `expected`; true if it did.
 FU_HD bool compare_and_swap(int64_t* p, int64_t expected, int64_t desired) {
 #ifdef __CUDA_ARCH__
   using word = unsigned long long;
@@ -64,7 +64,7 @@ FU_HD bool compare_and_swap(int64_t* p, int64_t expected, int64_t desired) {
 #endif
 }
 
-// Lowers *p to `value` in the order of unsigned words, in which -1 is the largest; says whether that changed it.
+// Lowers *p to `value` in the order of unsigned words, in which -1 is the largest; true if that changed it.
 FU_HD bool lower_unsigned(int64_t* p, int64_t value) {
 #ifdef __CUDA_ARCH__
   using word = unsigned long long;

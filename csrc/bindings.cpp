@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // fastreid_u._C: the only file that knows Python. Pointers come in as integers and are trusted; checks of shape, dtype
-// and device are the caller's (fastreid_u/ops/). The GIL is released while the work runs.
+// and device are the caller's (fastreid_u/ops/). The GIL is released while the work runs, except
+// where a launcher calls Python back.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -54,6 +56,46 @@ class PythonLauncher : public fu::Launcher {
   py::object object_;
 };
 
+std::unique_ptr<fu::Core> on_launcher(py::object launcher) {
+  return fu::on_launcher(std::make_unique<PythonLauncher>(std::move(launcher)));
+}
+
+#ifdef FASTREID_U_WITH_CUDA
+std::unique_ptr<fu::Core> on_cuda(int device, uintptr_t stream) { return fu::on_cuda(device, pointer<void>(stream)); }
+#endif
+
+// The functions of the core that `make` gives from Python's last arguments, named `...names`, as check_graph_<where>,
+// dbscan_<where> and pseudo_labels_<where>. `Guard` holds while they run.
+template <class Guard, class... Given, class... Names>
+void bind_core(py::module_& m, const std::string& where, std::unique_ptr<fu::Core> (*make)(Given...), Names... names) {
+  m.def(
+      ("check_graph_" + where).c_str(),
+      [make](const fu::Graph& graph, uintptr_t scratch, Given... given) {
+        return make(std::move(given)...)->check_graph(graph, pointer<int64_t>(scratch));
+      },
+      Guard(), py::arg("graph"), py::arg("scratch"), names...);
+  m.def(
+      ("dbscan_" + where).c_str(),
+      [make](const fu::Graph& graph, const std::vector<double>& eps, int64_t min_samples, uintptr_t labels,
+             uintptr_t core, uintptr_t scratch, Given... given) {
+        make(std::move(given)...)
+            ->dbscan(graph, eps.data(), static_cast<int64_t>(eps.size()), min_samples, pointer<int64_t>(labels),
+                     pointer<uint8_t>(core), pointer<int64_t>(scratch));
+      },
+      Guard(), py::arg("graph"), py::arg("eps"), py::arg("min_samples"), py::arg("labels"), py::arg("core"),
+      py::arg("scratch"), names...);
+  m.def(
+      ("pseudo_labels_" + where).c_str(),
+      [make](const fu::Encoding& encoding, const std::vector<int64_t>& need, int64_t min_samples, uintptr_t labels,
+             uintptr_t scratch, Given... given) {
+        make(std::move(given)...)
+            ->pseudo_labels(encoding, need.data(), static_cast<int64_t>(need.size()), min_samples,
+                            pointer<int64_t>(labels), pointer<int64_t>(scratch));
+      },
+      Guard(), py::arg("encoding"), py::arg("need"), py::arg("min_samples"), py::arg("labels"), py::arg("scratch"),
+      names...);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -74,86 +116,15 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&make_encoding), py::kw_only(), py::arg("indptr"), py::arg("column"), py::arg("mass"),
            py::arg("neighbours"), py::arg("n"), py::arg("nnz"), py::arg("k"), py::arg("weight"));
 
-  using release = py::call_guard<py::gil_scoped_release>;
   m.def("dbscan_scratch_words", &fu::dbscan_scratch_words, py::arg("n"));
-  m.def(
-      "check_graph_cpu",
-      [](const fu::Graph& graph, uintptr_t scratch, int threads) {
-        return fu::check_graph_cpu(graph, pointer<int64_t>(scratch), threads);
-      },
-      release(), py::arg("graph"), py::arg("scratch"), py::arg("threads"));
-  m.def(
-      "dbscan_cpu",
-      [](const fu::Graph& graph, const std::vector<double>& eps, int64_t min_samples, uintptr_t labels, uintptr_t core,
-         uintptr_t scratch, int threads) {
-        fu::dbscan_cpu(graph, eps.data(), static_cast<int64_t>(eps.size()), min_samples, pointer<int64_t>(labels),
-                       pointer<uint8_t>(core), pointer<int64_t>(scratch), threads);
-      },
-      release(), py::arg("graph"), py::arg("eps"), py::arg("min_samples"), py::arg("labels"), py::arg("core"),
-      py::arg("scratch"), py::arg("threads"));
   m.def("pseudo_labels_scratch_words", &fu::pseudo_labels_scratch_words, py::arg("n"), py::arg("nnz"),
         py::arg("min_samples"));
-  m.def(
-      "pseudo_labels_cpu",
-      [](const fu::Encoding& encoding, const std::vector<int64_t>& need, int64_t min_samples, uintptr_t labels,
-         uintptr_t scratch, int threads) {
-        fu::pseudo_labels_cpu(encoding, need.data(), static_cast<int64_t>(need.size()), min_samples,
-                              pointer<int64_t>(labels), pointer<int64_t>(scratch), threads);
-      },
-      release(), py::arg("encoding"), py::arg("need"), py::arg("min_samples"), py::arg("labels"), py::arg("scratch"),
-      py::arg("threads"));
-  // These call Python back, so they keep the GIL.
-  m.def(
-      "check_graph_by",
-      [](const fu::Graph& graph, uintptr_t scratch, py::object launcher) {
-        PythonLauncher by(std::move(launcher));
-        return fu::check_graph_by(by, graph, pointer<int64_t>(scratch));
-      },
-      py::arg("graph"), py::arg("scratch"), py::arg("launcher"));
-  m.def(
-      "dbscan_by",
-      [](const fu::Graph& graph, const std::vector<double>& eps, int64_t min_samples, uintptr_t labels, uintptr_t core,
-         uintptr_t scratch, py::object launcher) {
-        PythonLauncher by(std::move(launcher));
-        fu::dbscan_by(by, graph, eps.data(), static_cast<int64_t>(eps.size()), min_samples, pointer<int64_t>(labels),
-                      pointer<uint8_t>(core), pointer<int64_t>(scratch));
-      },
-      py::arg("graph"), py::arg("eps"), py::arg("min_samples"), py::arg("labels"), py::arg("core"), py::arg("scratch"),
-      py::arg("launcher"));
-  m.def(
-      "pseudo_labels_by",
-      [](const fu::Encoding& encoding, const std::vector<int64_t>& need, int64_t min_samples, uintptr_t labels,
-         uintptr_t scratch, py::object launcher) {
-        PythonLauncher by(std::move(launcher));
-        fu::pseudo_labels_by(by, encoding, need.data(), static_cast<int64_t>(need.size()), min_samples,
-                             pointer<int64_t>(labels), pointer<int64_t>(scratch));
-      },
-      py::arg("encoding"), py::arg("need"), py::arg("min_samples"), py::arg("labels"), py::arg("scratch"),
-      py::arg("launcher"));
+
+  using release = py::call_guard<py::gil_scoped_release>;
+  using keep = py::call_guard<>;
+  bind_core<release>(m, "cpu", &fu::on_threads, py::arg("threads"));
+  bind_core<keep>(m, "launched", &on_launcher, py::arg("launcher"));
 #ifdef FASTREID_U_WITH_CUDA
-  m.def(
-      "check_graph_cuda",
-      [](const fu::Graph& graph, uintptr_t scratch, int device, uintptr_t stream) {
-        return fu::check_graph_cuda(graph, pointer<int64_t>(scratch), device, pointer<void>(stream));
-      },
-      release(), py::arg("graph"), py::arg("scratch"), py::arg("device"), py::arg("stream"));
-  m.def(
-      "dbscan_cuda",
-      [](const fu::Graph& graph, const std::vector<double>& eps, int64_t min_samples, uintptr_t labels, uintptr_t core,
-         uintptr_t scratch, int device, uintptr_t stream) {
-        fu::dbscan_cuda(graph, eps.data(), static_cast<int64_t>(eps.size()), min_samples, pointer<int64_t>(labels),
-                        pointer<uint8_t>(core), pointer<int64_t>(scratch), device, pointer<void>(stream));
-      },
-      release(), py::arg("graph"), py::arg("eps"), py::arg("min_samples"), py::arg("labels"), py::arg("core"),
-      py::arg("scratch"), py::arg("device"), py::arg("stream"));
-  m.def(
-      "pseudo_labels_cuda",
-      [](const fu::Encoding& encoding, const std::vector<int64_t>& need, int64_t min_samples, uintptr_t labels,
-         uintptr_t scratch, int device, uintptr_t stream) {
-        fu::pseudo_labels_cuda(encoding, need.data(), static_cast<int64_t>(need.size()), min_samples,
-                               pointer<int64_t>(labels), pointer<int64_t>(scratch), device, pointer<void>(stream));
-      },
-      release(), py::arg("encoding"), py::arg("need"), py::arg("min_samples"), py::arg("labels"), py::arg("scratch"),
-      py::arg("device"), py::arg("stream"));
+  bind_core<release>(m, "cuda", &on_cuda, py::arg("device"), py::arg("stream"));
 #endif
 }

@@ -107,7 +107,7 @@ struct IsStart {
 };
 
 // A core takes its cluster's number and offers it to the non-cores in its row, who keep the smallest; -1 is the largest
-// unsigned word, so whoever is offered nothing stays noise.
+// unsigned word, so a point that is offered nothing stays noise.
 template <class View>
 struct SpreadLabels {
   Problem<View> p;

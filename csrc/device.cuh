@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels that run a functor of dbscan.h or pseudo_labels.h: one thread a point, one warp a row, or one block a row
-// with a table in shared memory. Compiled by nvcc into _C (dbscan_cuda.cu), or by NVRTC at run time.
+// with a table in shared memory. Compiled by nvcc into _C (on_cuda.cu), or by NVRTC at run time.
 #pragma once
 
 #include "device_shape.h"

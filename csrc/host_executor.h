@@ -53,6 +53,7 @@ class HostExecutor {
 
   int64_t read(const int64_t* p) const { return *p; }
   void write(int64_t* p, int64_t value) const { *p = value; }
+  void wait() const {}  // each phase has
 
  private:
   // f(i, worker) for all i below n.

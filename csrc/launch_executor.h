@@ -6,8 +6,10 @@
 // out alike by host compilers and CUDA's.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "api.h"
 #include "device_shape.h"
@@ -23,7 +25,7 @@ namespace fastreid_u {
 
 class LaunchExecutor {
  public:
-  explicit LaunchExecutor(Launcher& launcher) : launcher_(launcher) {}
+  explicit LaunchExecutor(std::unique_ptr<Launcher> launcher) : launcher_(std::move(launcher)) {}
 
   template <class F>
   void each(int64_t n, F f) {
@@ -40,8 +42,9 @@ class LaunchExecutor {
     launch("each_crew_kernel", grid_of(n, 1, kMostCrews), n, f);
   }
 
-  int64_t read(const int64_t* p) { return launcher_.read(p); }
-  void write(int64_t* p, int64_t value) { launcher_.write(p, value); }
+  int64_t read(const int64_t* p) { return launcher_->read(p); }
+  void write(int64_t* p, int64_t value) { launcher_->write(p, value); }
+  void wait() const {}  // the caller's stream puts the results before whatever reads them
 
  private:
   template <class F>
@@ -50,10 +53,10 @@ class LaunchExecutor {
     const std::string pretty = fastreid_u_spelled<F>();
     const size_t begin = pretty.find("F = ") + 4;
     const std::string functor = pretty.substr(begin, pretty.rfind(']') - begin);
-    launcher_.launch("fastreid_u::" + std::string(kernel) + "<" + functor + ">", blocks, kThreads, n, &f, sizeof f);
+    launcher_->launch("fastreid_u::" + std::string(kernel) + "<" + functor + ">", blocks, kThreads, n, &f, sizeof f);
   }
 
-  Launcher& launcher_;
+  std::unique_ptr<Launcher> launcher_;
 };
 
 }  // namespace fastreid_u

@@ -5,7 +5,7 @@
 // Labels need who is core, how cores hang together, and the few neighbours of the others:
 //   1. Measure each row against its nearest neighbours. That finds nearly all cores and nearly all their links.
 //   2. Rows still in doubt meet every row that can be near, until `min_samples` are; those that do not get there are no
-//      cores and keep whom they found.
+//      cores and keep the rows that they found.
 //   3. Join cores along the hits of step 1. Two cores of different sets meet only in columns that cores of several sets
 //      list. So only such columns are walked, by the row of the smaller set (which bounds the work by the number of
 //      pairs that meet: the rows of one giant set walk nothing), and only near rows of another set are joined. On real
@@ -17,7 +17,7 @@
 #pragma once
 
 #include "dbscan.h"
-#include "encoding.h"
+#include "prefix_index.h"
 
 namespace fastreid_u {
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A hash table of rows and what they share, filled by a crew: in a block's shared memory or a host thread's cache.
 //
-// Linear probing of at most half the slots. It can be full, and says so; whoever fills it then takes the rows a range at
-// a time. Between uses all slots are free.
+// Linear probing of at most half the slots. It can be full; the crew that fills it then takes the rows a range at a
+// time. Between uses all slots are free.
 #pragma once
 
 #include "team.h"

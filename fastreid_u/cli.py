@@ -52,7 +52,7 @@ def _train(argv: list[str]) -> None:
     import tyro
 
     from fastreid_u.data import dataset_names, known_name
-    from fastreid_u.engine.resume import stored_tables
+    from fastreid_u.engine.resume import stored_method, stored_tables
     from fastreid_u.engine.train import train
     from fastreid_u.methods import get_method
 
@@ -61,7 +61,7 @@ def _train(argv: list[str]) -> None:
     method = known.method
     if known.resume and method is None and known.logs_dir is not None:
         folder = Path(known.logs_dir).expanduser()
-        method = stored_tables("train", folder)["run"]["method"] if (folder / "config.toml").exists() else None
+        method = stored_method(stored_tables("train", folder)) if (folder / "config.toml").exists() else None
     config_class = get_method(method or "cluster_contrast").Config
     words = [word for word in rest if word not in ("-h", "--help")]
     overrides = _given(config_class, words)

@@ -8,7 +8,7 @@ batches. A method overrides what its paper changes. In the order of the papers' 
 1. makes the recipe, ``Method(config, images)``, which refuses what it cannot work with before any work is done;
 2. hands it the network, ``build(model)``, and makes an optimiser of its trainable parameters;
 3. in every epoch asks for ``features``, gives them to the label generator, ``labels(features, epoch)``, and both to
-   ``begin_epoch``, whose targets it trains towards;
+   ``begin_epoch``, whose targets it trains towards in ``batches``;
 4. in every step runs the recipe itself (``forward``), then ``loss``, backward, the optimiser, and ``update``;
 5. evaluates the networks that ``ranked`` names.
 
@@ -19,7 +19,7 @@ the shape of what is loaded. Networks that the optimiser must not move are froze
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -88,6 +88,18 @@ class Extract(Protocol):
         """
 
 
+def balanced_batches(images: Images, labels: Tensor, config: Config, epoch: int, iters: int | None) -> list[list[int]]:
+    """An epoch's batches, with ``num_instances`` images of each label (N,), from several cameras unless ``no_cam``.
+
+    ``iters`` batches, or those of one pass for None: see ``iterations`` in data/samplers.py. Labels of -1 take no part.
+    """
+    from fastreid_u.data.samplers import RandomMultipleGallery, iterations
+
+    camids = None if config.no_cam or images.camids is None else images.camids.tolist()
+    sampler = RandomMultipleGallery(labels.tolist(), camids, config.num_instances, seed=config.seed, epoch=epoch)
+    return iterations(sampler, iters, config.batch_size)
+
+
 class Recipe(nn.Module, ABC):
     """One method's decisions. Subclass it, set ``name`` and ``Config``, override what differs.
 
@@ -151,36 +163,9 @@ class Recipe(nn.Module, ABC):
             (N,) int64: what each image is trained towards, as a rule ``labels``; -1 where it sits the epoch out.
         """
 
-    def order(self, labels: Tensor, epoch: int) -> Iterable[int]:
-        """The epoch's stream of image indices, to be cut into batches; ``labels`` are the targets, on the CPU."""
-        from fastreid_u.data.samplers import RandomMultipleGallery
-
-        c = self.config
-        camids = None if c.no_cam or self.images.camids is None else self.images.camids.tolist()
-        sampler = RandomMultipleGallery(
-            labels.tolist(), camids, num_instances=c.num_instances, seed=c.seed, epoch=epoch
-        )
-        return self.batches(sampler)
-
-    def batches(self, sampler: Iterable[int]) -> Iterable[int]:
-        """``config.iters`` full batches of ``sampler``, or one pass without its incomplete last batch."""
-        from fastreid_u.data.samplers import iterations
-
-        if self.config.iters:
-            return iterations(sampler, self.config.iters, self.config.batch_size)
-        one_pass = list(sampler)  # the last batch is left out unless it is the only one
-        return one_pass[: len(one_pass) // self.config.batch_size * self.config.batch_size] or one_pass
-
-    def source_order(self, epoch: int) -> Iterable[int]:
-        """The epoch's stream of source images, without end, balanced over identities as ``order`` is over clusters."""
-        from fastreid_u.data.samplers import RandomMultipleGallery, iterations
-
-        c = self.config
-        camids = None if c.no_cam or self.images.source.camids is None else self.images.source.camids.tolist()
-        sampler = RandomMultipleGallery(
-            self.images.source.pids.tolist(), camids, num_instances=c.num_instances, seed=c.seed, epoch=epoch
-        )
-        return iterations(sampler, 2**62, c.batch_size)
+    def batches(self, labels: Tensor, epoch: int) -> list[list[int]]:
+        """The epoch's batches, each a list of image indices; ``labels`` are the targets, on the CPU."""
+        return balanced_batches(self.images, labels, self.config, epoch, self.config.iters or None)
 
     # A step
 

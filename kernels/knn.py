@@ -8,7 +8,7 @@ With c = x - mean, ranking by distance is ranking by s_ij = c_i.c_j - |c_j|^2 / 
 scaled by a power of two and rounded to float16 (as accurate as tf32 at twice its rate), gives s up to a bound that
 holds for every pair: |error| <= beta r_i r_j + zeta r_j^2, where r is the length of c, beta counts the rounding of both
 inputs and D additions, zeta the rest. Each row keeps what can still be among its first k: the k-th largest lower bound
-seen so far is a threshold, and whoever's upper bound reaches it is appended to the row's buffer. So the buffer is
+seen so far is a threshold, and a candidate whose upper bound reaches it is appended to the buffer. So the buffer is
 complete whatever the data are, unless it overflows, and rows whose buffer overflowed (more copies of a point than it
 holds, or rows so close together that float16 cannot tell them apart) are measured against everything instead.
 

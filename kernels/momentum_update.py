@@ -239,7 +239,8 @@ def _momentum_update_kernel(
     live = d < D
     row_ptr = memory_ptr + row * stride_mc + d.to(tl.int64) * stride_md
     old = tl.load(row_ptr, mask=live, other=0.0).to(tl.float32)
-    if RULE == INDEX:  # one sample only: nobody is after it in row -2; a loop that ends by a constant breaks Triton 3.6
+    # One sample only: no sample names row -2, so none follows. A loop that ends by a constant breaks Triton 3.6.
+    if RULE == INDEX:
         row = tl.full([], -2, tl.int64)
     new, lowest, finite = _walk(
         old, row, me, x_ptr + d.to(tl.int64) * stride_xd, targets_ptr, stride_xb, stride_t, d, B, D, keep, take,

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. A module belongs to the first floor that lists it or a package above it.
 FLOORS = [
     ("ground", ["kernels", "reference", "cpu", "_C"]),
-    ("environment", ["_env", "_ext", "_checks", "config"]),
+    ("environment", ["_env", "_ext", "_checks", "config", "ranks"]),
     ("ops", ["ops"]),
     ("parts", ["recipe", "images", "draws", "labels", "memory", "losses", "models", "data"]),
     ("methods", ["methods"]),
@@ -22,9 +22,10 @@ FLOORS = [
 ]
 HEIGHT = {module: height for height, (_, modules) in enumerate(FLOORS) for module in modules}
 
-# What a ground module may import besides the standard library; a kernel not even that, so that it can be copied out.
+# What a ground module may import besides the standard library; a kernel not even that, but for the types of its
+# settings, so that it can be copied out.
 GROUND = {
-    "kernels": {"torch", "triton"},
+    "kernels": {"torch", "triton", "typing"},
     "reference": {"torch", "numpy", "scipy", "sklearn"},
     "cpu": {"numpy", "numba"},
 }
@@ -84,7 +85,7 @@ def import_violations(root: Path) -> list[str]:
             where = f"{name}:{line}: imports {target}"
             allowed = here == "ops" or within(target, BACKEND_USERS.get(name, set()))
             if here in GROUND:
-                found += ground_violations(where, here, target)
+                found += ground_violations(where, name, target, path)
             elif within(target, BACKENDS) and not allowed:
                 found.append(f"{where}, which only ops/ may")
             elif within(target, {"fastreid_u"}) and part_of(target) not in HEIGHT:
@@ -94,24 +95,47 @@ def import_violations(root: Path) -> list[str]:
     return found
 
 
-def ground_violations(where: str, here: str, target: str) -> list[str]:
+def ground_violations(where: str, name: str, target: str, path: Path) -> list[str]:
+    here = part_of(name)
     if within(target, {"fastreid_u"}):
-        sibling = here in ("reference", "cpu") and within(target, {f"fastreid_u.{here}"})
-        return [] if sibling else [f"{where}, but the ground stands alone"]
+        alone = f"fastreid_u.{here}"  # what stands alone: the references, the numba side, each kernel's file or folder
+        if here == "kernels":
+            alone = name if path.parent.name == "kernels" or path.name == "__init__.py" else name.rpartition(".")[0]
+        return [] if within(target, {alone}) else [f"{where}, but the ground stands alone"]
     top = target.partition(".")[0]
     standard = top == "__future__" or (here != "kernels" and top in sys.stdlib_module_names)
     return [] if standard or top in GROUND[here] else [f"{where}, which {here}/ may not"]
 
 
 def blind_violations(root: Path) -> list[str]:
-    """A reference names its siblings relatively only: an absolute name would tie the file to the package."""
+    """A reference or kernel names its siblings relatively only: an absolute name would tie it to the package."""
     return [
-        f"fastreid_u/reference/{path.name}:{node.lineno}: imports fastreid_u by name"
-        for path in sorted((root / "fastreid_u" / "reference").glob("*.py"))
+        f"{path.relative_to(root)}:{node.lineno}: imports fastreid_u by name"
+        for folder in (root / "fastreid_u" / "reference", root / "kernels")
+        for path in sorted(folder.rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text()))
         if (isinstance(node, ast.ImportFrom) and not node.level and within(node.module, {"fastreid_u"}))
         or (isinstance(node, ast.Import) and any(within(alias.name, {"fastreid_u"}) for alias in node.names))
     ]
+
+
+def rank_violations(root: Path) -> list[str]:
+    """Ranks have one room: only ranks.py asks torch.distributed how many there are, and lets them exchange."""
+    found = []
+    for name, path in sources(root):
+        if name == "fastreid_u.ranks":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            named = []
+            if isinstance(node, ast.Import):
+                named = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                named = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Attribute):
+                named = [ast.unparse(node)]
+            if any(within(each, {"torch.distributed"}) for each in named):
+                found.append(f"{name}:{node.lineno}: asks torch.distributed, which only ranks.py may")
+    return found
 
 
 def style_violations(root: Path) -> list[str]:
@@ -142,7 +166,7 @@ def licence_violations(root: Path) -> list[str]:
     return found
 
 
-CHECKS = [import_violations, blind_violations, style_violations, licence_violations]
+CHECKS = [import_violations, blind_violations, rank_violations, style_violations, licence_violations]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -171,11 +195,19 @@ SPDX = "# SPDX-License-Identifier: Apache-2.0\n"
         (import_violations, "kernels/x.py", "import numpy", "kernels/ may not"),
         (import_violations, "kernels/x.py", "import math", "kernels/ may not"),
         (import_violations, "kernels/x.py", "from fastreid_u.kernels import y", "the ground stands alone"),
+        (import_violations, "kernels/x.py", "from . import y", "the ground stands alone"),
+        (import_violations, "kernels/x/y.py", "from ..z import w", "the ground stands alone"),
+        (import_violations, "kernels/x/__init__.py", "from ..z import w", "the ground stands alone"),
         (import_violations, "fastreid_u/reference/x.py", "import pandas", "reference/ may not"),
         (import_violations, "fastreid_u/reference/x.py", "from fastreid_u._checks import y", "the ground stands alone"),
         (import_violations, "fastreid_u/cpu/x.py", "import torch", "cpu/ may not"),
         (import_violations, "fastreid_u/elsewhere.py", "import os", "on no floor"),
         (blind_violations, "fastreid_u/reference/x.py", "from fastreid_u.reference import knn", "by name"),
+        (rank_violations, "fastreid_u/ops/x.py", "import torch.distributed as dist", "only ranks.py"),
+        (rank_violations, "fastreid_u/memory/x.py", "from torch import distributed", "only ranks.py"),
+        (rank_violations, "fastreid_u/engine/x.py", "from torch.distributed import get_rank", "only ranks.py"),
+        (rank_violations, "fastreid_u/recipe.py", "def f():\n    return torch.distributed", "only ranks.py"),
+        (blind_violations, "kernels/x/y.py", "from fastreid_u.kernels.x import z", "by name"),
         (style_violations, "fastreid_u/ops/x.py", "try:\n    f()\nexcept Exception:\n    pass", "catches everything"),
         (style_violations, "fastreid_u/ops/x.py", "try:\n    f()\nexcept:\n    pass", "catches everything"),
         (style_violations, "fastreid_u/ops/x.py", "assert x", "assert"),
@@ -197,9 +229,13 @@ def test_what_is_allowed_is_not_reported(tmp_path: Path) -> None:
     files = {
         "fastreid_u/__init__.py": "import importlib\nfrom fastreid_u.engine import train",
         "fastreid_u/ops/x.py": "import faiss\nfrom fastreid_u import _env, _ext\nfrom fastreid_u.kernels import x",
+        "fastreid_u/ranks.py": "import torch.distributed as dist",
         "fastreid_u/reference/x.py": "import math\nimport torch\nfrom .y import z",
         "fastreid_u/methods/x.py": "from fastreid_u.methods import y\nfrom fastreid_u.recipe import Recipe",
         "kernels/x.py": "from __future__ import annotations\nimport torch\nimport triton.language as tl",
+        "kernels/y/__init__.py": "import torch\nfrom .z import w",
+        "kernels/y/z.py": "from typing import NamedTuple\nfrom .v import w",
+        "kernels/y/v.py": "import triton",
     }
     for file, text in files.items():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)

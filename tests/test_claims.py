@@ -14,7 +14,7 @@ import pytest
 from fastreid_u.data.synthetic import SyntheticConfig
 from fastreid_u.methods import get_method
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "claims.py"
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "worlds" / "claims.py"
 pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="needs a source checkout around it")
 
 
@@ -87,7 +87,7 @@ def test_the_table_shows_mean_spread_and_what_was_not_run(claims, tmp_path):
 
 def test_the_page_is_what_the_files_say(claims):
     text = claims.PAGE.read_text(encoding="utf-8")
-    assert claims.page(text, claims.RESULTS) == text, "run benchmarks/claims.py --write"
+    assert claims.page(text, claims.RESULTS) == text, "run benchmarks/worlds/claims.py --write"
     for file in claims.RESULTS.glob("*/*.json"):
         record = json.loads(file.read_text(encoding="utf-8"))
         claim = claims.CLAIMS[record["claim"]]

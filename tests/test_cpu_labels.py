@@ -204,7 +204,7 @@ def test_prefixes_let_every_near_pair_pass(need):
     dense = np.zeros((60, 60), np.int64)
     for i in range(60):
         own = slice(rows.indptr[i], rows.indptr[i + 1])
-        dense[i, rows.column[own]] = rows.value[own]
+        dense[i, rows.column[own]] = rows.mass[own]
     true = np.minimum(dense[:, None], dense[None]).sum(-1)
 
     index = build_index(rows, 1000, need, 1)

@@ -49,16 +49,16 @@ def launched() -> dict[str, int]:
     recorder = Recorder()
     nothing = {"indptr": 8, "column": 8, "mass": 8, "neighbours": 8}  # not read: kernels get these, and none runs
     encoding = core.Encoding(**nothing, n=5, nnz=9, k=3, weight=1000)
-    core.pseudo_labels_by(encoding, need=[571], min_samples=99, labels=8, scratch=8, launcher=recorder)
+    core.pseudo_labels_launched(encoding, need=[571], min_samples=99, labels=8, scratch=8, launcher=recorder)
     found |= recorder.launched
     for index_bytes, value_bytes, indptr in ((4, 4, 0), (4, 4, 8), (8, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 0)):
         graph = core.Graph(
             indptr=indptr, indices=8, data=8, n=5, nnz=9, index_bytes=index_bytes, value_bytes=value_bytes
         )
         recorder = Recorder()
-        core.check_graph_by(graph, scratch=8, launcher=recorder)
+        core.check_graph_launched(graph, scratch=8, launcher=recorder)
         recorder.flag = 1
-        core.dbscan_by(graph, eps=[0.5], min_samples=4, labels=8, core=8, scratch=8, launcher=recorder)
+        core.dbscan_launched(graph, eps=[0.5], min_samples=4, labels=8, core=8, scratch=8, launcher=recorder)
         found |= recorder.launched
     return found
 
@@ -221,7 +221,7 @@ def test_compiles_by_nvcc_and_does_not_spill(architecture, tmp_path, record_prop
         pytest.skip("needs a source checkout around it")
     command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-DFASTREID_U_WITH_CUDA", "-c"]
     done = subprocess.run(
-        [*command, csrc / "dbscan_cuda.cu", "-o", tmp_path / "core.o"], capture_output=True, text=True, timeout=300
+        [*command, csrc / "on_cuda.cu", "-o", tmp_path / "core.o"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     rows = usage(done.stderr)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastreid_u.data import BadImage, PixelCache, Sample, make_loader, test_transform, train_transform
+from fastreid_u.data import BadImage, PixelCache, Sample, chunks, make_loader, test_transform, train_transform
 from fastreid_u.data.images import read_pixels
 
 SIZE = (16, 8)  # height, width
@@ -43,8 +43,8 @@ def test_workers_do_not_change_a_bit_and_survive_epochs(samples):
     pids = set()
     for epoch in range(3):
         order = np.random.default_rng(epoch).integers(0, len(samples), 40)
-        expected = collect(alone.epoch(order, seed=(1, epoch)))
-        got = collect(helped.epoch(iter(order), seed=(1, epoch)))
+        expected = collect(alone.epoch(chunks(order.tolist(), 5), seed=(1, epoch)))
+        got = collect(helped.epoch(order.reshape(-1, 5), seed=(1, epoch)))  # any sequence of sequences
         assert torch.equal(got[0], expected[0])
         assert torch.equal(got[1], expected[1])
         assert got[2] == expected[2]
@@ -54,11 +54,11 @@ def test_workers_do_not_change_a_bit_and_survive_epochs(samples):
 
 def test_an_epoch_left_early_does_not_disturb_the_next(samples):
     view = train_transform(*SIZE)
-    expected = collect(make_loader(samples, view, batch_size=4).epoch(range(20), seed=9))
+    expected = collect(make_loader(samples, view, batch_size=4).epoch(chunks(range(20), 4), seed=9))
     for workers in (0, 2):
         loader = make_loader(samples, view, batch_size=4, workers=workers)
-        next(loader.epoch(range(22, 0, -1), seed=3))
-        images, indices, _ = collect(loader.epoch(range(20), seed=9))
+        next(loader.epoch(chunks(range(22, 0, -1), 4), seed=3))
+        images, indices, _ = collect(loader.epoch(chunks(range(20), 4), seed=9))
         assert torch.equal(images, expected[0])
         assert indices.tolist() == list(range(20))
 
@@ -120,11 +120,49 @@ def test_the_default_dtype_changes_no_pixel(samples, workers):
 
 def test_draws_depend_on_seed_and_position_only(samples):
     loader = make_loader(samples, train_transform(*SIZE), batch_size=4)
-    first, _, _ = collect(loader.epoch([5, 5, 5, 5, 6], seed=1))
+    first, _, _ = collect(loader.epoch([[5, 5, 5, 5], [6]], seed=1))
     assert not torch.equal(first[0], first[1])  # another position, another view of the same image
-    other_batches = make_loader(samples, train_transform(*SIZE), batch_size=3)
-    assert torch.equal(collect(other_batches.epoch([5, 5, 5, 5, 6], seed=1))[0], first)
-    assert not torch.equal(collect(loader.epoch([5, 5, 5, 5, 6], seed=2))[0], first)
+    assert torch.equal(collect(loader.epoch([[5, 5, 5], [5, 6]], seed=1))[0], first)
+    assert not torch.equal(collect(loader.epoch([[5, 5, 5, 5], [6]], seed=2))[0], first)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_start_and_any_share_give_the_same_pictures(samples, workers):
+    """What a resumed epoch and what several ranks read is, to the bit, what one process reads in one go."""
+    view = (train_transform(*SIZE, color_jitter=0.3), train_transform(*SIZE, blur=0.5))
+    loader = make_loader(samples, view, batch_size=4, workers=workers)
+    batches = [[3, 3, 7, 1, 5], [2, 9], [11], [4, 3, 8, 6, 6, 0]]  # not all of one size
+    whole = list(loader.epoch(batches, seed=(1, 2)))
+    assert [loaded.indices.tolist() for loaded in whole] == batches
+    for start in range(5):
+        for ranks in (1, 2, 3, 4):
+            shares = [list(loader.epoch(batches, seed=(1, 2), start=start, share=(r, ranks))) for r in range(ranks)]
+            assert {len(share) for share in shares} == {len(batches) - start}
+            for expected, *parts in zip(whole[start:], *shares, strict=True):
+                sizes = [len(part.indices) for part in parts]
+                assert max(sizes) - min(sizes) <= 1
+                assert torch.equal(torch.cat([part.indices for part in parts]), expected.indices)
+                for number, images in enumerate(expected.images):
+                    assert torch.equal(torch.cat([part.images[number] for part in parts]), images)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"start": -1}, r"start must lie in \[0, 2\], got -1"),
+        ({"start": 3}, r"start must lie in \[0, 2\], got 3"),
+        ({"share": (2, 2)}, r"share must be \(rank, ranks\) with 0 <= rank < ranks, got \(2, 2\)"),
+        ({"share": (-1, 2)}, r"share must be .*, got \(-1, 2\)"),
+    ],
+)
+def test_rejects_what_is_no_start_and_no_share(samples, arguments, message):
+    with pytest.raises(ValueError, match=f"make_loader: {message}"):
+        make_loader(samples, test_transform(*SIZE), batch_size=4).epoch([[0], [1]], **arguments)
+
+
+def test_chunks():
+    assert chunks(range(5), 2) == [range(2), range(2, 4), range(4, 5)]
+    assert chunks([], 2) == []
 
 
 def test_global_generators_are_left_alone(samples):
@@ -134,15 +172,15 @@ def test_global_generators_are_left_alone(samples):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_default_order_sizes_and_drop_last(samples):
-    batches = list(make_loader(samples, test_transform(*SIZE), batch_size=5))
+def test_all_samples_in_their_order(samples):
+    loader = make_loader(samples, test_transform(*SIZE), batch_size=5)
+    batches = list(loader)
+    assert len(loader) == len(batches)
     assert [len(batch.indices) for batch in batches] == [5, 5, 5, 5, 3]
     assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(23))
     assert batches[0].images.shape == (5, 3, *SIZE)
     assert batches[0].images.dtype == torch.float32
     assert batches[0].indices.dtype == torch.int64
-    full = list(make_loader(samples, test_transform(*SIZE), batch_size=5, drop_last=True))
-    assert [len(batch.indices) for batch in full] == [5, 5, 5, 5]
 
 
 def test_pixels_are_those_of_pillow(samples):
@@ -203,13 +241,13 @@ class TestCache:
     @pytest.mark.parametrize("workers", [0, 2])
     def test_same_pixels_and_no_second_read(self, samples, workers):
         view = train_transform(*SIZE)
-        expected = collect(make_loader(samples, view, batch_size=4).epoch(range(23), seed=2))[0]
+        expected = collect(make_loader(samples, view, batch_size=4).epoch(seed=2))[0]
         loader = make_loader(samples, view, batch_size=4, cache=True, workers=workers)
-        assert torch.equal(collect(loader.epoch(range(23), seed=2))[0], expected)
+        assert torch.equal(collect(loader.epoch(seed=2))[0], expected)
         assert loader.cache.ready.all()
         for sample in samples:
             os.remove(sample.path)
-        images, _, bad = collect(loader.epoch(range(23), seed=2))
+        images, _, bad = collect(loader.epoch(seed=2))
         assert bad == []
         assert torch.equal(images, expected)
 
@@ -267,5 +305,5 @@ def test_rejects(samples, arguments, error, message):
 
 @pytest.mark.parametrize("index", [-1, 23])
 def test_rejects_indices_out_of_range(samples, index):
-    with pytest.raises(IndexError, match=rf"order must hold indices in \[0, 23\), got {index}"):
-        list(make_loader(samples, test_transform(*SIZE), batch_size=4, order=[0, index]))
+    with pytest.raises(IndexError, match=rf"batches must hold indices in \[0, 23\), got {index}"):
+        list(make_loader(samples, test_transform(*SIZE), batch_size=4).epoch([[0, index]]))

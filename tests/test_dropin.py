@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file of kernels/ works alone: copied out, under another name, in a process that cannot import fastreid_u."""
+"""A file or folder of kernels/ works alone: copied out, under another name, where fastreid_u cannot be imported."""
 
 import os
 import shutil
@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = sorted((Path(__file__).resolve().parents[1] / "kernels").glob("*.py"))
+FOLDER = Path(__file__).resolve().parents[1] / "kernels"
+KERNELS = sorted([*FOLDER.glob("*.py"), *(path.parent for path in FOLDER.glob("*/__init__.py"))])
 
 LOAD = """
-import importlib.util, sys
+import sys
 sys.modules["fastreid_u"] = None
-spec = importlib.util.spec_from_file_location("somebody_elses_kernels", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
+import copied_out as module
 import torch
 """
 
@@ -35,14 +34,25 @@ found = module.cluster_nce(x, targets, memory)
 torch.testing.assert_close(found, expected)
 torch.testing.assert_close(torch.autograd.grad(found, x), torch.autograd.grad(expected, x), atol=1e-5, rtol=1e-5)
 """,
+    "proxy_nce": """
+x, memory = torch.randn(5, 6, requires_grad=True), torch.randn(4, 6)
+clusters, cameras, own = torch.tensor([0, 3, 1, 1, 2]), torch.zeros(5, dtype=torch.int64), torch.arange(4)
+expected = torch.nn.functional.cross_entropy(torch.nn.functional.normalize(x) @ memory.T / 0.07, clusters)
+found = module.proxy_nce(x, clusters, cameras, memory, own, torch.zeros_like(own), hard_negatives=None)
+torch.testing.assert_close(found, expected)
+torch.testing.assert_close(torch.autograd.grad(found, x), torch.autograd.grad(expected, x), atol=1e-5, rtol=1e-5)
+""",
 }
 
 
 def alone(path: Path, code: str, folder: Path) -> subprocess.CompletedProcess:
     """Run ``code`` on a copy of ``path`` in ``folder``, interpreted."""
-    copy = Path(shutil.copy(path, folder / "copied_out.py"))
+    if path.is_dir():
+        shutil.copytree(path, folder / "copied_out")
+    else:
+        shutil.copy(path, folder / "copied_out.py")
     return subprocess.run(
-        [sys.executable, "-c", LOAD + code, str(copy)],
+        [sys.executable, "-c", LOAD + code],
         env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=folder,
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
@@ -54,9 +64,12 @@ def test_stands_alone(path, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_one_that_leans_on_the_package_would_be_seen(tmp_path):
-    path = tmp_path / "leaning.py"
+@pytest.mark.parametrize("name", ["leaning.py", "leaning/__init__.py"])
+def test_one_that_leans_on_the_package_would_be_seen(name, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
     path.write_text("from fastreid_u._checks import require_2d\n")
+    path = path.parent if path.name == "__init__.py" else path
     done = alone(path, "", tmp_path)
     assert done.returncode != 0
     assert "fastreid_u" in done.stderr

@@ -76,10 +76,10 @@ def ranked(features, pids, camids, queries, has_cameras=True, ap="rank"):
     """Figures of given features, through a stand-in network and loader."""
 
     class Loader:
-        def epoch(self, order):
-            from fastreid_u.data.loader import Batch
+        def __iter__(self):
+            from fastreid_u.data.loader import Loaded
 
-            yield Batch(features, torch.arange(len(features)), [])
+            yield Loaded(features, torch.arange(len(features)), [])
 
     samples = tuple(Sample(f"{i}.jpg", pid, cam) for i, (pid, cam) in enumerate(zip(pids, camids, strict=True)))
     display = Display(quiet=True)
@@ -305,7 +305,7 @@ def test_no_worker_outlives_a_failure(own, dataset, monkeypatch):
     before = set(multiprocessing.active_children())
 
     def fails(model, loader, *arguments, **more):
-        next(loader.epoch(range(4)))
+        next(loader.epoch())
         assert set(multiprocessing.active_children()) > before
         raise RuntimeError("diverged")
 

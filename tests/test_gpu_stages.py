@@ -21,13 +21,13 @@ pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="need
 def gpu(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setenv("FASTREID_U_COMMIT", "abc")
-    return importlib.import_module("gpu")
+    return importlib.import_module("gpu.__main__")
 
 
 @pytest.fixture
 def report(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("gpu_report")
+    return importlib.import_module("gpu.report")
 
 
 @pytest.fixture
@@ -155,12 +155,12 @@ def test_says_that_there_is_no_gpu():
     assert done.returncode != 0
     assert "no GPU: torch finds no CUDA device or driver" in done.stderr
     dry = ["make", "--dry-run", "gpu-kernels", "PYTHON=python3"]
-    assert "benchmarks/gpu.py kernels" in subprocess.run(dry, cwd=ROOT, capture_output=True, text=True).stdout
+    assert "benchmarks/gpu kernels" in subprocess.run(dry, cwd=ROOT, capture_output=True, text=True).stdout
 
 
 def test_dry_run_from_end_to_end(tmp_path):
     """All stages in tiny, then again: nothing is run twice."""
-    command = [sys.executable, "-P", str(ROOT / "benchmarks" / "gpu.py"), "--dry-run", "--results", str(tmp_path)]
+    command = [sys.executable, "-P", str(ROOT / "benchmarks" / "gpu"), "--dry-run", "--results", str(tmp_path)]
     environment = os.environ | {"FASTREID_U_COMMIT": "abc", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -185,7 +185,7 @@ import glob, re, sys
 import torch
 from triton.runtime.interpreter import GridExecutor
 from fastreid_u.ops import _dispatch
-import gpu_smallest
+from gpu.smallest import smallest
 
 ran, launch = set(), GridExecutor.__call__
 def recorded(self, *args, **kwargs):
@@ -193,8 +193,9 @@ def recorded(self, *args, **kwargs):
     return launch(self, *args, **kwargs)
 GridExecutor.__call__ = recorded
 _dispatch.PREFERENCE = {"cpu": ("triton", "cpp")}
-gpu_smallest.smallest(torch.device("cpu"))
-names = {name for file in glob.glob(sys.argv[1]) for name in re.findall(r"def (\w+_kernel)\(", open(file).read())}
+smallest(torch.device("cpu"))
+files = glob.glob(sys.argv[1], recursive=True)
+names = {name for file in files for name in re.findall(r"def (\w+_kernel)\(", open(file).read())}
 print(len(names), "never ran:", sorted(names - ran))
 """
 
@@ -202,7 +203,7 @@ print(len(names), "never ran:", sorted(names - ran))
 def test_the_sanitizer_sees_every_triton_kernel():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "benchmarks")}
-    command = [sys.executable, "-c", EVERY_KERNEL, str(ROOT / "kernels" / "*.py")]
+    command = [sys.executable, "-c", EVERY_KERNEL, str(ROOT / "kernels" / "**" / "*.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     count, never = done.stdout.splitlines()[-1].split(" never ran: ")
@@ -211,7 +212,7 @@ def test_the_sanitizer_sees_every_triton_kernel():
 
 
 def test_unknown_stage_is_refused():
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "everything"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu"), "everything"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "stage must be one of build, test, sanitizer, ceilings, kernels, train, got everything" in done.stderr
@@ -219,7 +220,7 @@ def test_unknown_stage_is_refused():
 
 def test_page_is_what_the_files_say(report, tmp_path):
     page = (ROOT / "docs" / "benchmarks.md").read_text()
-    assert report.page(page, ROOT / "benchmarks" / "results") == page, "run benchmarks/gpu_report.py"
+    assert report.page(page, ROOT / "benchmarks" / "results") == page, "run benchmarks/gpu/report.py"
     assert report.NOTHING in report.page(page, tmp_path / "none")
     record = {"status": "ok", "seconds": 3.0, "commit": "abc", "date": "2030-01-02T03:04:05", "figures": {}}
     found = {"bench[a]": {"group": "knn N=5", "ms": 0.123456, "bytes": 10, "share of roofline": 0.5}}

@@ -111,11 +111,11 @@ def test_classes_split_over_programs_and_lean_in_blocks(name, monkeypatch):
     settings |= {"temperature": 0.2}  # few samples, all of them very wrong, would compare single roundings
     check(x, targets, memory, **settings)
     stored = loss_and_gradients(nce.cluster_nce, x, targets, memory, lean=False, **settings)
-    monkeypatch.setattr(nce, "LEAN_BYTES", 4 * 12 * 64)
+    monkeypatch.setattr(nce.backward, "LEAN_BYTES", 4 * 12 * 64)
     lean = loss_and_gradients(nce.cluster_nce, x, targets, memory, lean=True, **settings)
     assert torch.equal(lean[0], stored[0])
     torch.testing.assert_close(lean[1:], stored[1:], rtol=1e-5, atol=1e-6)
-    monkeypatch.setattr(nce, "MAX_SPLITS", 2)
+    monkeypatch.setattr(nce.loss, "MAX_SPLITS", 2)
     check(x, targets, memory, **settings)
 
 

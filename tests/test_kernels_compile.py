@@ -73,7 +73,8 @@ def recorded_launches(tiles: dict) -> list[tuple]:
         def __getitem__(self, grid):
             return lambda *args, **kwargs: launches.append((self.kernel, args, kwargs))
 
-    for module in (cluster_nce, momentum_update, proxy_nce):
+    files = cluster_nce.logits, cluster_nce.loss, cluster_nce.backward, proxy_nce.forward, proxy_nce.backward
+    for module in (*files, momentum_update):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Recorder(getattr(module, name)))
 
@@ -84,7 +85,7 @@ def recorded_launches(tiles: dict) -> list[tuple]:
         cluster_nce.cluster_nce(x, targets, memory, **settings).backward()
 
     if tiles:
-        cluster_nce.FORWARD_TILE = {int(size): tile for size, tile in tiles["FORWARD_TILE"].items()}
+        cluster_nce.logits.FORWARD_TILE = {int(size): tile for size, tile in tiles["FORWARD_TILE"].items()}
         loss(256, 700, 2048, torch.float32)
         return launches[:1]
     status = torch.zeros(1, dtype=torch.int32, device="meta")

@@ -95,8 +95,8 @@ def test_settings(settings):
 
 @pytest.mark.parametrize(("b", "clusters", "cameras", "d"), [(1, 1, 1, 1), (2, 3, 1, 5), (66, 2, 2, 65)])
 def test_sizes(b, clusters, cameras, d, monkeypatch):
-    monkeypatch.setattr(kernels, "SELECT_BLOCK", 4)
-    monkeypatch.setattr(kernels, "GATHER_TILE", (2, 2, 16, 4))
+    monkeypatch.setattr(kernels.forward, "SELECT_BLOCK", 4)
+    monkeypatch.setattr(kernels.backward, "GATHER_TILE", (2, 2, 16, 4))
     check(*batch(b, clusters, cameras, d)[:6], **ALL)
     if b < 10:
         check(*batch(b, clusters, cameras, d)[:6], hard_negatives=2, compat=True)
@@ -105,8 +105,8 @@ def test_sizes(b, clusters, cameras, d, monkeypatch):
 def test_long_rows_go_a_block_at_a_time(monkeypatch):
     given = batch(3)
     whole = loss_and_gradient(kernels.proxy_nce, *given, hard_negatives=7, compat=True)
-    monkeypatch.setattr(kernels, "SELECT_BLOCK", 8)
-    monkeypatch.setattr(kernels, "GATHER_TILE", (4, 8, 4, 4))
+    monkeypatch.setattr(kernels.forward, "SELECT_BLOCK", 8)
+    monkeypatch.setattr(kernels.backward, "GATHER_TILE", (4, 8, 4, 4))
     blocks = loss_and_gradient(kernels.proxy_nce, *given, hard_negatives=7, compat=True)
     torch.testing.assert_close(blocks, whole)
     many = loss_and_gradient(kernels.proxy_nce, *given, hard_negatives=31, compat=True)
@@ -148,7 +148,8 @@ def logits_only(logits, k):
     ids = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.arange(n + 1, device=DEVICE)
     x = torch.ones(1, 1, device=DEVICE)
     settings = {"temperature": 1.0, "normalize": False, "hard_negatives": k}
-    *_, chosen, counts = kernels.proxy_nce_fwd(x, ids[0], ids[0], memory, ids[1], ids[1], **settings)
+    settings = kernels.Settings(**settings)
+    *_, chosen, counts = kernels.proxy_nce_fwd(x, ids[0], ids[0], memory, ids[1], ids[1], settings)
     return (chosen[0, : int(counts[0, 0])] - 1).tolist()
 
 
@@ -168,7 +169,7 @@ def logits_only(logits, k):
 )
 @pytest.mark.parametrize("block", [4, 1024])
 def test_which_negatives(monkeypatch, logits, k, expected, block):
-    monkeypatch.setattr(kernels, "SELECT_BLOCK", block)
+    monkeypatch.setattr(kernels.forward, "SELECT_BLOCK", block)
     assert logits_only(logits, k) == expected
 
 
@@ -335,8 +336,9 @@ class Counter:
 def test_launches_and_scratch_of_a_step(monkeypatch, settings, launches):
     """Meta tensors refuse every read by the host. Beside these launches torch sums the batch."""
     counter, scratch = Counter(), []
-    for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
-        monkeypatch.setattr(kernels, name, counter)
+    for module in (kernels.forward, kernels.backward):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, counter)
     empty = torch.empty
 
     def counted(*args, **kwargs):

@@ -94,14 +94,14 @@ def test_nce_classes_split_over_programs(monkeypatch):
     """Few samples and columns, many classes: the backward splits them, and so does the forward once made to."""
     x, targets, memory = batch(6, 700, 9)
     check_nce(x, targets, memory)
-    monkeypatch.setattr(nce, "MAX_SPLITS", 4)
+    monkeypatch.setattr(nce.loss, "MAX_SPLITS", 4)
     check_nce(x, targets, memory)
 
 
 def test_nce_lean_in_blocks(monkeypatch):
     x, targets, memory = batch(6, 300, 9)
     stored = loss_and_gradients(nce.cluster_nce, x, targets, memory, lean=False)
-    monkeypatch.setattr(nce, "LEAN_BYTES", 4 * 6 * 128)
+    monkeypatch.setattr(nce.backward, "LEAN_BYTES", 4 * 6 * 128)
     lean = loss_and_gradients(nce.cluster_nce, x, targets, memory, lean=True)
     assert torch.equal(lean[0], stored[0])
     torch.testing.assert_close(lean[1:], stored[1:], rtol=1e-5, atol=1e-6)
@@ -231,7 +231,7 @@ def step_on_meta(monkeypatch):
 
     def run(b, c, d):
         counter, scratch = Counter(), []
-        for module in (nce, update):
+        for module in (nce.logits, nce.loss, nce.backward, update):
             for name in vars(module):
                 if name.endswith("_kernel"):
                     monkeypatch.setattr(module, name, counter)
@@ -274,7 +274,7 @@ def test_grids_fit_however_many_rows(monkeypatch, b, rows):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: grids.append(grid)
 
-    for module in (nce, update, proxies):
+    for module in (nce.logits, nce.loss, nce.backward, update, proxies.forward, proxies.backward):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Recorder())
     x = torch.zeros(b, 256, device="meta", requires_grad=True)

@@ -178,6 +178,20 @@ def test_all_state_is_in_the_state_dict():
     torch.testing.assert_close(memory.features.norm(dim=1), torch.ones(5))
 
 
+@pytest.mark.parametrize("rows", [0, 5, 9])
+def test_restart_is_a_new_memory_of_any_number_of_rows(rows):
+    centroids = torch.randn(5, 8)
+    memory = ClusterMemory(8, rows, temp=0.3)
+    memory.restart(centroids.clone().requires_grad_())
+    assert torch.equal(memory.features, ClusterMemory.from_centroids(centroids).features)
+    assert not memory.features.requires_grad
+    assert (memory.num_samples, memory.temp) == (5, 0.3)
+    memory.double().restart(centroids)
+    assert memory.features.dtype == torch.float64
+    with pytest.raises(ValueError, match=r"ClusterMemory\.restart: centroids must have 8 columns like features, got 7"):
+        memory.restart(centroids[:, :7])
+
+
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
@@ -285,6 +299,40 @@ def test_can_be_saved_whole_and_copied(tmp_path, name, way):
     for each in (memory, other):
         each.update_(x, torch.tensor(LABELS))
     torch.testing.assert_close(list(other.buffers()), list(memory.buffers()))
+
+
+@pytest.mark.parametrize("name", ["cluster", "instance", "proxy"])
+@pytest.mark.parametrize("rows", [0, 2, 11])
+def test_loads_any_number_of_rows(name, rows):
+    features, x = features_and_batch()
+    memory = every_memory(features)[name]
+    memory.update_(x, LABELS)
+    other = torch.nn.ModuleDict({"memory": type(memory)(4, rows)})
+    other.load_state_dict({f"memory.{key}": value for key, value in memory.state_dict().items()})
+    for each in (memory, other["memory"]):
+        each.update_(x, LABELS)
+    for key, buffer in memory.named_buffers():
+        assert torch.equal(other["memory"].get_buffer(key), buffer), key
+    assert torch.equal(other["memory"].loss(x, LABELS), memory.loss(x, LABELS))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("cluster", {"features": torch.ones(6, 5)}, r"features must be \(rows, 4\) torch.float32, got \(6, 5\)"),
+        ("cluster", {"features": torch.ones(6)}, r"features must be \(rows, 4\) torch.float32, got \(6,\)"),
+        ("proxy", {"features": torch.ones(6, 4).double()}, r"features must be .*, got \(6, 4\) torch.float64"),
+        ("proxy", {"cameras": torch.ones(6)}, r"cameras must be \(rows\) torch.int64, got \(6,\) torch.float32"),
+        ("proxy", {"cameras": torch.ones(2).long()}, "features, clusters, cameras must have as many rows, got 6, 6, 2"),
+        ("instance", {"labels": torch.ones(7).long()}, "features, labels must have as many rows, got 6, 7"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_named(name, change, message):
+    memory = every_memory(features_and_batch()[0])[name]
+    before = {key: buffer.clone() for key, buffer in memory.named_buffers()}
+    with pytest.raises(RuntimeError, match=rf"{type(memory).__name__}\.load_state_dict: {message}"):
+        memory.load_state_dict(memory.state_dict() | change)
+    assert all(torch.equal(memory.get_buffer(key), buffer) for key, buffer in before.items())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Under torch.distributed every rank's memory equals, to the bit, that of one process that sees the whole batch."""
 
+import itertools
 import multiprocessing
 import sys
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from fastreid_u.memory import ClusterMemory, InstanceMemory, ProxyMemory, gather_in_rank_order
 
+FORMS = "one call", "apart"
 STEPS, BATCH, ROWS, WIDTH = 3, 12, 10, 16
 
 
@@ -31,7 +33,7 @@ def memories(rows):
     yield "proxy", ProxyMemory.from_features(rows, ids // 3, ids % 3)
 
 
-def train(rank, world):
+def train(rank, world, form="one call"):
     """What the memories hold after some steps on this rank's share of the batches."""
     rows, x, targets = workload()
     share = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
@@ -39,7 +41,10 @@ def train(rank, world):
     for name, memory in memories(rows):
         for step in range(STEPS):
             leaf = x[step, share].clone().requires_grad_()
-            memory(leaf, targets[step, share]).backward()
+            if form == "one call":
+                memory(leaf, targets[step, share]).backward()
+            else:
+                memory.update_(*gather_in_rank_order(leaf, targets[step, share]))
         found[name] = dict(memory.named_buffers())
     return found
 
@@ -47,7 +52,10 @@ def train(rank, world):
 def run_rank(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     ranks, numbers = gather_in_rank_order(torch.full((2, 3), rank, dtype=torch.float16), torch.tensor([rank, -rank]))
-    seen = {"ranks": ranks, "numbers": numbers, **train(rank, world)}
+    seen = {"ranks": ranks, "numbers": numbers, **{form: train(rank, world, form) for form in FORMS}}
+    alone = ClusterMemory.from_centroids(torch.eye(2))
+    alone.update_(torch.ones(1, 2), [rank % 2])  # moves towards what it is given, and waits for no other rank
+    seen["own"] = alone.features
     torch.save(seen, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -67,9 +75,10 @@ def test_every_rank_has_the_memory_of_one_process(tmp_path, world):
         seen = torch.load(tmp_path / f"{rank}.pt")
         assert seen["ranks"][:, 0].tolist() == [r for r in range(world) for _ in range(2)]
         assert seen["numbers"].tolist() == [r for each in range(world) for r in (each, -each)]
-        for name, buffers in alone.items():
+        assert torch.equal(seen["own"][1 - rank % 2], torch.eye(2)[1 - rank % 2])
+        for form, (name, buffers) in itertools.product(FORMS, alone.items()):
             for buffer, expected in buffers.items():
-                assert torch.equal(seen[name][buffer], expected), f"{buffer} of {name} on rank {rank}"
+                assert torch.equal(seen[form][name][buffer], expected), f"{buffer} of {name}, {form}, on rank {rank}"
 
 
 def test_alone_nothing_is_gathered():

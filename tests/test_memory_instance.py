@@ -128,12 +128,23 @@ def test_found_inf_skips_rows_and_means(small):
 def test_a_loaded_memory_goes_on_where_the_saved_one_was(small):
     memory, x = small
     memory.update_(x, torch.tensor([3, 3, 0, 8, -1]))
-    assert set(memory.state_dict()) == {"features", "labels"}
+    assert set(memory.state_dict()) == {"features", "labels", "cluster_means"}
     other = InstanceMemory(4, 9, num_source_classes=3)
     other.load_state_dict(memory.state_dict())
     assert torch.equal(other.features, memory.features)
     assert torch.equal(other.cluster_sizes, memory.cluster_sizes)
-    torch.testing.assert_close(other.cluster_means, memory.cluster_means)
+    assert torch.equal(other.cluster_means, memory.cluster_means)
+
+
+def test_a_file_without_the_means_has_them_made_anew(small):
+    """As earlier run folders hold it."""
+    memory, x = small
+    memory.update_(x, torch.tensor([3, 3, 0, 8, -1]))
+    state = {name: tensor for name, tensor in memory.state_dict().items() if name != "cluster_means"}
+    other = torch.nn.ModuleDict({"memory": InstanceMemory(4, 2, num_source_classes=3)})
+    other.load_state_dict({f"memory.{name}": tensor for name, tensor in state.items()})
+    assert torch.equal(other["memory"].cluster_sizes, memory.cluster_sizes)
+    torch.testing.assert_close(other["memory"].cluster_means, memory.cluster_means)
 
 
 @pytest.mark.filterwarnings("error")  # the reference says that it is slow

@@ -96,6 +96,17 @@ def test_outliers_change_nothing_and_found_inf_skips(small):
     assert not torch.equal(memory.features, before)
 
 
+@pytest.mark.parametrize("proxies", [0, 5, 9])
+def test_restart_is_a_new_memory_of_any_number_of_rows(small, proxies):
+    expected, features, labels, cameras = small
+    memory = ProxyMemory(6, proxies, temp=0.3)
+    memory.restart(features, labels, cameras)
+    assert memory.num_proxies == 5
+    assert memory.temp == 0.3
+    for name, buffer in expected.named_buffers():
+        assert torch.equal(getattr(memory, name), buffer)
+
+
 def test_all_state_is_in_the_state_dict(small):
     memory = small[0]
     other = ProxyMemory(6, 5)
@@ -108,6 +119,10 @@ def test_refuses(small):
     memory, features, labels, cameras = small
     with pytest.raises(ValueError, match=r"ProxyMemory\.from_features: labels must have one entry"):
         ProxyMemory.from_features(features, labels[:3], cameras)
+    with pytest.raises(ValueError, match=r"ProxyMemory\.restart: labels must have one entry"):
+        memory.restart(features, labels[:3], cameras)
+    with pytest.raises(ValueError, match=r"ProxyMemory\.restart: features must have 6 columns like the memory, got 5"):
+        memory.restart(features[:, :5], labels, cameras)
     with pytest.raises(ValueError, match=r"ProxyMemory\.from_features: cameras must lie in"):
         ProxyMemory.from_features(features, labels, cameras - 4)
     with pytest.raises(TypeError, match=r"ProxyMemory\.from_features: labels must hold integers"):

@@ -139,7 +139,7 @@ def test_twenty_steps_equal_a_plain_restatement():
         (camera, label): F.normalize(features[(labels == label) & (camids == camera)].mean(0), dim=0)
         for camera, label in proxies(labels, camids)
     }
-    order = torch.tensor(list(cap.order(targets, 0)))[: 20 * 32].view(-1, 32)
+    order = torch.tensor(cap.batches(targets, 0))[:20]
     assert len(order) == 10  # an epoch has as many steps as the clustered images fill batches
     order = torch.cat([order, order.flip(0)])
 
@@ -191,13 +191,13 @@ def test_a_batch_holds_proxies():
     cap = recipe(camids)
     targets = cap.begin_epoch(F.normalize(torch.randn(120, 8)), labels, 0)
     assert torch.equal(targets < 0, labels < 0)
-    stream = np.array(cap.order(targets, 0))
+    stream = np.array(cap.batches(targets, 0)).ravel()
     assert len(stream) == 115 // 32 * 32
     for group in stream.reshape(-1, 4):
         assert len({(labels[i].item(), camids[i].item()) for i in group}) == 1
     for eight in stream.reshape(-1, 8, 4):
         assert len(set(targets[eight[:, 0]].tolist())) == 8
-    assert len(recipe(camids, iters=7).order(targets, 0)) == 7 * 32
+    assert [len(b) for b in recipe(camids, iters=7).batches(targets, 0)] == 7 * [32]
 
 
 def test_camera_numbers_may_be_anything():
@@ -226,7 +226,7 @@ def test_a_proxy_of_one_image_is_drawn_four_times_and_few_proxies_repeat():
     cap = recipe(camids, 4)
     targets = cap.begin_epoch(F.normalize(torch.randn(9, 4)), labels, 0)
     with pytest.warns(RuntimeWarning, match="too few clusters to fill a batch of 32"):
-        stream = np.array(cap.order(targets, 0))
+        stream = np.array(cap.batches(targets, 0)).ravel()
     assert len(stream) == 32  # fewer images than a batch still make a step
     assert [3, 3, 3, 3] in stream.reshape(-1, 4).tolist()
     assert 8 not in stream

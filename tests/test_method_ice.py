@@ -173,9 +173,9 @@ def test_teacher_is_clustered():
 
 def test_groups_hold_many_cameras():
     labels, camids = torch.arange(8).repeat_interleave(20), torch.arange(160) % 4
-    stream = np.array(list(recipe(camids, iters=10).order(labels, 0))).reshape(-1, 4)
+    stream = np.array(recipe(camids, iters=10).batches(labels, 0)).reshape(-1, 4)
     assert all(len({camids[i].item() for i in group}) == 4 for group in stream)
-    without = np.array(list(recipe(camids, iters=10, no_cam=True).order(labels, 0))).reshape(-1, 4)
+    without = np.array(recipe(camids, iters=10, no_cam=True).batches(labels, 0)).reshape(-1, 4)
     assert any(len({camids[i].item() for i in group}) < 4 for group in without)
 
 
@@ -185,7 +185,7 @@ def test_agnostic_ice_needs_no_cameras():
     ice = built(None, count=40, camera_weight=0.0)
     features, labels = F.normalize(torch.randn(40, 8)), torch.arange(40) % 10
     ice.begin_epoch(features, labels, 0)
-    rows = torch.tensor(list(ice.order(labels, 0))[:32])
+    rows = torch.tensor(ice.batches(labels, 0)[0])
     assert len(labels[rows].unique()) == 8
     x = features[rows].requires_grad_()
     ice.loss((x, features[rows], features[rows]), Batch((), rows, labels[rows])).backward()
@@ -205,8 +205,8 @@ def test_camera_numbers_clusters_of_one_image_and_unequal_groups():
     assert torch.equal(*losses)
     assert torch.isfinite(losses[0])
     with pytest.warns(RuntimeWarning, match="too few clusters to fill a batch of 32"):
-        stream = list(ice.order(labels, 0))
-    assert len(stream) == 400 * 32
+        batches = ice.batches(labels, 0)
+    assert [len(batch) for batch in batches] == 400 * [32]
 
 
 def test_published_defaults():

@@ -139,8 +139,7 @@ def test_twenty_steps_of_the_published_algorithm(clustered):
         assert (labels < 0).any()
         classes = recipe.begin_epoch(features, labels, epoch)
         recipe.model.train(), model.train()
-        order = list(recipe.batches(recipe.order(classes, epoch)))[: 10 * 16]
-        for rows in torch.tensor(order).split(16):
+        for rows in torch.tensor(recipe.batches(classes, epoch)[:10]):
             x = recipe.forward(batch(rows, (images[rows],)))
             loss = recipe.loss(x, batch(rows))
             loss.backward()
@@ -159,10 +158,10 @@ def test_unclustered_images_are_classes_of_one_and_shown_once():
     labels = torch.tensor([0, 0, 0, 0, -1, 1, -1, 1, -1])
     targets = recipe.begin_epoch(recipe.memory.features, labels, epoch=0)
     assert targets.tolist() == [0, 0, 0, 0, 2, 1, 3, 1, 4]
-    shown = list(recipe.order(targets, epoch=0))
-    assert len(shown) == 8  # 4 + 4 + 1 + 1 + 1, without the last batch that is not full
+    shown = recipe.batches(targets, epoch=0)
+    assert [len(batch) for batch in shown] == [4, 4]  # 4 + 4 + 1 + 1 + 1, without the last batch that is not full
     once = recipe_with_memory(F.normalize(torch.randn(9, 4)), batch_size=1, num_instances=1, iters=0)
-    assert sorted(set(once.order(targets, epoch=0)) & {4, 6, 8}) == [4, 6, 8]
+    assert sorted({row for (row,) in once.batches(targets, epoch=0)} & {4, 6, 8}) == [4, 6, 8]
 
 
 def test_small_and_few_clusters_fill_a_batch_by_repetition():
@@ -170,9 +169,9 @@ def test_small_and_few_clusters_fill_a_batch_by_repetition():
     recipe = recipe_with_memory(features, batch_size=16, num_instances=4, iters=2)
     targets = recipe.begin_epoch(features, torch.tensor([0, 0, 1, 1, -1, -1]), epoch=0)
     with pytest.warns(RuntimeWarning, match="too few clusters to fill a batch of 16"):
-        shown = list(recipe.order(targets, epoch=0))
-    assert len(shown) == 32
-    assert set(shown) == set(range(6))
+        shown = recipe.batches(targets, epoch=0)
+    assert [len(batch) for batch in shown] == [16, 16]
+    assert {*shown[0], *shown[1]} == set(range(6))
 
 
 def test_images_that_cannot_be_read_are_in_no_class():

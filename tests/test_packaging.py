@@ -161,7 +161,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"fastreid_u", next(top for top in tops if top.endswith(".dist-info"))}
     sources = {f"fastreid_u/{path.relative_to(ROOT / 'fastreid_u')}" for path in (ROOT / "fastreid_u").rglob("*.py")}
-    sources |= {f"fastreid_u/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    sources |= {f"fastreid_u/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
     assert sources <= set(names)
     assert "fastreid_u/kernels/__init__.py" not in names
     assert {f"fastreid_u/csrc/{name}" for name in device_source()} <= set(names)

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="needs a source checkout around it")
+WORLDS = Path(__file__).parents[1] / "benchmarks" / "worlds"
+pytestmark = pytest.mark.skipif(not WORLDS.is_dir(), reason="needs a source checkout around it")
 WORLD = dict(train_ids=6, test_ids=4, cameras=3, images_per_camera=4, distractors=1, height=64, width=32)
 SHORT = dict(height=64, width=32, workers=0, iters=2, epochs=1, batch_size=16, num_instances=4, k1=8, k2=3, eps=0.7)
 
 
 def test_weights_then_two_runs_from_and_without_them(tmp_path, monkeypatch, capsys):
     pytest.importorskip("timm", reason="needs the extra [timm]")
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(WORLDS))
     script = importlib.import_module("person_pretraining")
     render = script.load_dataset
     monkeypatch.setattr(script, "OTHERS", {**WORLD, "seed": 200})

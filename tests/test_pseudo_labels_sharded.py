@@ -99,7 +99,7 @@ def test_rows_of_the_encoding_are_those_of_one_rank(clustered):
     for rows in Threads(4).run(lambda rank: sharded.encode_sorted(x, lists, 4, rank, compat=False, threads=1)):
         for part, expected in zip(rows, one, strict=True):
             np.testing.assert_array_equal(part, expected)
-    assert (np.add.reduceat(one.value, one.indptr[:-1]) == 4 * 2**28).all()
+    assert (np.add.reduceat(one.mass, one.indptr[:-1]) == 4 * 2**28).all()
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])

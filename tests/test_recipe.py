@@ -14,7 +14,7 @@ from fastreid_u.config import Config
 from fastreid_u.labels.generator import center_per_camera
 from fastreid_u.methods import get_method
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
-from fastreid_u.recipe import Images, Paper, Recipe
+from fastreid_u.recipe import Images, Paper, Recipe, balanced_batches
 
 
 def people(ids=8, per_camera=4, cameras=2, shift=0.0, dim=32):
@@ -61,28 +61,29 @@ def test_unreadable_rows_are_unclustered_and_disturb_nobody():
     assert labels[-2:].tolist() == [-1, -1]
 
 
-def test_order_is_one_pass_or_full_batches():
+def test_batches_are_of_one_pass_or_as_many_as_asked():
     labels = torch.tensor([0] * 5 + [1] * 5 + [-1] * 3 + [2] * 5)
     one_pass = ClusterContrast(ClusterContrastConfig(iters=0, batch_size=4, num_instances=4), Images(18))
-    stream = list(one_pass.order(labels, epoch=0))
-    assert len(stream) == 12
-    assert not set(stream) & {10, 11, 12}
+    batches = one_pass.batches(labels, epoch=0)
+    assert [len(batch) for batch in batches] == [4, 4, 4]
+    assert not {row for batch in batches for row in batch} & {10, 11, 12}
     steps = ClusterContrast(ClusterContrastConfig(iters=7, batch_size=8, num_instances=4), Images(18))
-    assert len(list(steps.order(labels, epoch=0))) == 56
-    assert list(steps.order(labels, epoch=0)) == list(steps.order(labels, epoch=0))
-    assert list(steps.order(labels, epoch=0)) != list(steps.order(labels, epoch=1))
+    assert [len(batch) for batch in steps.batches(labels, epoch=0)] == 7 * [8]
+    assert steps.batches(labels, epoch=0) == steps.batches(labels, epoch=0)
+    assert steps.batches(labels, epoch=0) != steps.batches(labels, epoch=1)
+    assert balanced_batches(Images(18), labels, steps.config, 0, 3) == steps.batches(labels, epoch=0)[:3]  # a source's
 
 
 def test_cameras_are_used_unless_told_otherwise():
     labels = torch.zeros(40, dtype=torch.int64)
     camids = torch.arange(40) % 2
     with_cameras = ClusterContrast(ClusterContrastConfig(iters=50, batch_size=4, num_instances=4), Images(40, camids))
-    groups = np.array(list(with_cameras.order(labels, 0))).reshape(-1, 4)
+    groups = np.array(with_cameras.batches(labels, 0)).reshape(-1, 4)
     assert (groups[:, 1:] % 2 != groups[:, :1] % 2).all()
     without = ClusterContrast(
         ClusterContrastConfig(iters=50, batch_size=4, num_instances=4, no_cam=True), Images(40, camids)
     )
-    groups = np.array(list(without.order(labels, 0))).reshape(-1, 4)
+    groups = np.array(without.batches(labels, 0)).reshape(-1, 4)
     assert (groups[:, 1:] % 2 == groups[:, :1] % 2).any()
 
 
@@ -159,4 +160,4 @@ def test_an_author_must_know_fifteen_names():
     plain.build(torch.nn.Identity())
     offered = {*dir(Recipe), *Recipe.__annotations__, *vars(plain), *dict(plain.named_children())}
     names = {name for name in offered if not name.startswith("_") and not hasattr(torch.nn.Module(), name)}
-    assert len(names - {"order", "source_order"}) <= 15, sorted(names)
+    assert len(names) <= 15, sorted(names)

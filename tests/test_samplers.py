@@ -2,6 +2,7 @@
 """Identity samplers: exact structure, and frequencies of 400 to 600 passes against those of the published code."""
 
 import warnings
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -9,21 +10,22 @@ import pytest
 from fastreid_u.data import (
     ClassUniformly,
     MoreCamera,
-    NoCam,
-    RandomIdentity,
     RandomMultipleGallery,
     iterations,
 )
 
-# Published name of the golden arrays, and ours. The fourth class of the file, ICE's own variant of
-# RandomMultipleGallery, is not offered.
+# Published name of the golden arrays, and ours. Two classes of the file are not offered: ICE's own variant
+# of RandomMultipleGallery, and RandomIdentitySampler, which no method uses.
 SAMPLERS = {
     "cc_RandomMultipleGallerySampler": lambda pids, cams, k, **kw: RandomMultipleGallery(pids, cams, k, **kw),
-    "cc_NoCam": lambda pids, cams, k, **kw: NoCam(pids, k, **kw),
+    "cc_NoCam": lambda pids, cams, k, **kw: RandomMultipleGallery(pids, None, k, **kw),
     "ice_MoreCameraSampler": lambda pids, cams, k, **kw: MoreCamera(pids, cams, k, **kw),
-    "cc_RandomIdentitySampler": lambda pids, cams, k, **kw: RandomIdentity(pids, k, **kw),
     "cap_ClassUniformlySampler": lambda pids, cams, k, **kw: ClassUniformly(pids, k, **kw),
 }
+
+
+def no_cam(pids, num_instances, **settings):
+    return RandomMultipleGallery(pids, None, num_instances, **settings)
 
 
 def split_groups(stream, pids):
@@ -112,15 +114,14 @@ def test_replacement_starts_below_k_candidates(candidates, repeats):
 
 
 def test_single_image_identity():
-    assert list(NoCam([5, -1], 4)) == [0]
-    assert list(NoCam([5, -1], 4, singletons="repeat")) == [0] * 4
+    assert list(no_cam([5, -1], 4)) == [0]
     assert list(RandomMultipleGallery([7], [0], 4)) == [0]
-    for sampler in (RandomIdentity([7], 4), ClassUniformly([7], 4), MoreCamera([7], [0], 4)):
+    for sampler in (ClassUniformly([7], 4), MoreCamera([7], [0], 4)):
         assert list(sampler) == [0] * 4
 
 
 def test_num_instances_one():
-    assert sorted(NoCam([0, 0, 1], 1, seed=2))[-1] == 2
+    assert sorted(no_cam([0, 0, 1], 1, seed=2))[-1] == 2
     assert len(list(RandomMultipleGallery([0, 0, 1], [0, 1, 0], 1))) == 2
 
 
@@ -142,18 +143,17 @@ def test_seed_and_epoch_decide_the_stream_and_the_global_generator_does_not():
 
 
 def test_no_labels_at_all():
-    assert list(NoCam([-1, -1], 4)) == []
+    assert list(no_cam([-1, -1], 4)) == []
     with pytest.raises(ValueError, match="at least one identity, got none"):
-        iterations(NoCam([-1, -1], 4), 2, 8)
+        iterations(no_cam([-1, -1], 4), 2, 8)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: NoCam([[0]], 4), r"labels must be \(N,\) integers"),
-        (lambda: NoCam([0.5], 4), r"labels must be \(N,\) integers"),
-        (lambda: NoCam([0], 0), "num_instances must be positive, got 0"),
-        (lambda: NoCam([0], 2, singletons="two"), 'singletons must be "one" or "repeat"'),
+        (lambda: no_cam([[0]], 4), r"labels must be \(N,\) integers"),
+        (lambda: no_cam([0.5], 4), r"labels must be \(N,\) integers"),
+        (lambda: no_cam([0], 0), "num_instances must be positive, got 0"),
         (lambda: RandomMultipleGallery([0, 0], [0], 2), "camids must have one entry per label"),
         (lambda: MoreCamera([0, 0], [0, 1, 2], 2), "camids must have one entry per label"),
     ],
@@ -167,37 +167,44 @@ class TestIterations:
     def test_restarts_where_no_batch_is_left(self):
         """10 identities x 4 = 40 images a pass: two batches of 16 each, 8 images dropped, then a new pass."""
         pids = np.repeat(np.arange(10), 4)
-        sampler, twin = NoCam(pids, 4, seed=5), NoCam(pids, 4, seed=5)
-        stream = list(iterations(sampler, 5, 16))
+        sampler, twin = no_cam(pids, 4, seed=5), no_cam(pids, 4, seed=5)
+        stream = list(chain(*iterations(sampler, 5, 16)))
         passes = [list(twin) for _ in range(3)]
         assert stream == passes[0][:32] + passes[1][:32] + passes[2][:16]
 
     def test_exact_fit_uses_the_whole_pass(self):
         pids = np.repeat(np.arange(4), 4)
-        twin = NoCam(pids, 4, seed=5)
-        assert list(iterations(NoCam(pids, 4, seed=5), 2, 16)) == list(twin) + list(twin)
+        twin = no_cam(pids, 4, seed=5)
+        assert iterations(no_cam(pids, 4, seed=5), 2, 16) == [list(twin), list(twin)]
 
     def test_too_few_identities_repeat_with_one_warning(self):
         pids = np.repeat(np.arange(3), 4)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
             for epoch in range(3):
-                stream = list(iterations(NoCam(pids, 4, epoch=epoch), 4, 16))
-                assert len(stream) == 64
-                for batch in np.reshape(stream, (4, 16)):
+                batches = iterations(no_cam(pids, 4, epoch=epoch), 4, 16)
+                assert len(batches) == 4
+                for batch in np.reshape(batches, (4, 16)):
                     assert set(pids[batch]) == {0, 1, 2}
         assert len(caught) == 1
         assert "batch of 16" in str(caught[0].message)
 
-    def test_strict(self):
-        with pytest.raises(ValueError, match="fill a batch of 16, got 8 images from 2 identities"):
-            iterations(NoCam(np.repeat([0, 1], 4), 4), 1, 16, strict=True)
+    @pytest.mark.parametrize(("identities", "sizes"), [(0, []), (1, [4]), (4, [16]), (7, [16]), (10, [16, 16])])
+    def test_one_pass_leaves_out_a_last_batch_that_is_not_full(self, identities, sizes):
+        pids = np.repeat(np.arange(identities), 4)
+        batches = iterations(no_cam(pids, 4, seed=5), None, 16)
+        assert [len(batch) for batch in batches] == sizes
+        assert list(chain(*batches)) == list(no_cam(pids, 4, seed=5))[: sum(sizes)]
+
+    def test_the_first_batches_of_an_epoch_do_not_depend_on_how_many_follow(self):
+        pids = np.repeat(np.arange(10), 4)
+        assert iterations(no_cam(pids, 4), 3, 16) == iterations(no_cam(pids, 4), 8, 16)[:3]
+        assert iterations(no_cam(pids, 4), 0, 16) == []
 
     def test_a_lone_identity(self):
         with pytest.warns(RuntimeWarning, match="identities repeat"):
-            assert list(iterations(NoCam([-1, 3], 4), 2, 3)) == [1] * 6
+            assert iterations(no_cam([-1, 3], 4), 2, 3) == [[1] * 3] * 2
 
     def test_singletons_shift_the_groups_but_batches_stay_full(self):
         pids = np.r_[np.repeat(np.arange(4), 4), 4, 5, 6]
-        stream = list(iterations(NoCam(pids, 4, seed=1), 7, 8))
-        assert len(stream) == 56
+        assert [len(batch) for batch in iterations(no_cam(pids, 4, seed=1), 7, 8)] == 7 * [8]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastreid_u.data import grey_transform, strong_transform, test_transform, train_transform
+from fastreid_u.data import test_transform, train_transform
 from fastreid_u.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -184,10 +184,10 @@ def test_views_hold_the_published_steps():
 
     assert names(train_transform()) == ["Flip", "PadCrop", "Normalize", "Erase"]
     assert names(train_transform(erase=0, color_jitter=0.3)) == ["ColorJitter", "Flip", "PadCrop", "Normalize"]
-    assert names(strong_transform()) == ["Flip", "PadCrop", "Blur", "Normalize", "Erase"]
-    assert names(grey_transform()) == ["Grey", "Flip", "PadCrop", "Normalize", "Erase"]
+    assert names(train_transform(blur=0.5)) == ["Flip", "PadCrop", "Blur", "Normalize", "Erase"]
+    assert names(train_transform(grey=1.0)) == ["Grey", "Flip", "PadCrop", "Normalize", "Erase"]
     assert names(test_transform()) == ["Normalize"]
-    assert strong_transform().steps[-1].p == 0.6
+    assert train_transform(erase=0.6).steps[-1].p == 0.6
     assert train_transform(erase_aspect=(0.3, 3.0)).steps[-1].aspect == (0.3, 3.0)
     assert train_transform().steps[-1] == Erase(0.5, (0.02, 0.4), (0.3, 1 / 0.3), IMAGENET_MEAN, 100)
     assert (train_transform().height, train_transform().width) == (256, 128)

@@ -40,8 +40,8 @@ def is_near(index, i, j):
     total, spare = 0, index.weight - index.need  # what row i may hold alone
     while p < p_end and q < q_end and total < index.need and spare >= 0:
         a, b = index.column[p], index.column[q]
-        own = index.value[p]
-        total += min(own, index.value[q]) * (a == b)
+        own = index.mass[p]
+        total += min(own, index.mass[q]) * (a == b)
         spare -= own * (a < b)
         p += a <= b
         q += b <= a
@@ -75,10 +75,10 @@ def settle(begin, end, index, doubtful, min_samples, core):
             keys, sums, slots = np.full(size, -1, np.int32), np.empty(size, np.int32), np.empty(size, np.int64)
         met = 0
         for p in range(index.indptr[i], index.stop[i]):
-            c, own = index.column[p], index.value[p]
+            c, own = index.column[p], index.mass[p]
             for e in range(index.start[c], index.start[c + 1]):
                 if index.row[e] != i:
-                    met = meet(keys, sums, slots, met, index.row[e], min(own, index.mass[e]))
+                    met = meet(keys, sums, slots, met, index.row[e], min(own, index.list_mass[e]))
 
         first, found = at, 1
         for s in range(met):
@@ -168,7 +168,7 @@ def bridge(begin, end, index, group, sets):
             keys, sums, slots = np.full(size, -1, np.int32), np.empty(size, np.int32), np.empty(size, np.int64)
         met = 0
         for p in range(index.indptr[i], index.stop[i]):
-            c, own = index.column[p], index.value[p]
+            c, own = index.column[p], index.mass[p]
             if sets[c] != MIXED:
                 continue
             for e in range(index.start[c], index.start[c + 1]):
@@ -176,7 +176,7 @@ def bridge(begin, end, index, group, sets):
                 if j >= i:
                     break
                 if group[j] != _NOT_CORE and group[j] != group[i]:
-                    met = meet(keys, sums, slots, met, j, min(own, index.mass[e]))
+                    met = meet(keys, sums, slots, met, j, min(own, index.list_mass[e]))
 
         first = at
         for s in range(met):

@@ -8,7 +8,7 @@ The filter: order columns by how many rows hold them, rare first, and call the s
 tail weighs at most ``tail`` its prefix. Let T_ij >= T_min and a be where the earlier of the two prefixes ends. Columns
 that i and j share up to a are in both prefixes; the others are in the tail of the row whose prefix ends at a, so they
 add at most ``tail``. Hence the overlap of the prefixes is at least T_min - tail. Lists of prefixes are short, for the
-columns that many rows share, hubs, come last in every row; whoever passes is measured on the whole rows.
+columns that many rows share, hubs, come last in every row; pairs that pass are measured on the whole rows.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class Index(NamedTuple):
     """Integer rows with their columns renamed rare first, and the inverted lists of the prefixes.
 
     Attributes:
-        indptr, column, value: the rows; columns ascend.
+        indptr, column, mass: the rows; columns ascend.
         stop: (N,) int64, where the row's prefix ends.
         start: (N + 1,) int64, the first entry of each column's list.
         row: int32, ascending within a list.
-        mass: int32, the weight of the column in that row.
+        list_mass: int32, the weight of the column in that row.
         enough: overlap of prefixes that a near pair has at least.
         need: overlap that makes a pair near.
         weight: of a row; a row that averages empty ones weighs less.
@@ -64,11 +64,11 @@ class Index(NamedTuple):
 
     indptr: np.ndarray
     column: np.ndarray
-    value: np.ndarray
+    mass: np.ndarray
     stop: np.ndarray
     start: np.ndarray
     row: np.ndarray
-    mass: np.ndarray
+    list_mass: np.ndarray
     enough: int
     need: int
     weight: int
@@ -81,12 +81,12 @@ def _count_columns(column, count):
 
 
 @kernel
-def _find_prefixes(begin, end, indptr, value, tail, stop):
+def _find_prefixes(begin, end, indptr, mass, tail, stop):
     for i in range(begin, end):
         left, e = 0, indptr[i + 1]
-        while e > indptr[i] and left + value[e - 1] <= tail:
+        while e > indptr[i] and left + mass[e - 1] <= tail:
             e -= 1
-            left += value[e]
+            left += mass[e]
         stop[i] = e
 
 
@@ -98,11 +98,11 @@ def _count_prefixes(begin, end, indptr, column, stop, count):
 
 
 @kernel
-def _invert(begin, end, indptr, column, value, stop, at, row, mass):
+def _invert(begin, end, indptr, column, mass, stop, at, row, list_mass):
     for i in range(begin, end):
         for e in range(indptr[i], stop[i]):
             c = column[e]
-            row[at[c]], mass[at[c]] = i, value[e]
+            row[at[c]], list_mass[at[c]] = i, mass[e]
             at[c] += 1
 
 
@@ -132,13 +132,13 @@ def index_sorted(rows: Rows, weight: int, need: int, threads: int) -> Index:
     # a pair may be so far apart and still near that prefixes are whole rows anyway: then leave nothing to be measured
     tail = int(_TAIL * need) if need > weight // 8 else 0
     stop = np.empty(n, np.int64)
-    over_rows(_find_prefixes, n, threads, rows.indptr, rows.value, tail, stop)
+    over_rows(_find_prefixes, n, threads, rows.indptr, rows.mass, tail, stop)
     count = np.zeros(n, np.int64)
     _count_prefixes(0, n, rows.indptr, rows.column, stop, count)
     start = np.concatenate([np.zeros(1, np.int64), np.cumsum(count)])
-    row, mass = np.empty(start[-1], np.int32), np.empty(start[-1], np.int32)
-    _invert(0, n, *rows, stop, start[:-1].copy(), row, mass)
-    return Index(*rows, stop, start, row, mass, need - tail, need, weight)
+    row, list_mass = np.empty(start[-1], np.int32), np.empty(start[-1], np.int32)
+    _invert(0, n, *rows, stop, start[:-1].copy(), row, list_mass)
+    return Index(*rows, stop, start, row, list_mass, need - tail, need, weight)
 
 
 @kernel
@@ -150,7 +150,7 @@ def overlap(index, i, j):
     while p < p_end and q < q_end:
         a, b = index.column[p], index.column[q]
         if a == b:
-            total += min(index.value[p], index.value[q])
+            total += min(index.mass[p], index.mass[q])
         p += a <= b
         q += b <= a
     return total
@@ -191,12 +191,12 @@ def _join(begin, end, index):
             keys, sums, slots = np.full(size, -1, np.int32), np.empty(size, np.int32), np.empty(size, np.int64)
         met = 0
         for p in range(index.indptr[i], index.stop[i]):
-            c, own = index.column[p], index.value[p]
+            c, own = index.column[p], index.mass[p]
             for e in range(index.start[c], index.start[c + 1]):
                 j = index.row[e]
                 if j >= i:
                     break
-                met = meet(keys, sums, slots, met, j, min(own, index.mass[e]))
+                met = meet(keys, sums, slots, met, j, min(own, index.list_mass[e]))
 
         if met + 1 > len(near):
             near = np.empty(2 * (met + 1), np.int64)
@@ -212,7 +212,7 @@ def _join(begin, end, index):
             if t >= index.need:
                 near[found] = (j << 32) | t
                 found += 1
-        t = index.value[index.indptr[i] : index.indptr[i + 1]].sum()  # the diagonal: nothing, if the row is empty
+        t = index.mass[index.indptr[i] : index.indptr[i + 1]].sum()  # the diagonal: nothing, if the row is empty
         if t >= index.need:
             near[found] = (np.int64(i) << 32) | t
             found += 1

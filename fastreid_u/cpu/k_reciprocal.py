@@ -23,26 +23,26 @@ class Rows(NamedTuple):
     Attributes:
         indptr: (N + 1,) int64.
         column: (nnz,) int32.
-        value: (nnz,) int32 in fixed point, else float32.
+        mass: (nnz,) int32 in fixed point, else float32.
     """
 
     indptr: np.ndarray
     column: np.ndarray
-    value: np.ndarray
+    mass: np.ndarray
 
     @classmethod
     def put_together(cls, parts: list[tuple], dtype: type = np.int32) -> Rows:
         """Blocks of rows as one; empties ``parts``, so that no more than one of the large arrays exists twice.
 
-        ``dtype``: of the values, should there be no block.
+        ``dtype``: of the masses, should there be no block.
         """
         if not parts:
             return cls(np.zeros(1, np.int64), np.empty(0, np.int32), np.empty(0, dtype))
-        indptrs, columns, values = map(list, zip(*parts, strict=True))
+        indptrs, columns, masses = map(list, zip(*parts, strict=True))
         parts.clear()
         count = np.concatenate([np.diff(indptr) for indptr in indptrs])
         indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(count)])
-        return cls(indptr, _concatenate(columns), _concatenate(values))
+        return cls(indptr, _concatenate(columns), _concatenate(masses))
 
 
 def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
@@ -193,7 +193,7 @@ def _weigh_float32(distance, count, out):
 
 @kernel
 def _encode(begin, end, x, lists, half, mutual, measured, first, compat, unit, like):
-    """Rows of V: counts, columns ascending, values of ``like``'s type; in fixed point if ``unit`` is not 0.
+    """Rows of V: counts, columns ascending, masses of ``like``'s type; in fixed point if ``unit`` is not 0.
 
     ``measured`` begins with row ``first``.
     """
@@ -205,7 +205,7 @@ def _encode(begin, end, x, lists, half, mutual, measured, first, compat, unit, l
     weight = np.empty(widest, like.dtype)
     indptr = np.zeros(end - begin + 1, np.int64)
     column = np.empty((end - begin) * widest, np.int32)
-    value = np.empty((end - begin) * widest, like.dtype)
+    mass = np.empty((end - begin) * widest, like.dtype)
     at = 0
     for i in range(begin, end):
         count = _expand_set(i, lists, half, mutual, keys, place, members)
@@ -218,14 +218,14 @@ def _encode(begin, end, x, lists, half, mutual, measured, first, compat, unit, l
             _weigh_float32(distance, count, weight)
         for p in range(count):
             if weight[p] != 0:
-                column[at], value[at] = members[p] >> 32, weight[p]
+                column[at], mass[at] = members[p] >> 32, weight[p]
                 at += 1
         indptr[i - begin + 1] = at
-    return indptr, column[:at].copy(), value[:at].copy()
+    return indptr, column[:at].copy(), mass[:at].copy()
 
 
 @kernel
-def _average(begin, end, lists, k2, indptr, column, value, divisor):
+def _average(begin, end, lists, k2, indptr, column, mass, divisor):
     """Rows of query expansion: sums, in rank order, over the first ``k2`` neighbours, divided; columns unordered."""
     widest = total = 0
     for i in range(begin, end):
@@ -239,7 +239,7 @@ def _average(begin, end, lists, k2, indptr, column, value, divisor):
     slots = np.empty(widest, np.int64)
     out_indptr = np.zeros(end - begin + 1, np.int64)
     out_column = np.empty(total, np.int32)
-    out_value = np.empty(total, value.dtype)
+    out_mass = np.empty(total, mass.dtype)
     at = 0
     for i in range(begin, end):
         first = at
@@ -248,36 +248,36 @@ def _average(begin, end, lists, k2, indptr, column, value, divisor):
                 slot = find_slot(keys, column[e])
                 if keys[slot] == -1:
                     keys[slot], place[slot], slots[at - first] = column[e], at, slot
-                    out_column[at], out_value[at] = column[e], value[e]
+                    out_column[at], out_mass[at] = column[e], mass[e]
                     at += 1
                 else:
-                    out_value[place[slot]] += value[e]
+                    out_mass[place[slot]] += mass[e]
         for p in range(at - first):
             keys[slots[p]] = -1
         if divisor != 1:
             for p in range(first, at):
-                out_value[p] /= divisor
+                out_mass[p] /= divisor
         out_indptr[i - begin + 1] = at
-    return out_indptr, out_column[:at].copy(), out_value[:at].copy()
+    return out_indptr, out_column[:at].copy(), out_mass[:at].copy()
 
 
 @kernel
-def _rename(begin, end, indptr, column, value, name):
+def _rename(begin, end, indptr, column, mass, name):
     """Replace columns by their names and sort each row by them, in place."""
     widest = 0
     for i in range(begin, end):
         widest = max(widest, indptr[i + 1] - indptr[i])
     key = np.empty(widest, np.int64)
-    old = np.empty(widest, value.dtype)
+    old = np.empty(widest, mass.dtype)
     for i in range(begin, end):
         first, count = indptr[i], indptr[i + 1] - indptr[i]
         for p in range(count):
             key[p] = (np.int64(name[column[first + p]]) << 32) | p
-            old[p] = value[first + p]
+            old[p] = mass[first + p]
         ascend(key[:count])
         for p in range(count):
             column[first + p] = key[p] >> 32
-            value[first + p] = old[key[p] & 0xFFFFFFFF]
+            mass[first + p] = old[key[p] & 0xFFFFFFFF]
 
 
 def sort_rows(rows: Rows, name: np.ndarray, threads: int) -> None:
@@ -294,7 +294,7 @@ def mutual_neighbours(lists: np.ndarray, threads: int, rows: range | None = None
     """(len(rows), k1) uint8, of all rows if None: 0 if the row is not in its neighbour's list, 1 if it is, 2 if each is
     in the half list of the other."""
     rows = range(len(lists)) if rows is None else rows
-    mutual = np.empty(lists.shape, np.uint8)  # memory that nobody writes to is never taken
+    mutual = np.empty(lists.shape, np.uint8)  # the system gives no memory for pages that are never written
     over_rows(_find_mutual, rows.stop, threads, lists, half_length(lists.shape[1]), mutual, begin=rows.start)
     return mutual[rows.start : rows.stop]
 
@@ -331,9 +331,9 @@ def average_rows(v: Rows, lists: np.ndarray, k2: int, threads: int, rows: range 
     ``v``: all rows. Not for ``k2`` = 1.
     """
     rows = range(len(lists)) if rows is None else rows
-    divisor = v.value.dtype.type(1 if v.value.dtype == np.int32 else k2)
+    divisor = v.mass.dtype.type(1 if v.mass.dtype == np.int32 else k2)
     parts = over_rows(_average, rows.stop, threads, lists, k2, *v, divisor, begin=rows.start)
-    return Rows.put_together(parts, v.value.dtype)
+    return Rows.put_together(parts, v.mass.dtype)
 
 
 def encode(x: np.ndarray, lists: np.ndarray, k2: int, *, compat: bool, fixed: bool, threads: int) -> Rows:

@@ -34,7 +34,7 @@ from .jaccard import Index, count_columns, index_sorted, least_overlap, rare_fir
 from .k_reciprocal import Rows, average_rows, bits, mutual_neighbours, soft_rows, sort_rows
 
 
-class Ranks(Protocol):
+class Exchange(Protocol):
     """How ranks talk. Each calls the same methods in the same order.
 
     Attributes:
@@ -48,12 +48,12 @@ class Ranks(Protocol):
         """Everybody's array, one after the other in the order of ranks, along the first axis, which may differ."""
 
 
-def equal_share(n: int, ranks: Ranks) -> range:
+def equal_share(n: int, ranks: Exchange) -> range:
     """This rank's part of n rows; sizes differ by one at most."""
     return range(n * ranks.rank // ranks.world, n * (ranks.rank + 1) // ranks.world)
 
 
-def share_of_work(work: np.ndarray, ranks: Ranks) -> range:
+def share_of_work(work: np.ndarray, ranks: Exchange) -> range:
     """This rank's run of the rows that cost ``work`` (n,) int64 each: a fair part of the sum, give or take one row."""
     upto = np.cumsum(work + 1)  # a row costs something even if it has nothing to walk
     total = int(upto[-1]) if len(upto) else 0
@@ -80,20 +80,20 @@ def _merge(forest, parent):
             unite(parent, i, forest[i])
 
 
-def _merged(parent: np.ndarray, ranks: Ranks) -> np.ndarray:
+def _merged(parent: np.ndarray, ranks: Exchange) -> np.ndarray:
     """One forest that joins whatever any rank's does."""
     for forest in ranks.gather(parent).reshape(ranks.world, len(parent)):
         _merge(forest, parent)
     return parent
 
 
-def _gathered(own: Rows, ranks: Ranks) -> Rows:
+def _gathered(own: Rows, ranks: Exchange) -> Rows:
     count = ranks.gather(np.diff(own.indptr))
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(count)])
-    return Rows(indptr, ranks.gather(own.column), ranks.gather(own.value))
+    return Rows(indptr, ranks.gather(own.column), ranks.gather(own.mass))
 
 
-def encode_sorted(x: np.ndarray, lists: np.ndarray, k2: int, ranks: Ranks, *, compat: bool, threads: int) -> Rows:
+def encode_sorted(x: np.ndarray, lists: np.ndarray, k2: int, ranks: Exchange, *, compat: bool, threads: int) -> Rows:
     """All rows in fixed point, columns named rare first and ascending; each rank encodes and sorts its own."""
     own = equal_share(len(lists), ranks)
     mutual = ranks.gather(mutual_neighbours(lists, threads, own))
@@ -106,7 +106,7 @@ def encode_sorted(x: np.ndarray, lists: np.ndarray, k2: int, ranks: Ranks, *, co
     return _gathered(v, ranks)
 
 
-def cluster(index: Index, lists: np.ndarray, min_samples: int, ranks: Ranks, threads: int) -> np.ndarray:
+def cluster(index: Index, lists: np.ndarray, min_samples: int, ranks: Exchange, threads: int) -> np.ndarray:
     """(N,) int64 labels of the rows of ``index``, the same on every rank; ``lists`` (N, k1) int32 as hints."""
     n, k1 = lists.shape
     nearest = min(k1, max(NEAREST, min(2 * min_samples, MOST_NEAREST - 1)) + 1)
@@ -159,7 +159,7 @@ def pseudo_labels(
     k2: int,
     eps: Sequence[float],
     min_samples: int,
-    ranks: Ranks,
+    ranks: Exchange,
     *,
     compat: bool = False,
     threads: int = 1,

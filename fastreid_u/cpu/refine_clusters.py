@@ -16,34 +16,34 @@ UNIT = 2**30
 
 
 @kernel
-def _distance(indptr, column, value, held, j, weight):
+def _distance(indptr, column, mass, held, j, weight):
     """J of the row that is spread out and row j, in units: as float32, which is how a graph stores it."""
     shared = 0
     for e in range(indptr[j], indptr[j + 1]):
-        shared += min(held[column[e]], value[e])
+        shared += min(held[column[e]], mass[e])
     return np.int64(np.rint(np.float64(np.float32(2 * (weight - shared) / (2 * weight - shared))) * UNIT))
 
 
 @kernel
 def _sum(begin, end, wanted, rows, weight, labels, members, start, tight, tight_members, tight_start, inside, changed):
-    indptr, column, value = rows
+    indptr, column, mass = rows
     held = np.zeros(len(labels), np.int32)
     for r in range(begin, end):
         i = wanted[r]
         for e in range(indptr[i], indptr[i + 1]):
-            held[column[e]] = value[e]
+            held[column[e]] = mass[e]
         for m in range(start[labels[i]], start[labels[i] + 1]):
             j = members[m]
             if j == i:
                 continue
-            distance = _distance(indptr, column, value, held, j, weight)
+            distance = _distance(indptr, column, mass, held, j, weight)
             inside[i] += distance
             if tight[j] != tight[i]:
                 changed[i] += distance
         for m in range(tight_start[tight[i]], tight_start[tight[i] + 1]):
             j = tight_members[m]
             if labels[j] != labels[i]:
-                changed[i] += _distance(indptr, column, value, held, j, weight)
+                changed[i] += _distance(indptr, column, mass, held, j, weight)
         for e in range(indptr[i], indptr[i + 1]):
             held[column[e]] = 0
 
@@ -64,7 +64,7 @@ def sums_within(
     compat: bool = False,
     threads: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) int64 each, in units of 2^-30: distances to the rest of the own cluster, and to whom ``tight`` changes.
+    """(N,) int64 each, in units of 2^-30: distances to the rest of the own cluster, and to what ``tight`` changes.
 
     Args:
         x: (N, D) float32, contiguous, N > 0.

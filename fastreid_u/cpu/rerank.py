@@ -18,21 +18,21 @@ from .jaccard import _count_prefixes, _invert
 from .k_reciprocal import Rows, _average, _expand_set, _find_mutual, _weigh_fixed, bits, table_bits
 
 
-class Encoding(NamedTuple):
+class InvertedRows(NamedTuple):
     """Integer rows of all images, and for each column the gallery images that hold it.
 
     Attributes:
         rows: of queries and gallery; columns in no order.
         start: (n + 1,) int64, the first entry of each column's list.
         holder: int32, the place of a row in the gallery.
-        mass: int32, the weight of the column in that row.
+        list_mass: int32, the weight of the column in that row.
         weight: what a row adds up to, unless it averages rows without members.
     """
 
     rows: Rows
     start: np.ndarray
     holder: np.ndarray
-    mass: np.ndarray
+    list_mass: np.ndarray
     weight: int
 
 
@@ -59,20 +59,20 @@ def _collect_sets(begin, end, lists, half, mutual):
 
 
 @kernel
-def _weigh(begin, end, indptr, distance, unit, value):
+def _weigh(begin, end, indptr, distance, unit, mass):
     for i in range(begin, end):
         if indptr[i] < indptr[i + 1]:
             own = slice(indptr[i], indptr[i + 1])
-            _weigh_fixed(distance[own], indptr[i + 1] - indptr[i], unit, value[own])
+            _weigh_fixed(distance[own], indptr[i + 1] - indptr[i], unit, mass[own])
 
 
 @kernel
-def _meet_gallery(begin, end, first, indptr, column, value, start, holder, mass, out):
+def _meet_gallery(begin, end, first, indptr, column, mass, start, holder, list_mass, out):
     for i in range(begin, end):
         for e in range(indptr[first + i], indptr[first + i + 1]):
-            c, own = column[e], value[e]
+            c, own = column[e], mass[e]
             for p in range(start[c], start[c + 1]):
-                out[i, holder[p]] += min(own, mass[p])
+                out[i, holder[p]] += min(own, list_mass[p])
 
 
 def encode(
@@ -83,7 +83,7 @@ def encode(
     num_query: int,
     measure: Callable[[np.ndarray, np.ndarray], np.ndarray],
     threads: int,
-) -> Encoding:
+) -> InvertedRows:
     """Encode n images of which the first ``num_query`` are queries.
 
     Args:
@@ -106,9 +106,9 @@ def encode(
     row = np.repeat(np.arange(n), np.diff(indptr))
     distance = measure(row, column.astype(np.int64))
     del row
-    value = np.empty(len(column), np.int32)
-    over_rows(_weigh, n, threads, indptr, distance, 1 << bits(k2), value)
-    rows = Rows(indptr, column, value)
+    mass = np.empty(len(column), np.int32)
+    over_rows(_weigh, n, threads, indptr, distance, 1 << bits(k2), mass)
+    rows = Rows(indptr, column, mass)
     if k2 > 1:
         nearest = np.ascontiguousarray(ranking[:, :k2])
         rows = Rows.put_together(over_rows(_average, n, threads, nearest, k2, *rows, np.int32(1)))
@@ -116,12 +116,12 @@ def encode(
     count = np.zeros(n, np.int64)
     _count_prefixes(num_query, n, rows.indptr, rows.column, rows.indptr[1:], count)
     start = np.concatenate([np.zeros(1, np.int64), np.cumsum(count)])
-    holder, mass = np.empty(start[-1], np.int32), np.empty(start[-1], np.int32)
-    _invert(num_query, n, *rows, rows.indptr[1:], start[:-1].copy(), holder, mass)
-    return Encoding(rows, start, holder - num_query, mass, k2 << bits(k2))
+    holder, list_mass = np.empty(start[-1], np.int32), np.empty(start[-1], np.int32)
+    _invert(num_query, n, *rows, rows.indptr[1:], start[:-1].copy(), holder, list_mass)
+    return InvertedRows(rows, start, holder - num_query, list_mass, k2 << bits(k2))
 
 
-def overlaps(encoding: Encoding, first: int, last: int, gallery: int, threads: int) -> np.ndarray:
+def overlaps(encoding: InvertedRows, first: int, last: int, gallery: int, threads: int) -> np.ndarray:
     """(last - first, gallery) int32: the sums of minima of these rows and of every gallery row."""
     out = np.zeros((last - first, gallery), np.int32)
     over_rows(_meet_gallery, last - first, threads, first, *encoding.rows, *encoding[1:4], out)

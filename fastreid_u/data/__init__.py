@@ -6,21 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastreid_u.data.cache import PixelCache
     from fastreid_u.data.catalogue import dataset_names, known_name, load_dataset
     from fastreid_u.data.dataset import ReIDDataset, Sample
     from fastreid_u.data.images import BadImage, read_rgb
-    from fastreid_u.data.loader import Batch, PixelCache, ReIDLoader, make_loader
+    from fastreid_u.data.loader import Loaded, ReIDLoader, chunks, make_loader
     from fastreid_u.data.locate import DatasetNotFound
     from fastreid_u.data.samplers import (
         ClassUniformly,
         IdentitySampler,
         MoreCamera,
-        NoCam,
-        RandomIdentity,
         RandomMultipleGallery,
         iterations,
     )
-    from fastreid_u.data.transforms import View, grey_transform, strong_transform, test_transform, train_transform
+    from fastreid_u.data.transforms import View, test_transform, train_transform
 
 _HOME = {
     "Sample": "dataset",
@@ -31,21 +30,18 @@ _HOME = {
     "known_name": "catalogue",
     "BadImage": "images",
     "read_rgb": "images",
-    "Batch": "loader",
-    "PixelCache": "loader",
+    "PixelCache": "cache",
+    "Loaded": "loader",
+    "chunks": "loader",
     "ReIDLoader": "loader",
     "make_loader": "loader",
     "IdentitySampler": "samplers",
     "RandomMultipleGallery": "samplers",
-    "NoCam": "samplers",
-    "RandomIdentity": "samplers",
     "ClassUniformly": "samplers",
     "MoreCamera": "samplers",
     "iterations": "samplers",
     "View": "transforms",
     "train_transform": "transforms",
-    "strong_transform": "transforms",
-    "grey_transform": "transforms",
     "test_transform": "transforms",
 }
 

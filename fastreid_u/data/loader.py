@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of views, in an order given from outside, the same whatever the number of worker processes."""
+"""Batches of views of given images, the same whatever the number of worker processes."""
 
 import os
-import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from fastreid_u.data.cache import PixelCache
 from fastreid_u.data.dataset import Sample
 from fastreid_u.data.images import BadImage, read_pixels
 from fastreid_u.data.transforms import View
@@ -21,11 +21,13 @@ from fastreid_u.data.transforms import View
 _START = "fork" if sys.platform == "linux" else None
 
 
-class Batch(NamedTuple):
-    """Attributes:
-    images: (b, 3, H, W) float32; a tuple of such tensors where the loader has a tuple of views.
-    indices: (b,) int64 into the loader's samples.
-    bad: the images that could not be read; they are missing from ``images`` and ``indices``.
+class Loaded(NamedTuple):
+    """A batch that has been read.
+
+    Attributes:
+        images: (b, 3, H, W) float32; a tuple of such tensors where the loader has a tuple of views.
+        indices: (b,) int64 into the loader's samples.
+        bad: the images that could not be read; they are missing from ``images`` and ``indices``.
     """
 
     images: torch.Tensor | tuple[torch.Tensor, ...]
@@ -33,46 +35,7 @@ class Batch(NamedTuple):
     bad: list[BadImage]
 
 
-class PixelCache:
-    """Decoded and resized images in memory, filled as they are first read.
-
-    ``num * 3 * height * width`` bytes: Market-1501's training set takes 1.3 GB at 256 x 128 and 0.3 GB at 128 x 64.
-    Give one cache to every loader over the same samples at the same size. With ``shared`` it lies in shared memory,
-    where worker processes fill it together. Two of them may decode the same image at the same time; both write the
-    same bytes, and the mark that says "ready" is set after them.
-
-    Raises:
-        MemoryError: shared memory (``/dev/shm``, small by default in containers) cannot hold it.
-    """
-
-    def __init__(self, num: int, height: int, width: int, *, shared: bool = False) -> None:
-        if shared:
-            _require_shared_memory(num * 3 * height * width)
-        self.pixels = torch.empty(num, 3, height, width, dtype=torch.uint8)  # untouched pages cost nothing yet
-        self.ready = torch.zeros(num, dtype=torch.bool)
-        if shared:
-            self.pixels.share_memory_()
-            self.ready.share_memory_()
-
-    def get(self, index: int, path: str) -> torch.Tensor:
-        """(3, height, width) uint8 of image ``index``, decoded from ``path`` the first time."""
-        if not self.ready[index]:
-            self.pixels[index] = read_pixels(path, *self.pixels.shape[-2:])
-            self.ready[index] = True
-        return self.pixels[index]
-
-
-def _require_shared_memory(needed: int) -> None:
-    if os.path.isdir("/dev/shm"):  # elsewhere shared memory has no such limit
-        free = shutil.disk_usage("/dev/shm").free
-        if needed > free:
-            raise MemoryError(
-                f"make_loader: cache must fit into shared memory, got {needed / 1e9:.2f} GB for {free / 1e9:.2f} GB "
-                "free in /dev/shm; use workers=0, cache=False, or more (docker run --shm-size)"
-            )
-
-
-class _Order(NamedTuple):
+class _Task(NamedTuple):
     """All that a worker is told about one image; workers hold no list of samples."""
 
     seed: tuple[int, ...]
@@ -82,64 +45,74 @@ class _Order(NamedTuple):
 
 
 class _Reader:
-    """Runs in the workers: carries out the orders of one batch."""
+    """Runs in the workers: carries out the tasks of one batch."""
 
     def __init__(self, views: tuple[View, ...], cache: PixelCache | None) -> None:
         self.views = views
         self.cache = cache
 
-    def __getitems__(self, orders: list[_Order]) -> Batch:
+    def __getitems__(self, tasks: list[_Task]) -> Loaded:
         views, indices, bad = [[] for _ in self.views], [], []
-        for order in orders:
+        for task in tasks:
             try:
-                pixels = self._pixels(order)
+                pixels = self._pixels(task)
             except BadImage as error:
                 bad.append(BadImage(error.path, error.reason))  # without the traceback and the frames it holds
                 continue
-            rng = np.random.default_rng((*order.seed, order.position))
+            rng = np.random.default_rng((*task.seed, task.position))
             for images, view in zip(views, self.views, strict=True):
                 images.append(view(pixels, rng))
-            indices.append(order.index)
+            indices.append(task.index)
         empty = torch.empty(0, 3, self.views[0].height, self.views[0].width, dtype=torch.float32)
         stacked = tuple(torch.stack(images) if images else empty for images in views)
-        return Batch(stacked if len(stacked) > 1 else stacked[0], torch.tensor(indices, dtype=torch.int64), bad)
+        return Loaded(stacked if len(stacked) > 1 else stacked[0], torch.tensor(indices, dtype=torch.int64), bad)
 
-    def _pixels(self, order: _Order) -> torch.Tensor:
+    def _pixels(self, task: _Task) -> torch.Tensor:
         if self.cache is not None:
-            return self.cache.get(order.index, order.path)
-        return read_pixels(order.path, self.views[0].height, self.views[0].width)
+            return self.cache.get(task.index, task.path)
+        return read_pixels(task.path, self.views[0].height, self.views[0].width)
 
 
-class _Chunks:
-    """The batch sampler of the DataLoader: the current epoch's order, cut into batches."""
+def chunks(indices: Sequence[int], size: int) -> list[Sequence[int]]:
+    """``indices`` cut into batches of ``size``, in their order; the last may be shorter.
 
-    def __init__(self, paths: list[str], batch_size: int, drop_last: bool) -> None:
+    >>> chunks([3, 1, 4, 1, 5], 2)
+    [[3, 1], [4, 1], [5]]
+    """
+    return [indices[i : i + size] for i in range(0, len(indices), size)]
+
+
+class _Epoch:
+    """The batch sampler of the DataLoader: what is left of an epoch's batches, and this rank's share of each."""
+
+    def __init__(self, paths: list[str]) -> None:
         self.paths = paths
-        self.batch_size = batch_size
-        self.drop_last = drop_last
-        self.order: Iterable[int] = ()
+        self.batches: Sequence[Sequence[int]] = ()
         self.seed: tuple[int, ...] = ()
+        self.start = 0
+        self.share = (0, 1)
 
-    def __iter__(self) -> Iterator[list[_Order]]:
-        chunk: list[_Order] = []
-        for position, index in enumerate(self.order):
-            index = int(index)
-            if not 0 <= index < len(self.paths):
-                raise IndexError(f"make_loader: order must hold indices in [0, {len(self.paths)}), got {index}")
-            chunk.append(_Order(self.seed, position, index, self.paths[index]))
-            if len(chunk) == self.batch_size:
-                yield chunk
-                chunk = []
-        if chunk and not self.drop_last:
-            yield chunk
+    def __iter__(self) -> Iterator[list[_Task]]:
+        rank, ranks = self.share
+        first = sum(len(self.batches[number]) for number in range(self.start))  # position in the epoch's stream
+        for number in range(self.start, len(self.batches)):
+            batch = self.batches[number]
+            part = range(len(batch) * rank // ranks, len(batch) * (rank + 1) // ranks)
+            yield [self._task(first + place, int(batch[place])) for place in part]
+            first += len(batch)
+
+    def _task(self, position: int, index: int) -> _Task:
+        if not 0 <= index < len(self.paths):
+            raise IndexError(f"make_loader: batches must hold indices in [0, {len(self.paths)}), got {index}")
+        return _Task(self.seed, position, index, self.paths[index])
 
 
 class ReIDLoader:
-    """Batches over ``samples``; made by ``make_loader``. Worker processes start once and live until ``close`` or as
+    """Reads batches of ``samples``; made by ``make_loader``. Worker processes start once and live until ``close`` or as
     long as the loader.
 
-    ``for batch in loader`` runs the order and seed given at construction; ``loader.epoch(order, seed)`` any other.
-    One epoch at a time: starting the next ends the one before.
+    ``for loaded in loader`` runs through all samples in their order, in ``len(loader)`` batches;
+    ``loader.epoch(batches, seed=...)`` through any others. One epoch at a time: starting the next ends the one before.
     """
 
     def __init__(
@@ -148,20 +121,18 @@ class ReIDLoader:
         views: tuple[View, ...],
         *,
         batch_size: int,
-        order: Iterable[int] | None,
         workers: int,
         seed: int | Sequence[int],
         cache: PixelCache | None,
-        drop_last: bool,
         pin_memory: bool,
     ) -> None:
         self.cache = cache
         self.seed = seed
-        self.order = range(len(samples)) if order is None else order
-        self._chunks = _Chunks([sample.path for sample in samples], batch_size, drop_last)
+        self._in_order = chunks(range(len(samples)), batch_size)
+        self._epoch = _Epoch([sample.path for sample in samples])
         self._batches = DataLoader(
             _Reader(views, cache),
-            batch_sampler=self._chunks,
+            batch_sampler=self._epoch,
             collate_fn=_as_is,
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -170,14 +141,36 @@ class ReIDLoader:
             generator=torch.Generator(),  # its own, so that an epoch does not advance torch's global generator
         )
 
-    def epoch(self, order: Iterable[int] | None = None, seed: int | Sequence[int] | None = None) -> Iterator[Batch]:
-        """One run through ``order`` (indices into the samples, any iterable, cut into batches as it comes).
+    def epoch(
+        self,
+        batches: Sequence[Sequence[int]] | None = None,
+        *,
+        seed: int | Sequence[int] | None = None,
+        start: int = 0,
+        share: tuple[int, int] = (0, 1),
+    ) -> Iterator[Loaded]:
+        """Read ``batches`` one after the other, beginning at once.
 
-        The random draws for the image at position p of the stream depend on ``seed`` and p alone.
+        Args:
+            batches: each a sequence of indices into the samples; None for all samples in their order.
+            seed: of this epoch's random draws, one or several non-negative integers; None for the loader's.
+            start: number of batches to leave out, as a resumed epoch does.
+            share: ``(rank, ranks)``: of each batch the contiguous part of this rank; sizes differ by one at most.
+
+        The draws for an image depend on ``seed`` and on its position in the stream of all batches alone, so any start
+        and any share give the same pictures.
+
+        Raises:
+            ValueError: a start or a share that is none. IndexError: an index without a sample, where its batch is due.
         """
+        batches = self._in_order if batches is None else batches
         seed = self.seed if seed is None else seed
-        self._chunks.order = self.order if order is None else order
-        self._chunks.seed = (seed,) if isinstance(seed, int) else tuple(int(s) for s in seed)
+        if not 0 <= start <= len(batches):
+            raise ValueError(f"make_loader: start must lie in [0, {len(batches)}], got {start}")
+        if not 0 <= share[0] < share[1]:
+            raise ValueError(f"make_loader: share must be (rank, ranks) with 0 <= rank < ranks, got {share}")
+        self._epoch.batches, self._epoch.start, self._epoch.share = batches, start, share
+        self._epoch.seed = (seed,) if isinstance(seed, int) else tuple(int(s) for s in seed)
         try:
             return iter(self._batches)
         except RuntimeError as error:
@@ -189,7 +182,7 @@ class ReIDLoader:
             ) from None
 
     def close(self) -> None:
-        """End the worker processes now, whoever still holds the loader (an exception's traceback in a notebook, say).
+        """End the worker processes now, even if something still refers to the loader, as a kept exception may.
 
         A later epoch starts new ones.
         """
@@ -197,12 +190,16 @@ class ReIDLoader:
         if running is not None:
             running._shutdown_workers()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __len__(self) -> int:
+        """Number of batches of ``for loaded in loader``."""
+        return len(self._in_order)
+
+    def __iter__(self) -> Iterator[Loaded]:
         return self.epoch()
 
 
-def _as_is(batch: Batch) -> Batch:
-    return batch
+def _as_is(loaded: Loaded) -> Loaded:
+    return loaded
 
 
 def make_loader(
@@ -210,29 +207,26 @@ def make_loader(
     transform: View | tuple[View, ...],
     *,
     batch_size: int,
-    order: Iterable[int] | None = None,
     workers: int = 0,
     seed: int | Sequence[int] = 0,
     cache: bool | PixelCache = False,
-    drop_last: bool = False,
     pin_memory: bool = False,
 ) -> ReIDLoader:
     """Read, transform and batch images.
 
     Args:
-        samples: what ``order`` and ``Batch.indices`` count.
+        samples: what batches and ``Loaded.indices`` count.
         transform: a view, or a tuple of views of equal size that are drawn independently from one decoded image.
-        batch_size: indices per batch; a batch has fewer images where some cannot be read.
-        order: indices, default 0..n-1; an iterable that can be run only once serves one epoch.
+        batch_size: images per batch where the loader runs through the samples in their order. A batch that is read has
+            fewer images where some cannot be read.
         workers: processes that decode, at most one per CPU that this process may use; 0 decodes in this one. Results
             are bit-identical for every number.
-        seed: one or several non-negative integers, for example (seed, epoch, rank).
+        seed: one or several non-negative integers, for example (seed, epoch).
         cache: keep decoded pixels, True or a ``PixelCache`` shared with another loader over the same samples.
-        drop_last: leave out a last batch that is not full.
         pin_memory: batches in page-locked memory, for copies to a GPU.
 
     Returns:
-        A ``ReIDLoader``. An unreadable image never raises: it is reported in ``Batch.bad`` each time it is met.
+        A ``ReIDLoader``. An unreadable image never raises: it is reported in ``Loaded.bad`` each time it is met.
     """
     views = transform if isinstance(transform, tuple) else (transform,)
     if not views or len({(view.height, view.width) for view in views}) != 1:
@@ -256,10 +250,8 @@ def make_loader(
         samples,
         views,
         batch_size=batch_size,
-        order=order,
         workers=workers,
         seed=seed,
         cache=cache or None,
-        drop_last=drop_last,
         pin_memory=pin_memory,
     )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """P x K sampling: streams of image indices in which the images of one identity stand together.
 
-A sampler visits every identity once a pass, in random order, and emits a group for each; the loader cuts the flat
-stream into batches. Negative labels (un-clustered images) are skipped. All draws come from one NumPy generator made
-from (seed, epoch). ``list(sampler)`` is one pass, the next iteration the next pass.
+A sampler visits every identity once a pass, in random order, and emits a group for each; ``iterations`` cuts the flat
+stream into an epoch's batches. Negative labels (un-clustered images) are skipped. All draws come from one NumPy
+generator made from (seed, epoch). ``list(sampler)`` is one pass, the next iteration the next pass.
 """
 
 import warnings
@@ -51,13 +51,12 @@ class RandomMultipleGallery(IdentitySampler):
     The anchor is uniform over the identity's images. Its mates come only from other cameras if there are any, else
     from the identity's other images; without replacement if there are at least K of them - K, not K - 1, as
     published. An identity with a single image emits that image once, which shifts the groups behind it against the
-    batch borders, or K times with ``singletons="repeat"``.
+    batch borders, as in published code.
 
     Args:
         labels: (N,) integers; negative ones are skipped.
         camids: (N,) integers, or None to ignore cameras.
         num_instances: K.
-        singletons: "one" as published, or "repeat".
         seed, epoch: where the random generator starts.
     """
 
@@ -67,15 +66,11 @@ class RandomMultipleGallery(IdentitySampler):
         camids: Sequence[int] | None,
         num_instances: int,
         *,
-        singletons: str = "one",
         seed: int = 0,
         epoch: int = 0,
     ) -> None:
         super().__init__(labels, num_instances, seed=seed, epoch=epoch)
-        if singletons not in ("one", "repeat"):
-            raise ValueError(f'{type(self).__name__}: singletons must be "one" or "repeat", got {singletons!r}')
         self.camids = None if camids is None else _camids(self, camids, labels)
-        self.singletons = singletons
 
     def group(self, members: np.ndarray) -> np.ndarray:
         anchor = members[self.rng.integers(len(members))]
@@ -84,31 +79,9 @@ class RandomMultipleGallery(IdentitySampler):
             elsewhere = mates[self.camids[mates] != self.camids[anchor]]
             mates = elsewhere if len(elsewhere) else mates
         if len(mates) == 0:
-            return np.repeat(anchor, self.num_instances if self.singletons == "repeat" else 1)
+            return np.array([anchor])
         replace = len(mates) < self.num_instances
         return np.concatenate([[anchor], self.rng.choice(mates, self.num_instances - 1, replace=replace)])
-
-
-class NoCam(RandomMultipleGallery):
-    """``RandomMultipleGallery`` that never looks at cameras (``--no-cam`` of Cluster Contrast)."""
-
-    def __init__(
-        self,
-        labels: Sequence[int],
-        num_instances: int,
-        *,
-        singletons: str = "one",
-        seed: int = 0,
-        epoch: int = 0,
-    ) -> None:
-        super().__init__(labels, None, num_instances, singletons=singletons, seed=seed, epoch=epoch)
-
-
-class RandomIdentity(IdentitySampler):
-    """K images uniform over the identity, repeated only if it has fewer than K (Hermans et al., 2017)."""
-
-    def group(self, members: np.ndarray) -> np.ndarray:
-        return self.rng.choice(members, self.num_instances, replace=len(members) < self.num_instances)
 
 
 class ClassUniformly(IdentitySampler):
@@ -159,38 +132,39 @@ def _camids(sampler: IdentitySampler, camids: Sequence[int], labels: Sequence[in
     return camids
 
 
-def iterations(sampler: IdentitySampler, iters: int, batch_size: int, *, strict: bool = False) -> Iterator[int]:
-    """The flat stream of ``iters`` full batches: a new pass starts where the old one cannot fill another batch.
+def iterations(sampler: IdentitySampler, iters: int | None, batch_size: int) -> list[list[int]]:
+    """An epoch's batches: ``iters`` full ones, or, for None, those of one pass.
 
-    What is left of a pass is dropped, as a loader with ``drop_last`` does. A pass shorter than one batch has no full
-    batch at all (published code stops with an error); its identities are then used again until the batch is full,
-    with one warning, or with ``strict`` it is an error.
+    Of ``iters`` batches a new pass starts where the old one cannot fill another batch; what is left of a pass is
+    dropped. A pass shorter than one batch has no full batch at all (published code stops with an error); its identities
+    are then used again until the batch is full, with one warning. Of one pass the last batch is left out if it is not
+    full, unless it is the only one.
+
+    Memory: one integer per image shown.
 
     Raises:
-        ValueError: the sampler has no identity; or too few for a batch and ``strict``.
+        ValueError: ``iters`` batches of a sampler that has no identity.
     """
     stream = list(sampler)
+    if iters is None:
+        full = len(stream) // batch_size * batch_size or len(stream)
+        return [stream[i : i + batch_size] for i in range(0, full, batch_size)]
     if not stream:
         raise ValueError("iterations: sampler must have at least one identity, got none (every label is negative)")
-    if len(stream) < batch_size:
-        text = f"iterations: one pass over the identities must fill a batch of {batch_size}"
-        if strict:
-            raise ValueError(f"{text}, got {len(stream)} images from {len(sampler.members)} identities")
+    short = len(stream) < batch_size
+    if short:
         # No counts that change with every epoch: Python shows an equal warning once.
         warnings.warn(
             f"too few clusters to fill a batch of {batch_size}: identities repeat within a batch",
             RuntimeWarning,
             stacklevel=2,
         )
-    return _restarting(sampler, stream, iters, batch_size)
-
-
-def _restarting(sampler: IdentitySampler, stream: list[int], iters: int, batch_size: int) -> Iterator[int]:
-    short = len(stream) < batch_size
+    batches = []
     for _ in range(iters):
         if len(stream) < batch_size and not short:
             stream = list(sampler)
         while len(stream) < batch_size:
             stream += list(sampler)
-        yield from stream[:batch_size]
+        batches.append(stream[:batch_size])
         stream = stream[batch_size:]
+    return batches

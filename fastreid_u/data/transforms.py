@@ -224,16 +224,6 @@ def train_transform(
     return View(height, width, tuple(step for strength, step in steps if strength > 0))
 
 
-def strong_transform(height: int = 256, width: int = 128) -> View:
-    """The strong view of ICE: blur in half of the images, erasing in 60 %. Its weak view is ``test_transform``."""
-    return train_transform(height, width, blur=0.5, erase=0.6)
-
-
-def grey_transform(height: int = 256, width: int = 128, *, erase: float = 0.5) -> View:
-    """The grey branch of CACL: always grey, everything else as in ``train_transform``."""
-    return train_transform(height, width, grey=1.0, erase=erase)
-
-
 def test_transform(
     height: int = 256,
     width: int = 128,

@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from fastreid_u.engine.own_file import open_own
+
 _NAME = ".lock"
 _mine: set[Path] = set()  # a process may lock a file it has locked already, so what it holds is remembered
 
@@ -40,7 +42,7 @@ def claimed(folder: Path) -> Iterator[None]:
 def _locked(folder: Path) -> IO[str]:
     while True:
         try:
-            file = (folder / _NAME).open("a+")
+            file = open_own(folder / _NAME, "a+")
         except OSError as error:
             raise PermissionError(f"train: cannot write in run folder {folder}: {error}") from error
         try:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from fastreid_u.engine.own_file import open_own
+
 PLAIN_SECONDS = 10.0  # without a terminal, a long phase says where it is this often
 
 
@@ -16,7 +18,7 @@ class Display:
     """One voice for a run.
 
     Args:
-        log: file that receives every line, appended; None keeps no log.
+        log: file that receives every line, appended, and is refused if it is a link; None keeps no log.
         quiet: say nothing on ``stream`` (the log is still written).
         stream: where lines go; a terminal gets progress bars.
     """
@@ -34,7 +36,7 @@ class Display:
     def line(self, text: str = "") -> None:
         """Say and log ``text``; characters that cannot be encoded (file names hold any byte) are written as escapes."""
         if self.log is not None:
-            with self.log.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            with open_own(self.log, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text + "\n")
         if self.quiet:
             return

@@ -70,7 +70,7 @@ def extract_features(
     count = len(samples)
     features, unreadable = None, 0
     with display.phase(name, count) as advance:
-        for batch in loader.epoch(range(count)):
+        for batch in loader:
             log.note(batch.bad)
             unreadable += len(batch.bad)
             if len(batch.indices):

@@ -2,9 +2,10 @@
 """One epoch of steps: forward, loss, backward, memory, weights."""
 
 import math
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,8 @@ from fastreid_u.config import Config
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.extract import BadImageLog
 from fastreid_u.ops._device_flag import raise_flagged
-from fastreid_u.recipe import Batch, Images, Recipe
+from fastreid_u.ranks import gather_batch
+from fastreid_u.recipe import Batch, Images, Recipe, balanced_batches
 
 if TYPE_CHECKING:
     from fastreid_u.data import ReIDLoader
@@ -63,13 +65,12 @@ def fit_epoch(
     recipe.train()
     total = torch.zeros((), device=device)
     steps = 0
-    order = recipe.order(targets.cpu(), epoch)
-    expected = max(1, len(order) // config.batch_size) if isinstance(order, Sized) else config.iters
-    with display.phase(f"epoch {epoch}", expected, unit="steps") as advance:
-        for batch in _batches(recipe, order, loader, source_loader, targets, epoch, log, device):
+    batches = recipe.batches(targets.cpu(), epoch)
+    with display.phase(f"epoch {epoch}", len(batches), unit="steps") as advance:
+        for batch in _loaded(recipe, batches, loader, source_loader, targets, epoch, log, device):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
                 x = recipe(batch)
-            x = _each(x, Tensor.float)
+            x, batch = gather_batch(_each(x, Tensor.float), batch)
             loss = _total(recipe.loss(x, batch))
             total += loss.detach()
             steps += 1
@@ -86,9 +87,9 @@ def fit_epoch(
     return total.item() / max(steps, 1)
 
 
-def _batches(
+def _loaded(
     recipe: Recipe,
-    order: Iterable[int],
+    batches: Sequence[Sequence[int]],
     loader: "ReIDLoader",
     source_loader: "ReIDLoader | None",
     targets: Tensor,
@@ -98,10 +99,12 @@ def _batches(
 ) -> Iterator[Batch]:
     """The epoch's batches on ``device``, each with one of source images where there is a source."""
     seed, images = (recipe.config.seed, epoch), recipe.images
-    source = source_loader.epoch(recipe.source_order(epoch), seed=(*seed, 1)) if source_loader else None
-    for loaded in loader.epoch(order, seed=seed):
+    source = repeat(None)
+    if source_loader is not None:
+        own = balanced_batches(images.source, images.source.pids, recipe.config, epoch, len(batches))
+        source = source_loader.epoch(own, seed=(*seed, 1))
+    for loaded, labelled in zip(loader.epoch(batches, seed=seed), source):  # noqa: B905 - repeat(None) has no end
         log.note(loaded.bad)
-        labelled = None if source is None else next(source)
         if labelled is not None:
             log.note(labelled.bad)
         if len(loaded.indices) and (labelled is None or len(labelled.indices)):

@@ -22,6 +22,7 @@ from fastreid_u.engine.evaluate import Split, evaluate_split
 from fastreid_u.engine.extract import BadImageLog, extract_features
 from fastreid_u.engine.fit import fit_epoch, learning_rate, make_optimizer
 from fastreid_u.engine.health import label_health
+from fastreid_u.engine.own_file import open_own
 from fastreid_u.engine.report import table_head, table_row
 from fastreid_u.recipe import Recipe
 
@@ -125,11 +126,13 @@ def start_networks(s: Session, model: "ReIDModel", *, calibrate: bool) -> None:
     """
     config = s.recipe.config
     if calibrate and config.calibrate_bn:
+        from fastreid_u.data import chunks
         from fastreid_u.models import calibrate_batchnorm
 
         # Any fixed spread over the images will do; batches of near-identical neighbours would not.
         order = torch.randperm(len(s.dataset.train), generator=torch.Generator().manual_seed(config.seed)).tolist()
-        batches = (batch.images.to(s.device) for batch in s.plain.epoch(order))
+        fixed = chunks(order, config.eval_batch_size)
+        batches = (batch.images.to(s.device) for batch in s.plain.epoch(fixed))
         with torch.autocast(s.device.type, dtype=torch.bfloat16, enabled=s.autocast):
             calibrate_batchnorm(model, islice(batches, config.calibrate_bn))
     s.recipe.build(model)
@@ -189,7 +192,7 @@ def _look_at(s: Session, labels: np.ndarray, epoch: int) -> dict[str, Any]:
 def _record(s: Session, record: dict[str, Any]) -> None:
     s.records.append(record)
     try:
-        with (s.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with open_own(s.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
         raise checkpoint.SaveError(f"cannot write {s.folder / 'metrics.jsonl'}: {error}") from error

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastreid_u.config import Config, load_toml, plain
 from fastreid_u.engine import checkpoint
 from fastreid_u.engine.loop import Session
+from fastreid_u.methods import method_names
 from fastreid_u.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -38,6 +39,27 @@ def stored_tables(op: str, folder: Path) -> dict[str, dict[str, Any]]:
     if missing:
         raise ValueError(f"{op}: {path} must be as train wrote it, got no {', '.join(sorted(missing))}")
     return tables
+
+
+def stored_method(tables: Mapping[str, Any]) -> str:
+    """The run's method, where it is one of ours. A stored file or module is never imported: the folder may be anyone's.
+
+    Raises:
+        ValueError: it is not, so the caller has to give it again.
+    """
+    method = tables["run"]["method"]
+    if method not in method_names():
+        raise ValueError(
+            "train: method must be given again, as FILE.py:CLASS or the class, for a run of one's own method "
+            f"({method!r}), got None"
+        )
+    return method
+
+
+def refuse_import(op: str, path: Path, method: Any) -> None:
+    """``train`` stores the name of a method. A file or module to import in its place was written by someone else."""
+    if not isinstance(method, str) or ":" in method:
+        raise ValueError(f"{op}: {path} must hold the name of a method, as train wrote it, got {method!r}")
 
 
 def place(name: str, root: str | None) -> str | None:

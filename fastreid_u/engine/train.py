@@ -21,8 +21,8 @@ from fastreid_u.engine.display import Display
 from fastreid_u.engine.loop import Session, run_epochs, start_networks
 from fastreid_u.engine.opening import SOURCE_DIALS, build_network, images_of, load, load_source, located, open_session
 from fastreid_u.engine.report import metric_block, recipe_card
-from fastreid_u.engine.resume import place, restore, stored_config, stored_tables
-from fastreid_u.methods import get_method, method_names
+from fastreid_u.engine.resume import place, restore, stored_config, stored_method, stored_tables
+from fastreid_u.methods import get_method
 from fastreid_u.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -117,12 +117,7 @@ def train(
         if dataset is None and not stored["run"]["dataset"]:
             raise ValueError("train: dataset must be given again for a run that was given a ready one, got None")
         dataset = stored["run"]["dataset"] if dataset is None else dataset
-        if method is None and stored["run"]["method"] not in method_names():
-            raise ValueError(
-                "train: method must be given again, as FILE.py:CLASS or the class, for a run of one's own method "
-                f"({stored['run']['method']!r}), got None"
-            )
-        method = stored["run"]["method"] if method is None else method
+        method = stored_method(stored) if method is None else method
         data = stored["data"] if data is None else data
         source_data = stored["source_data"] if source_data is None else source_data
 

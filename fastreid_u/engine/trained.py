@@ -18,7 +18,7 @@ from fastreid_u.engine.display import Display
 from fastreid_u.engine.evaluate import evaluate_split, test_split
 from fastreid_u.engine.extract import BadImageLog, extract_features
 from fastreid_u.engine.report import metric_block
-from fastreid_u.engine.resume import place, stored_tables
+from fastreid_u.engine.resume import place, refuse_import, stored_tables
 
 if TYPE_CHECKING:
     from fastreid_u.data import ReIDDataset, Sample, View
@@ -70,6 +70,7 @@ def load_model(
     missing = [name for name in _NEEDED if not isinstance(config, dict) or name not in config]
     if missing:
         raise ValueError(f"load_model: {path} must describe its network in its header, got no {', '.join(missing)}")
+    refuse_import("load_model", path, about.get("method", ""))
     with torch.inference_mode(False):  # or whoever loads it under inference_mode could never train it
         model = build_model(
             config["arch"], pooling=config["pooling_type"], weights=None, stem_relu=config["stem_relu"],
@@ -174,6 +175,7 @@ def _own_dataset(
             f"evaluate: dataset must be given for a model file outside its run's folder, got none for {run}"
         )
     told = stored_tables("evaluate", file.parent)
+    refuse_import("evaluate", file, told["run"]["method"])
     name, options = told["run"]["dataset"], told["data"]
     known = known_name(name)
     if known is None and not os.path.isabs(name):  # empty for a ready ReIDDataset

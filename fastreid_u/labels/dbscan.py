@@ -4,13 +4,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from fastreid_u.config import Config
 from fastreid_u.images import Images
 from fastreid_u.labels.generator import Advice, LabelGenerator
 from fastreid_u.ops.pseudo_labels import pseudo_labels
+from fastreid_u.ranks import label_group
 
 
 class DBSCANLabels(LabelGenerator):
@@ -40,7 +40,7 @@ class DBSCANLabels(LabelGenerator):
         """Labels (n,) of ``features`` (n, D), or (len(eps), n) of several radii; ``settings`` as in the op."""
         c = self.config
         return pseudo_labels(
-            features, eps=eps, min_samples=c.min_samples, k1=c.k1, k2=c.k2, group=label_ranks(), **settings
+            features, eps=eps, min_samples=c.min_samples, k1=c.k1, k2=c.k2, group=label_group(), **settings
         )
 
     def describe(self) -> str:
@@ -49,9 +49,3 @@ class DBSCANLabels(LabelGenerator):
 
     def settings(self, epoch: int) -> str:
         return f"eps {self.eps(epoch)}, min_samples {self.config.min_samples}, k1 {self.config.k1}"
-
-
-def label_ranks() -> str | None:
-    """The ``group`` of ``pseudo_labels``: "world" where torch.distributed has several ranks, None for one process."""
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return "world" if ready and torch.distributed.get_world_size() > 1 else None

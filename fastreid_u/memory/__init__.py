@@ -9,8 +9,8 @@ bit. So they do where every rank calls ``memory.update_(*gather_in_rank_order(x,
 """
 
 from fastreid_u.memory.cluster import ClusterMemory
-from fastreid_u.memory.gather import gather_in_rank_order
 from fastreid_u.memory.instance import InstanceMemory
 from fastreid_u.memory.proxy import ProxyMemory
+from fastreid_u.ranks import gather_in_rank_order
 
 __all__ = ["ClusterMemory", "InstanceMemory", "ProxyMemory", "gather_in_rank_order"]

@@ -121,7 +121,7 @@ class InstanceMemory(RowMemory):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         if len(errors) > faults:
             return
-        if prefix + "cluster_means" in missing:  # files of versions that did not keep them
+        if prefix + "cluster_means" in missing:  # as earlier run folders hold it
             missing.remove(prefix + "cluster_means")
             self._gather_clusters()
         self._count_clusters()

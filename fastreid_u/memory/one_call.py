@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastreid_u.memory.gather import gather_in_rank_order
+from fastreid_u.ranks import gather_in_rank_order
 
 
 def loss_then_update(memory: nn.Module, x: Tensor, targets: Tensor, **settings) -> Tensor:

@@ -6,7 +6,7 @@ Wang, Lai, Huang, Gong, Hua: Camera-aware Proxies for Unsupervised Person Re-Ide
 camera differ from person to person, so a cluster is remembered as one row per camera, and pulled together across them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -99,13 +99,13 @@ class CAP(Recipe):
         self.memory.restart(features[kept], labels[kept], self.images.camids.to(labels.device)[kept])
         return self.memory.rows(labels, self.images.camids)
 
-    def order(self, labels: Tensor, epoch: int) -> Iterable[int]:
+    def batches(self, labels: Tensor, epoch: int) -> list[list[int]]:
         from fastreid_u.data.samplers import ClassUniformly, iterations
 
         c = self.config
         sampler = ClassUniformly(labels.tolist(), c.num_instances, seed=c.seed, epoch=epoch)
         iters = c.iters or max(1, int((labels >= 0).sum()) // c.batch_size)
-        return list(iterations(sampler, iters, c.batch_size))
+        return iterations(sampler, iters, c.batch_size)
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         self.memory.inter_weight = self.config.inter_weight if batch.epoch >= self.config.inter_start else 0.0

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastreid_u.config import RENDERED, option
-from fastreid_u.memory.gather import gather_in_rank_order
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.ops.segment_attention import segment_attention
 from fastreid_u.ops.segments import segment_sum
@@ -113,10 +112,9 @@ class CSAHPS(ClusterContrast):
         if self.config.update_rule != "dispersed":
             super().update(outputs, batch)
             return
-        outputs, targets = gather_in_rank_order(outputs, batch.targets)
-        received = self.aggregation.received(outputs, targets).mean(dim=1)
-        index = least_attended(received, targets, len(self.memory.features))
-        self.memory.update_(outputs, targets, index=index)
+        received = self.aggregation.received(outputs, batch.targets).mean(dim=1)
+        index = least_attended(received, batch.targets, len(self.memory.features))
+        self.memory.update_(outputs, batch.targets, index=index)
 
 
 def least_attended(received: Tensor, targets: Tensor, classes: int) -> Tensor:

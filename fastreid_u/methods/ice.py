@@ -8,7 +8,7 @@ the network over its steps, relates plain ones.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -123,13 +123,14 @@ class ICE(Recipe):
                 self.proxies.features.copy_(F.normalize(self.proxies.features, dim=0))
         return labels
 
-    def order(self, labels: Tensor, epoch: int) -> Iterable[int]:
-        from fastreid_u.data.samplers import MoreCamera
+    def batches(self, labels: Tensor, epoch: int) -> list[list[int]]:
+        from fastreid_u.data.samplers import MoreCamera, iterations
 
         c = self.config
         camids = self.images.camids
         camids = [0] * len(labels) if c.no_cam or camids is None else camids.tolist()
-        return self.batches(MoreCamera(labels.tolist(), camids, c.num_instances, seed=c.seed, epoch=epoch))
+        sampler = MoreCamera(labels.tolist(), camids, c.num_instances, seed=c.seed, epoch=epoch)
+        return iterations(sampler, c.iters or None, c.batch_size)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The network's first strong view, the teacher's second one and its weak one; (B, D) each, of any length."""

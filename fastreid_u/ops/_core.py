@@ -38,5 +38,5 @@ def entry_point(name: str, backend: str, scratch: Tensor) -> Callable:
         run = getattr(core, f"{name}_cuda")
     else:
         where = {"launcher": Launcher(scratch)}
-        run = getattr(core, f"{name}_by")
+        run = getattr(core, f"{name}_launched")
     return functools.partial(run, scratch=scratch.data_ptr(), **where)

@@ -277,16 +277,17 @@ def _cluster_nce(
 
     ``shares`` are those of the teacher, the uniform and the extra target where samples have none of their own.
     """
-    from fastreid_u.kernels.cluster_nce import cluster_nce_fwd
+    from fastreid_u.kernels.cluster_nce import Settings, cluster_nce_fwd
 
     each = teacher_each, smoothing_each, extra_each
     shares = [share if own is None else own for own, share in zip(each, shares, strict=True)]
-    return cluster_nce_fwd(
-        x, targets, memory, temperature=temperature, normalize=normalize, teacher=teacher, teacher_weight=shares[0],
+    settings = Settings(
+        temperature=temperature, normalize=normalize, teacher=teacher, teacher_weight=shares[0],
         teacher_temperature=teacher_temperature, smoothing=shares[1], extra_target=extra_target,
         extra_weight=shares[2], focal=focal, epsilon=epsilon, class_mask=class_mask, weight=weight,
-        ignore_index=ignore_index, reduction=reduction, lean=lean, status=flag(OP, x.device),
+        ignore_index=ignore_index, reduction=reduction,
     )  # fmt: skip
+    return cluster_nce_fwd(x, targets, memory, settings, lean=lean, status=flag(OP, x.device))
 
 
 @_cluster_nce.register_fake
@@ -294,7 +295,7 @@ def _(x, targets, memory, teacher, extra_target, class_mask, weight, teacher_eac
       shares, temperature, teacher_temperature, focal, epsilon, normalize, ignore_index, reduction, lean):  # fmt: skip
     from fastreid_u.kernels.cluster_nce import STATS
 
-    b, c = x.shape[0], memory.shape[0]  # len() would fix them
+    b, c = x.shape[0], memory.shape[0]  # len() would fix the sizes under torch.compile
     loss = x.new_empty((b,) if reduction == "none" else (), dtype=torch.float32)
     logits = x.new_empty((b if teacher is None else 2 * b, 0 if lean else c), dtype=torch.float32)
     return loss, x.new_empty((STATS, b), dtype=torch.float32), logits
@@ -320,13 +321,15 @@ def _cluster_nce_backward(
     need_memory: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients to ``x`` and ``memory``, without rows where not needed."""
-    from fastreid_u.kernels.cluster_nce import cluster_nce_bwd
+    from fastreid_u.kernels.cluster_nce import Settings, cluster_nce_bwd
 
-    grad_x, grad_memory = cluster_nce_bwd(
-        grad, x, targets, memory, stats, logits, temperature=temperature, normalize=normalize, teacher=teacher,
-        teacher_temperature=teacher_temperature, uniform=uniform, extra_target=extra_target, class_mask=class_mask,
-        ignore_index=ignore_index, need_x=need_x, need_memory=need_memory,
+    settings = Settings(
+        temperature=temperature, normalize=normalize, teacher=teacher, teacher_temperature=teacher_temperature,
+        smoothing=float(uniform),  # how much of it is in the statistics
+        extra_target=extra_target, class_mask=class_mask, ignore_index=ignore_index,
     )  # fmt: skip
+    needs = {"need_x": need_x, "need_memory": need_memory}
+    grad_x, grad_memory = cluster_nce_bwd(grad, x, targets, memory, stats, logits, settings, **needs)
     return x.new_empty(0, x.shape[1]) if grad_x is None else grad_x, (
         memory.new_empty(0, x.shape[1]) if grad_memory is None else grad_memory
     )

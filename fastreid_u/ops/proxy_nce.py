@@ -194,13 +194,14 @@ def _proxy_nce(
     compat: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, and for the backward the logits, statistics of each sample, and which negatives were chosen."""
-    from fastreid_u.kernels.proxy_nce import proxy_nce_fwd
+    from fastreid_u.kernels.proxy_nce import Settings, proxy_nce_fwd
 
-    return proxy_nce_fwd(
-        x, clusters, cameras, memory, proxy_clusters, proxy_cameras, temperature=temperature,
-        hard_negatives=hard_negatives, scope=scope, positives=positives, normalize=normalize,
-        ignore_index=ignore_index, reduction=reduction, compat=compat, status=flag(OP, x.device),
+    settings = Settings(
+        temperature=temperature, hard_negatives=hard_negatives, scope=scope, positives=positives, normalize=normalize,
+        ignore_index=ignore_index, reduction=reduction, compat=compat,
     )  # fmt: skip
+    tensors = x, clusters, cameras, memory, proxy_clusters, proxy_cameras
+    return proxy_nce_fwd(*tensors, settings, status=flag(OP, x.device))
 
 
 @_proxy_nce.register_fake
@@ -208,7 +209,7 @@ def _(
     x, clusters, cameras, memory, proxy_clusters, proxy_cameras, temperature, hard_negatives, scope, positives,
     normalize, ignore_index, reduction, compat,
 ):  # fmt: skip
-    b, q = x.shape[0], memory.shape[0]  # len() would fix them
+    b, q = x.shape[0], memory.shape[0]  # len() would fix the sizes under torch.compile
     k = 0 if hard_negatives is None or scope == "camera" else torch.sym_min(hard_negatives, q)
     loss = x.new_empty((b,) if reduction == "none" else (), dtype=torch.float32)
     stats, logits = (x.new_empty(shape, dtype=torch.float32) for shape in ((5, b), (b, q)))
@@ -235,12 +236,11 @@ def _proxy_nce_backward(
     normalize: bool,
 ) -> Tensor:
     """The gradient to ``x``."""
-    from fastreid_u.kernels.proxy_nce import proxy_nce_bwd
+    from fastreid_u.kernels.proxy_nce import Settings, proxy_nce_bwd
 
-    return proxy_nce_bwd(
-        grad, x, clusters, cameras, memory, proxy_clusters, proxy_cameras, logits, stats, chosen, counts,
-        temperature=temperature, scope=scope, positives=positives, normalize=normalize,
-    )  # fmt: skip
+    settings = Settings(temperature=temperature, scope=scope, positives=positives, normalize=normalize)
+    tensors = x, clusters, cameras, memory, proxy_clusters, proxy_cameras
+    return proxy_nce_bwd(grad, *tensors, logits, stats, chosen, counts, settings)
 
 
 @_proxy_nce_backward.register_fake

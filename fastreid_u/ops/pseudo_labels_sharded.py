@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fastreid_u import _env
 from fastreid_u._checks import one_or_more, require_features, require_in_range, require_positive_int
-from fastreid_u.ops._ranks import Ranks, bits_of
 from fastreid_u.ops.k_reciprocal import index_array, neighbour_counts, neighbours
 from fastreid_u.ops.knn import knn as nearest_neighbours
 from fastreid_u.ops.knn import own_first
 from fastreid_u.ops.pseudo_labels import pseudo_labels
+from fastreid_u.ranks import Ranks, bits_of
 
 _OP = "pseudo_labels"
 

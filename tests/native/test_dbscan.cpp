@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <string>
@@ -436,8 +437,9 @@ void test_launches() {
   std::mt19937 rng(3);
   const EncodedCase c = random_encoding(rng);
   std::vector<int64_t> labels(static_cast<size_t>(c.n));
-  Recorder recorder;
-  fu::LaunchExecutor run(recorder);
+  auto owned = std::make_unique<Recorder>();
+  Recorder& recorder = *owned;
+  fu::LaunchExecutor run(std::move(owned));
   int64_t word = 0;
   fu::pseudo_labels(run, c.encoding(), c.need.data(), 1, 99, labels.data(), &word);
   const auto has = [&recorder](const char* name) {

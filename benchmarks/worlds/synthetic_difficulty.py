@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How hard is the rendered data set? What colours, pixels and random weights reach, and what labels would.
 
-    python benchmarks/synthetic_difficulty.py --seed 100
-    python benchmarks/synthetic_difficulty.py --seed 100 --shift 1.0 --training none
+    python benchmarks/worlds/synthetic_difficulty.py --seed 100
+    python benchmarks/worlds/synthetic_difficulty.py --seed 100 --shift 1.0 --training none
 
 mAP and top-1 on the test split, images of the query's own camera and identity left out. The supervised row is the
 library's own loop with the true identities in place of the clusters: same network, loss, views and batches, so what

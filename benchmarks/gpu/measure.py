@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One measurement a call, its figures printed as one line of JSON; benchmarks/gpu.py calls it.
+"""One measurement a call, its figures printed as one line of JSON; benchmarks/gpu calls it.
 
-python benchmarks/gpu_measure.py products
-python benchmarks/gpu_measure.py --tiny cluster_contrast FOLDER     # on a CPU, to see that it runs
+PYTHONPATH=benchmarks python benchmarks/gpu/measure.py products
+PYTHONPATH=benchmarks python benchmarks/gpu/measure.py --tiny cluster_contrast FOLDER  # on a CPU, to see that it runs
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from gpu_smallest import smallest
+from gpu.smallest import smallest
 
 ROUNDS = 20
 

@@ -5,8 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "core_on.h"
 #include "device.cuh"
-#include "pseudo_labels.h"
 
 namespace fastreid_u {
 namespace {
@@ -48,7 +48,7 @@ class DeviceExecutor {
   int64_t read(const int64_t* p) {
     int64_t value = 0;
     require(cudaMemcpyAsync(&value, p, sizeof value, cudaMemcpyDeviceToHost, stream_), "cudaMemcpyAsync");
-    synchronize();
+    wait();
     return value;
   }
 
@@ -56,7 +56,7 @@ class DeviceExecutor {
     require(cudaMemcpyAsync(p, &value, sizeof value, cudaMemcpyHostToDevice, stream_), "cudaMemcpyAsync");
   }
 
-  void synchronize() { require(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"); }
+  void wait() { require(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"); }
 
  private:
   cudaStream_t stream_;
@@ -65,25 +65,8 @@ class DeviceExecutor {
 
 }  // namespace
 
-int64_t check_graph_cuda(const Graph& graph, int64_t* scratch, int device, void* stream) {
-  DeviceExecutor run(device, stream);
-  int64_t fault = -1;
-  with_view(graph, [&](auto view) { fault = check_graph(run, view, scratch); });
-  return fault;
-}
-
-void dbscan_cuda(const Graph& graph, const double* eps, int64_t n_eps, int64_t min_samples, int64_t* labels,
-                 uint8_t* core, int64_t* scratch, int device, void* stream) {
-  DeviceExecutor run(device, stream);
-  dbscan(run, graph, eps, n_eps, min_samples, labels, core, scratch);
-  run.synchronize();
-}
-
-void pseudo_labels_cuda(const Encoding& encoding, const int64_t* need, int64_t n_needs, int64_t min_samples,
-                        int64_t* labels, int64_t* scratch, int device, void* stream) {
-  DeviceExecutor run(device, stream);
-  pseudo_labels(run, encoding, need, n_needs, min_samples, labels, scratch);
-  run.synchronize();
+std::unique_ptr<Core> on_cuda(int device, void* stream) {
+  return std::make_unique<CoreOn<DeviceExecutor>>(device, stream);
 }
 
 }  // namespace fastreid_u

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pytest plugin: the ``benchmark`` fixture for machines without pytest-benchmark, and its figures as JSON.
 
-    pytest -p no:benchmark -p gpu_stopwatch --stopwatch-json=FILE benchmarks/bench_knn.py
+    PYTHONPATH=benchmarks pytest -p no:benchmark -p gpu.stopwatch --stopwatch-json=FILE benchmarks/bench_knn.py
 
 It offers what the ``bench_*.py`` files use of pytest-benchmark (a call, ``pedantic``, ``group``, ``extra_info``,
 ``stats.stats.median``) and writes the same keys, so that ``make gpu`` reads one format, whatever is installed.

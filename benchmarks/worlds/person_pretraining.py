@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What person-pretrained weights are to a transformer: ``vit_cluster_contrast`` from them and from random weights.
 
-    python benchmarks/person_pretraining.py
+    python benchmarks/worlds/person_pretraining.py
 
 The published weights come from millions of unlabelled crops of people. In their place stand rendered people of another
 world, 256 of them with their identities, and a transformer of 0.3 million parameters, so that a CPU can do it.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables from the JSON files that ``make gpu`` leaves, so that no figure is ever typed.
 
-python benchmarks/gpu_report.py                              # writes them into docs/benchmarks.md
-python benchmarks/gpu_report.py --print benchmarks/results/h200
+python benchmarks/gpu/report.py                              # writes them into docs/benchmarks.md
+python benchmarks/gpu/report.py --print benchmarks/results/h200
 """
 
 import argparse
@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- made by benchmarks/gpu_report.py: begin -->", "<!-- end -->"
+BEGIN, END = "<!-- made by benchmarks/gpu/report.py: begin -->", "<!-- end -->"
 NOTHING = "Not measured yet: `benchmarks/results/` has no GPU's folder."
 STAGES = ("build", "test", "sanitizer", "ceilings", "kernels", "train")
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does each method do what its paper says it does? Put to the test on rendered people, where the problem has a dial.
 
-    python benchmarks/claims.py                       # every arm, three seeds; what is done already is not done again
-    python benchmarks/claims.py --claim grey --seeds 1
-    python benchmarks/claims.py --write               # runs nothing: renews docs/claims.md and its picture
+    python benchmarks/worlds/claims.py                # every arm, three seeds; what is done is not done again
+    python benchmarks/worlds/claims.py --claim grey --seeds 1
+    python benchmarks/worlds/claims.py --write        # runs nothing: renews docs/claims.md and its picture
 
 A claim is a question, the dials that make its problem hard, and arms that differ in the one thing that it is about.
 A seed is one world of people and cameras and one training; all arms meet the same ones, so differences are taken within
@@ -29,7 +29,7 @@ from scipy import stats
 
 import fastreid_u
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "claims"
 PAGE, PICTURE = ROOT / "docs" / "claims.md", ROOT / "docs" / "images" / "claims.png"
 END = "<!-- end -->"
@@ -205,7 +205,7 @@ def table(folder: Path, name: str) -> str:
 def page(text: str, folder: Path) -> str:
     """The page with the table between the two marks of each claim renewed."""
     for name, claim in CLAIMS.items():
-        begin = f"<!-- {name}: made by benchmarks/claims.py -->\n"
+        begin = f"<!-- {name}: made by benchmarks/worlds/claims.py -->\n"
         head, rest = text.split(begin)
         dials = ", ".join(f"`{key}` {value}" for key, value in claim.dials.items()) or "at their defaults"
         made = f"{claim.question} Dials: {dials}.\n\n{table(folder, name)}\n"

@@ -3,14 +3,14 @@
 
     make gpu                                    # all stages, then one table
     make gpu-kernels                            # one of build, test, sanitizer, ceilings, kernels, train
-    python benchmarks/gpu.py kernels train      # the same by hand
-    python benchmarks/gpu.py --again ceilings   # anew, though it was measured at this commit
-    python benchmarks/gpu.py --target DIR       # install into DIR where the environment cannot be written
-    python benchmarks/gpu.py --dry-run          # tiny shapes on a CPU: shows that the stages run, measures nothing
+    python benchmarks/gpu kernels train         # the same by hand
+    python benchmarks/gpu --again ceilings      # anew, though it was measured at this commit
+    python benchmarks/gpu --target DIR          # install into DIR where the environment cannot be written
+    python benchmarks/gpu --dry-run             # tiny shapes on a CPU: shows that the stages run, measures nothing
 
 A stage is a list of cases, each a process of its own. What a case found is written to
 ``benchmarks/results/<gpu>/<stage>.json`` when it ends, so a stage that ran out of time goes on where it stopped: cases
-that ended well at the same commit are kept. docs/benchmarks.md explains the files; gpu_report.py makes its tables.
+that ended well at the same commit are kept. docs/benchmarks.md explains the files; report.py makes its tables.
 """
 
 import argparse
@@ -29,10 +29,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-HERE = ROOT / "benchmarks"
+HERE = Path(__file__).resolve().parent
+BENCHMARKS, ROOT = HERE.parents[:2]
 LIMIT = 540  # seconds a stage
-BESIDE = {"PYTHONPATH": str(HERE)}  # scripts here import each other
+BESIDE = {"PYTHONPATH": str(BENCHMARKS)}  # scripts here import each other, as gpu.<name>
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PYTEST = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-q"]
 # without the options in pyproject.toml that need pytest-benchmark, which need not be there
@@ -79,7 +79,7 @@ def test(options: Options) -> list[Case]:
 
 def sanitizer(options: Options) -> list[Case]:
     """Every kernel on its smallest shapes: as it is (which also fills Triton's cache), then under each tool."""
-    command = [sys.executable, "-P", str(HERE / "gpu_measure.py"), *(["--tiny"] if options.dry_run else []), "smallest"]
+    command = [sys.executable, "-P", str(HERE / "measure.py"), *(["--tiny"] if options.dry_run else []), "smallest"]
     cases = [Case("plain", command, last_json, BESIDE)]
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if options.dry_run:
@@ -99,14 +99,14 @@ def ceilings(options: Options) -> list[Case]:
 
 def kernels(options: Options) -> list[Case]:
     """Every ``bench_*.py``: equality first, then the clock. Published algorithms run at N <= 12,936 only."""
-    files = sorted(HERE.glob("bench_*.py"))
+    files = sorted(BENCHMARKS.glob("bench_*.py"))
     if options.dry_run:
         files = [f for f in files if f.stem == "bench_rerank"]
     cases = []
     for f in files:
         out = scratch(options) / f"{f.stem}.json"
         out.unlink(missing_ok=True)  # a run that is killed early must not be given an older one's figures
-        command = [*PYTEST, *PLAIN, "-p", "no:benchmark", "-p", "gpu_stopwatch", f"--stopwatch-json={out}", str(f)]
+        command = [*PYTEST, *PLAIN, "-p", "no:benchmark", "-p", "gpu.stopwatch", f"--stopwatch-json={out}", str(f)]
         command += ["-k", "tiny"] if options.dry_run else []
         cases.append(Case(f.stem, command, lambda _, out=out: benchmark_figures(out), BESIDE))
     return cases
@@ -124,7 +124,7 @@ STAGES: dict[str, Callable[[Options], list[Case]]] = {
 
 def measured(name: str, options: Options, *arguments: Path) -> Case:
     tiny = ["--tiny"] if options.dry_run else []
-    command = [sys.executable, "-P", str(HERE / "gpu_measure.py"), *tiny, name, *map(str, arguments)]
+    command = [sys.executable, "-P", str(HERE / "measure.py"), *tiny, name, *map(str, arguments)]
     return Case(name, command, last_json, BESIDE)
 
 
@@ -164,7 +164,7 @@ def sanitizer_errors(output: str) -> dict[str, Any]:
 
 
 def benchmark_figures(path: Path) -> dict[str, Any]:
-    """By benchmark: the median in milliseconds and whatever it says of itself."""
+    """By benchmark: the median in milliseconds and its ``extra_info``."""
     return {
         row["name"]: {"group": row["group"], "ms": row["stats"]["median"] * 1e3, **row["extra_info"]}
         for row in json.loads(path.read_text())["benchmarks"]
@@ -299,13 +299,13 @@ def main(arguments: list[str] | None = None) -> int:
     if not given.dry_run and not torch.cuda.is_available():
         print("no GPU: torch finds no CUDA device or driver; --dry-run shows the stages on a CPU", file=sys.stderr)
         return 2
-    results = given.results or (ROOT / "build" / "gpu" / "results" if given.dry_run else HERE / "results")
+    results = given.results or (ROOT / "build" / "gpu" / "results" if given.dry_run else BENCHMARKS / "results")
     gpu = "dry-run" if given.dry_run else folder_name(torch.cuda.get_device_name())
     target = given.target.resolve() if given.target else None
     options = Options((results / gpu).resolve(), given.limit, given.again, given.dry_run, target)
 
     well = [run_stage(stage, STAGES[stage](options), options) for stage in given.stages or STAGES]
-    table = [sys.executable, str(HERE / "gpu_report.py"), "--print", str(options.results)]
+    table = [sys.executable, str(HERE / "report.py"), "--print", str(options.results)]
     print(subprocess.run(table, capture_output=True, text=True, check=True).stdout, flush=True)
     return 0 if all(well) else 1
 

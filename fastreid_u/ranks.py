@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ranks of torch.distributed: how many there are, and what they exchange. No other file asks torch.distributed.
+
+A training on several ranks gives every rank its share of each batch. ``gather_batch`` then hands all ranks the outputs
+and the labels of the whole batch, so that losses and memories are those of one process, to the bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastreid_u._checks import as_tensor
+
+
+def world_size() -> int:
+    """How many ranks there are; 1 where torch.distributed is not initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def label_group() -> str | None:
+    """The ``group`` with which ``pseudo_labels`` shares its work over all ranks: None for one process."""
+    return "world" if world_size() > 1 else None
+
+
+def gather_in_rank_order(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Each tensor of every rank, concatenated along its first dimension, rank 0's first; detached.
+
+    All ranks must call this together, with tensors of the same shapes and dtypes. Without ``torch.distributed``, or
+    with one rank, what was given comes back. Memory: world size times the tensors.
+    """
+    tensors = tuple(as_tensor("gather_in_rank_order", "tensors", tensor) for tensor in tensors)
+    if world_size() == 1:
+        return tensors
+    return tuple(torch.cat(_from_all(tensor.detach())) for tensor in tensors)
+
+
+def gather_batch(outputs: Any, batch: Any) -> tuple[Any, Any]:
+    """A step's outputs and batch of all ranks, rank 0's first; ranks may hold different numbers of images.
+
+    Args:
+        outputs: what a network gave for this rank's images: tensors with a row per image, one or a tuple of them.
+        batch: this rank's ``recipe.Batch``.
+
+    Returns:
+        ``(outputs, batch)`` of the whole batch. Of the outputs, this rank's rows keep their graph and the others have
+        none: the gradient of a loss of the whole batch is the sum over ranks of the gradients that each rank finds. Of
+        the batch, ``indices``, ``targets`` and ``camids`` are gathered, in ``source`` too; ``views`` stay this rank's.
+        With one rank, what was given comes back.
+
+    All ranks must call this together, with the same structure. Memory: world size times the outputs.
+    """
+    if world_size() == 1:
+        return outputs, batch
+    own = list(_tensors((outputs, _facts(batch))))
+    lengths = torch.stack(_from_all(torch.tensor([len(each) for each in own], device=own[0].device))).tolist()
+    whole = iter([_joined(each, [row[i] for row in lengths]) for i, each in enumerate(own)])
+    outputs, facts = _put_back((outputs, _facts(batch)), whole)
+    return outputs, _with_facts(batch, facts)
+
+
+def _joined(own: Tensor, lengths: list[int]) -> Tensor:
+    """``own`` (n, ...) of all ranks, which have ``lengths`` rows; only this rank's rows have a graph."""
+    padded = own.detach().new_zeros(max(lengths), *own.shape[1:])
+    padded[: len(own)] = own.detach()
+    parts = [part[:length] for part, length in zip(_from_all(padded), lengths, strict=True)]
+    parts[dist.get_rank()] = own
+    return torch.cat(parts)
+
+
+def _from_all(own: Tensor) -> list[Tensor]:
+    own = own.contiguous()
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(parts, own)
+    return parts
+
+
+def _facts(batch: Any) -> tuple | None:
+    """What a loss reads of a batch and of its source batch."""
+    return None if batch is None else (batch.indices, batch.targets, batch.camids, _facts(batch.source))
+
+
+def _with_facts(batch: Any, facts: tuple | None) -> Any:
+    if batch is None:
+        return None
+    indices, targets, camids, source = facts
+    source = _with_facts(batch.source, source)
+    return dataclasses.replace(batch, indices=indices, targets=targets, camids=camids, source=source)
+
+
+def _tensors(nested: Any) -> Iterator[Tensor]:
+    """The tensors of nested tuples, in their order; None holds none."""
+    if isinstance(nested, Tensor):
+        yield nested
+    elif nested is not None:
+        for each in nested:
+            yield from _tensors(each)
+
+
+def _put_back(nested: Any, tensors: Iterator[Tensor]) -> Any:
+    """``nested`` with the next of ``tensors`` in place of each of its own; a named tuple stays named."""
+    if isinstance(nested, Tensor):
+        return next(tensors)
+    if nested is None:
+        return None
+    made = [_put_back(each, tensors) for each in nested]
+    return type(nested)(*made) if hasattr(nested, "_fields") else tuple(made)
+
+
+class Ranks:
+    """One process group whose members exchange NumPy arrays, and agree on their input before they start.
+
+    Args:
+        op: public name, for messages.
+        group: a ``torch.distributed`` process group that this process is in, or "world" for the default one.
+
+    Attributes:
+        rank, world: which of how many.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: no group, not initialised, or a group without this process.
+    """
+
+    def __init__(self, op: str, group: object) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(f"{op}: group must belong to torch.distributed, got it not initialised")
+        if isinstance(group, str):
+            if group != "world":
+                raise ValueError(f"{op}: group must be a process group or 'world', got {group!r}")
+            group = dist.group.WORLD
+        if group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(f"{op}: group must hold this process, got one without it")
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"{op}: group must be a process group or 'world', got {type(group).__name__}")
+        self.op, self.group = op, group
+        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        # NCCL carries tensors on GPUs only
+        nccl = dist.get_backend(group) == "nccl"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+    def gather(self, own: np.ndarray) -> np.ndarray:
+        """Everybody's array, one after the other in the order of ranks, along the first axis, which may differ."""
+        if self.world == 1:
+            return own.copy()
+        length = [int(each) for each in self._collect(torch.tensor([len(own)]))]
+        padded = torch.zeros(max(length), *own.shape[1:], dtype=torch.from_numpy(own[:0]).dtype)
+        padded[: len(own)] = torch.from_numpy(own)
+        found = self._collect(padded)
+        return torch.cat([each[:n].cpu() for each, n in zip(found, length, strict=True)]).numpy()
+
+    def from_first(self, x: Tensor) -> Tensor:
+        """``x`` as the first rank has it."""
+        sent = x.to(self.device)
+        dist.broadcast(sent, dist.get_global_rank(self.group, 0), group=self.group)
+        return sent.to(x.device)
+
+    def agree(self, error: Exception | None, fingerprint: list[int]) -> None:
+        """Raise on every rank if one of them found a fault, or if they were not given the same.
+
+        All ranks have to call it with as many numbers; without it one rank would raise and the others wait for it.
+        """
+        found = torch.stack(self._collect(torch.tensor([error is not None, *fingerprint], dtype=torch.int64))).cpu()
+        if error is not None:
+            raise error
+        if found[:, 0].any():
+            raise ValueError(f"{self.op}: input must be valid on every rank, got a fault on rank {_first(found[:, 0])}")
+        other = (found != found[0]).any(dim=1)
+        if other.any():
+            raise ValueError(
+                f"{self.op}: features and settings must be the same on every rank, got others on rank {_first(other)}"
+            )
+
+    def _collect(self, own: Tensor) -> list[Tensor]:
+        own = own.to(self.device)
+        found = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(found, own, group=self.group)
+        return found
+
+
+def bits_of(x: Tensor) -> list[int]:
+    """Shape and two sums over the bits of a float32 or int64 matrix, to tell whether others hold the same."""
+    words = x.contiguous().view(torch.int32)
+    row = words.sum(dim=1, dtype=torch.int64)
+    return [*x.shape, int(row.sum()), int((row * torch.arange(1, len(row) + 1, device=row.device)).sum())]
+
+
+def _first(flag: Tensor) -> int:
+    return int(flag.nonzero()[0])
