@@ -137,6 +137,16 @@ def test_a_torn_last_record_is_left_out_and_a_torn_other_one_named(world, tmp_pa
         resumed(run.folder)
 
 
+def test_a_state_of_an_older_layout_is_named(world, tmp_path, monkeypatch):
+    from fastreid_u.engine import checkpoint
+
+    with monkeypatch.context() as old:
+        old.setattr(checkpoint, "SCHEMA", 3)
+        run = train(world, tmp_path / "run", epochs=1)
+    with pytest.raises(ValueError, match="state has schema 3, this version reads 4"):
+        resumed(run.folder, epochs=2)
+
+
 def test_the_weights_that_it_began_with_may_be_gone(world, tmp_path):
     torch.save(build_model("resnet10", weights=None, seed=5).state_dict(), tmp_path / "start.pth")
     run = train(world, tmp_path / "run", epochs=1, weights=tmp_path / "start.pth")

@@ -168,6 +168,18 @@ def test_a_method_that_needs_cameras_says_so_before_any_work(plant, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_method_that_returns_no_targets_is_named(tiny_world, tmp_path):
+    class Forgetful(ClusterContrast):
+        name = "forgetful"
+
+        def begin_epoch(self, features, labels, epoch):
+            super().begin_epoch(features, labels, epoch)
+
+    dataset = load_dataset("market1501", tiny_world)
+    with pytest.raises(TypeError, match=r"begin_epoch of 'forgetful' must return \(N,\) targets, got None"):
+        fastreid_u.train(dataset, logs_dir=tmp_path, method=Forgetful, **SMALL)
+
+
 def test_warm_up_is_linear_then_drops():
     config = ClusterContrastConfig(lr=1.0, warmup_epochs=10, warmup_factor=0.01, step_size=20)
     rates = [fit.learning_rate(config, epoch) for epoch in (0, 5, 9, 10, 20, 40)]
