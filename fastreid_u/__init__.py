@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastreid_u import methods
     from fastreid_u.engine.train import Run, train
-    from fastreid_u.engine.trained import evaluate, extract, load_model
     from fastreid_u.memory import ClusterMemory, InstanceMemory, ProxyMemory
     from fastreid_u.ops.batch_hard import batch_hard_triplet
     from fastreid_u.ops.centroids import cluster_centroids, proxy_centroids
@@ -38,13 +37,16 @@ if TYPE_CHECKING:
     from fastreid_u.ops.segments import segment_mean, segment_sum
     from fastreid_u.ops.suggest_eps import suggest_eps
     from fastreid_u.recipe import Recipe
+    from fastreid_u.trained.evaluate import evaluate
+    from fastreid_u.trained.extract import extract
+    from fastreid_u.trained.model import load_model
 
 _HOME = {
     "train": "engine.train",
     "Run": "engine.train",
-    "evaluate": "engine.trained",
-    "extract": "engine.trained",
-    "load_model": "engine.trained",
+    "evaluate": "trained.evaluate",
+    "extract": "trained.extract",
+    "load_model": "trained.model",
     "Recipe": "recipe",
     "ClusterMemory": "memory",
     "InstanceMemory": "memory",

@@ -147,7 +147,9 @@ class Recipe(nn.Module, ABC):
         from fastreid_u.data import train_transform
 
         c = self.config
-        return (train_transform(c.height, c.width, erase=c.erase, color_jitter=c.color_jitter, **c.pixel_statistics()),)
+        return (
+            train_transform(c.height, c.width, erase=c.erase, color_jitter=c.color_jitter, pixel_norm=c.pixel_norm),
+        )
 
     # An epoch
 

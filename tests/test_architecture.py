@@ -13,12 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. A module belongs to the first floor that lists it or a package above it.
 FLOORS = [
     ("ground", ["kernels", "reference", "cpu", "_C"]),
-    ("environment", ["_env", "_ext", "_checks", "config", "ranks"]),
+    ("environment", ["_env", "_ext", "_checks", "_toml", "config", "ranks"]),
     ("ops", ["ops"]),
     ("parts", ["recipe", "images", "draws", "labels", "memory", "losses", "models", "data"]),
     ("methods", ["methods"]),
     ("engine", ["engine"]),
-    ("roof", ["", "cli", "__main__"]),
+    ("trained", ["trained"]),
+    ("roof", ["", "cli", "doctor", "__main__"]),
 ]
 HEIGHT = {module: height for height, (_, modules) in enumerate(FLOORS) for module in modules}
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import fastreid_u
 from fastreid_u.data import load_dataset
-from fastreid_u.engine.extract import TooManyBadImages
+from fastreid_u.engine.image_set import TooManyBadImages
 
 SETTINGS = dict(
     height=64, width=32, arch="resnet10", weights=None, bn_group=None, workers=0, iters=2, epochs=2, batch_size=16,

@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: field names and the field's usual flags, every message a person may meet."""
 
+import argparse
+import dataclasses
 import os
 import re
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 
 import fastreid_u
+from fastreid_u._toml import dump_toml
 from fastreid_u.cli import main
+from fastreid_u.cli.options import add_options
+from fastreid_u.config import Config, option
+from fastreid_u.methods import get_method, method_names
 
 SMALL = [
     "--height", "64", "--width", "32", "-a", "resnet10", "--weights", "None", "--bn-group", "None", "--workers", "0",
@@ -98,12 +105,131 @@ def test_a_method_of_unusual_option_types_is_heard_too(seen, tmp_path):
     assert str(seen[1]["extra"]) == "b"
 
 
-@pytest.mark.parametrize("words", ["market1501 crops", "market1501 --iter 5", "market1501 --use-hard=yes"])
-def test_a_word_that_sets_nothing_is_refused(seen, words, capsys):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train market1501 crops", "Unrecognized options: crops\n"),
+        ("train market1501 --iter 5", "Unrecognized options: --iter 5; did you mean --iters?"),
+        ("train market1501 --method ice --use-hard", "Unrecognized options: --use-hard"),
+        ("train market1501 -x", "Unrecognized options: -x\n"),
+        ("train market1501 -- --epochs 3", "Unrecognized options: --epochs 3"),
+        ("train market1501 --use-hard=yes", "--use-hard/--no-use-hard: ignored explicit argument 'yes'"),
+        ("train market1501 --epochs 1e2", "argument --epochs: must be int, got '1e2'"),
+        ("train market1501 --bn-group none", "argument --bn-group: must be int or None, got 'none'"),
+        ("train market1501 --height", "argument --height: expected one argument"),
+        ("evaluate run set more", "unrecognized arguments: more"),
+        ("methods more", "unrecognized arguments: more"),
+        ("doctor more", "unrecognized arguments: more"),
+        ("trian market1501", "invalid choice: 'trian'"),
+    ],
+)
+def test_a_word_that_sets_nothing_is_refused(seen, words, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["train", *words.split()])
+        main(words.split())
     assert stop.value.code == 2
-    assert "Unrecognized options" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+    assert not seen
+
+
+def a_word_for(field, hint):
+    """Words that set the field to something that is not its default, and what that is."""
+    flag = "--" + field.name.replace("_", "-")
+    if hint is bool:
+        return [flag if not field.default else f"--no-{flag[2:]}"], not field.default
+    if field.metadata["choices"]:
+        other = next(choice for choice in field.metadata["choices"] if choice != field.default)
+        return [flag, other], other
+    if hint in (int | None, str | None) and field.default is not None:
+        return [flag, "None"], None
+    value = {int: 77, int | None: 77, float: 0.77, str: "other", str | None: "other"}[hint]
+    return [flag, str(value)], value
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_setting_of_every_method_can_be_given(seen, name):
+    config = get_method(name).Config
+    hints = get_type_hints(config)
+    given = {field.name: a_word_for(field, hints[field.name]) for field in dataclasses.fields(config)}
+    words = [word for words, _ in given.values() for word in words]
+    assert main(["train", "market1501", "--method", name, *words]) == 0
+    assert {setting: seen[0][setting] for setting in given} == {setting: value for setting, (_, value) in given.items()}
+    assert [type(seen[0][setting]) for setting in given] == [type(value) for _, value in given.values()]
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_help_of_every_method(name, capsys, monkeypatch):
+    """Each setting with its flags, what it is, the source of its default, and the default for the data set."""
+    monkeypatch.setenv("COLUMNS", "1000")  # no line is broken
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "synthetic", "--method", name, "-h"])
+    assert stop.value.code == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"settings of {name}:" in out
+    config = get_method(name).Config
+    defaults = config.for_dataset("synthetic").to_dict()
+    for field in dataclasses.fields(config):
+        about = field.metadata
+        assert f"{about['help']} [{about['source']}] (default: {defaults[field.name]})" in out, field.name
+        assert all(f" {flag} " in out for flag in about["flags"])
+        assert not about["choices"] or f"{{{','.join(about['choices'])}}}" in out
+
+
+def test_the_parser_of_train_is_made_once(seen, monkeypatch):
+    made = []
+    real = argparse.ArgumentParser.__init__
+
+    def counted(self, *arguments, **settings):
+        made.append(settings.get("usage"))
+        real(self, *arguments, **settings)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "__init__", counted)
+    assert main(["train", "market1501", "-b8"]) == 0
+    assert made.count("fastreid-u train DATASET [options]") == 1
+
+
+def test_the_command_line_needs_a_type_that_a_word_can_be_read_as():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Odd(Config):
+        sizes: tuple[int, ...] = option((1, 2), "sizes")
+
+    with pytest.raises(TypeError, match=r"config: sizes must be of bool, .* a path or None, got tuple\[int, \.\.\.\]"):
+        add_options(argparse.ArgumentParser(), Odd)
+
+
+def test_a_flag_belongs_to_one_setting():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Twice(Config):
+        beta: float = option(1.0, "a weight", flags=("-b",))
+
+    with pytest.raises(ValueError, match=r"config: beta must have flags of its own, got .*-b"):
+        add_options(argparse.ArgumentParser(), Twice)
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [("--either 5", 5), ("--either five", "five"), ("--either None", None), ("--maybe None", None),
+     ("--maybe True", True), ("--maybe False", False)],
+)  # fmt: skip
+def test_types_of_which_a_word_may_be_one(words, value):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Odd(Config):
+        either: str | int | None = option(None, "a number or a name")
+        maybe: bool | None = option(None, "yes, no, or neither")
+
+    parser = argparse.ArgumentParser()
+    add_options(parser, Odd)
+    assert list(vars(parser.parse_args(words.split())).values()) == [value]
+
+
+@pytest.mark.parametrize("more", [[], ["--help"], ["market1501"]])
+def test_a_run_folder_names_no_file_to_import(seen, more, tmp_path, capsys):
+    """The folder may be another person's: what it holds is read, never run."""
+    (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\n")
+    run = {"method": f"{tmp_path / 'theirs.py'}:Theirs", "dataset": "market1501", "root": "data"}
+    (tmp_path / "config.toml").write_text(dump_toml({"run": run, "config": {}, "data": {}, "source_data": {}}))
+    assert main(["train", "--logs-dir", str(tmp_path), "--resume", *more]) == 1
+    assert re.search("error: train: method must be given again, as FILE.py:CLASS", capsys.readouterr().err)
+    assert not (tmp_path / "was_run").exists()
     assert not seen
 
 
@@ -139,7 +265,7 @@ def test_ctrl_c_of_other_commands_promises_nothing(monkeypatch, capsys):
     def stopped(*arguments, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastreid_u.engine.trained.evaluate", stopped)
+    monkeypatch.setattr("fastreid_u.trained.evaluate.evaluate", stopped)
     assert main(["evaluate", "run"]) == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
 
@@ -185,7 +311,10 @@ def test_methods_and_capabilities(capsys):
     assert main(["methods"]) == 0
     assert re.search(r"^cluster_contrast +Cluster Contrast$", capsys.readouterr().out, re.MULTILINE)
     assert main([]) == 0
-    assert "torch" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "torch" in table
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out == table
 
 
 def test_train_evaluate_extract_from_the_shell(tiny_world, tmp_path, capsys):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from fastreid_u.data import BadImage, PixelCache, Sample, chunks, make_loader, test_transform, train_transform
 from fastreid_u.data.images import read_pixels
+from fastreid_u.data.transforms import Normalize, View
 
 SIZE = (16, 8)  # height, width
 
@@ -185,7 +186,7 @@ def test_all_samples_in_their_order(samples):
 
 def test_pixels_are_those_of_pillow(samples):
     """Bicubic as Pillow resizes, then (x / 255 - mean) / std."""
-    batch = next(iter(make_loader(samples, test_transform(*SIZE, mean=(0,) * 3, std=(1,) * 3), batch_size=1)))
+    batch = next(iter(make_loader(samples, View(*SIZE, (Normalize((0,) * 3, (1,) * 3),)), batch_size=1)))
     with Image.open(samples[0].path) as image:
         expected = np.asarray(image.convert("RGB").resize(SIZE[::-1], Image.Resampling.BICUBIC))
     assert np.array_equal((batch.images[0] * 255).round().byte().permute(1, 2, 0).numpy(), expected)

@@ -13,13 +13,15 @@ import pytest
 import torch
 
 import fastreid_u
-from fastreid_u.config import dump_toml, load_toml
+from fastreid_u._toml import dump_toml, load_toml
 from fastreid_u.data import ReIDDataset, Sample, load_dataset
+from fastreid_u.data import test_transform as transform
 from fastreid_u.engine import checkpoint
+from fastreid_u.engine.device import Machine
 from fastreid_u.engine.display import Display
-from fastreid_u.engine.evaluate import Split, evaluate_split
+from fastreid_u.engine.evaluate import Split, SplitImages, evaluate_split
 from fastreid_u.engine.evaluate import test_split as split_of
-from fastreid_u.engine.extract import BadImageLog
+from fastreid_u.engine.image_set import Reading
 from fastreid_u.engine.loop import NoClustersError
 
 SETTINGS = dict(
@@ -82,11 +84,10 @@ def ranked(features, pids, camids, queries, has_cameras=True, ap="rank"):
             yield Loaded(features, torch.arange(len(features)), [])
 
     samples = tuple(Sample(f"{i}.jpg", pid, cam) for i, (pid, cam) in enumerate(zip(pids, camids, strict=True)))
-    display = Display(quiet=True)
-    return evaluate_split(
-        torch.nn.Identity(), Loader(), Split(samples, queries, has_cameras), ap=ap,
-        display=display, log=BadImageLog(len(samples), display), device=torch.device("cpu"),
-    )  # fmt: skip
+    machine = Machine(torch.device("cpu"), False, Display(quiet=True))
+    images = SplitImages(Split(samples, queries, has_cameras), Reading(transform(8, 4), batch_size=8), machine)
+    images.plain = Loader()
+    return evaluate_split(torch.nn.Identity(), images, ap)
 
 
 def test_a_case_worked_by_hand():
@@ -222,7 +223,7 @@ def test_a_damaged_run_is_named(own, tmp_path, tamper, message):
 
 def test_weights_of_another_network_are_refused(own, tmp_path):
     folder = shutil.copytree(own.folder, tmp_path / "run")
-    _, about = checkpoint.load_model_file(folder / "model_last.safetensors")
+    _, about = checkpoint.read_described(folder / "model_last.safetensors")
     header(json.dumps(about))(folder)
     with pytest.raises(ValueError, match="must hold the weights of resnet10, got "):
         fastreid_u.load_model(folder)
@@ -300,12 +301,12 @@ def test_torch_s_global_modes_do_not_matter(own, plant):
 
 
 def test_no_worker_outlives_a_failure(own, dataset, monkeypatch):
-    from fastreid_u.engine import trained as module
+    import fastreid_u.trained.evaluate as module
 
     before = set(multiprocessing.active_children())
 
-    def fails(model, loader, *arguments, **more):
-        next(loader.epoch())
+    def fails(model, images, ap):
+        next(images.plain.epoch())
         assert set(multiprocessing.active_children()) > before
         raise RuntimeError("diverged")
 

@@ -7,10 +7,10 @@ import warnings
 import numpy as np
 import pytest
 
+from fastreid_u.engine.card import metric_block, table_head, table_row
 from fastreid_u.engine.curves import draw_curves
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.health import agreement, as_partition, label_health
-from fastreid_u.engine.report import metric_block, table_head, table_row
 
 
 def test_unclustered_images_count_as_clusters_of_their_own():
@@ -65,6 +65,31 @@ def test_curves_are_drawn_even_from_little(tmp_path):
     odd = "fold\udcffer"  # a name whose bytes are no text
     draw_curves([{"epoch": 0, "clusters": 3, "unclustered": 0.5, "loss": 1.0}], tmp_path / "curves.png", odd)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_name_what_was_ranked(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda self, title: titles.append(title))
+    record = {"epoch": 0, "clusters": 3, "unclustered": 0.5, "loss": 1.0}
+    draw_curves([record | {"mAP": 0.5, "top1": 0.6}], tmp_path / "a.png", "a", ranked_on="training images themselves")
+    draw_curves([record | {"mAP": 0.5, "top1": 0.6}], tmp_path / "b.png", "b")
+    draw_curves([record], tmp_path / "c.png", "c")
+    assert [title for title in titles if title.startswith("ranking")] == [
+        "ranking on the training images themselves, %", "ranking on the test split, %", "ranking: not evaluated",
+    ]  # fmt: skip
+
+
+def test_display_keeps_its_lines_until_it_has_a_log(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("an earlier run's\n")
+    display = Display(quiet=True)
+    display.line("before the folder is known")
+    assert log.read_text() == "an earlier run's\n"
+    display.log_to(log)
+    display.line("after")
+    assert log.read_text() == "an earlier run's\nbefore the folder is known\nafter\n"
 
 
 def test_display_logs_what_it_prints_and_is_plain_without_a_terminal(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 
 import fastreid_u
 
-LATER = ["triton", "torchvision", "rich", "tyro", "sklearn", "scipy", "matplotlib", "numba", "PIL", "safetensors"]
+LATER = ["triton", "torchvision", "rich", "sklearn", "scipy", "matplotlib", "numba", "PIL", "safetensors"]
 
 
 def python(code: str, folder: os.PathLike) -> str:
@@ -47,7 +47,7 @@ def test_the_ops_need_no_display(tmp_path) -> None:
     """The ops run in a trainer that has none of the packages for people: progress, command line, pictures."""
     code = """
 import sys
-for name in ("rich", "tyro", "matplotlib", "PIL", "safetensors", "torchvision"):
+for name in ("rich", "matplotlib", "PIL", "safetensors", "torchvision"):
     sys.modules[name] = None
 import torch, fastreid_u
 x = torch.nn.functional.normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)))
@@ -55,6 +55,12 @@ graph = fastreid_u.jaccard_graph(x, k1=10, k2=3)
 print(fastreid_u.dbscan(graph, 0.6, radius=1.0).shape)
 """
     assert python(code, tmp_path) == "torch.Size([40])"
+
+
+def test_the_command_line_starts_without_torch(tmp_path) -> None:
+    """A command imports what it needs once it has been called; ``--help`` and a mistyped command need nothing."""
+    code = "import sys, fastreid_u.cli; print(sorted({'torch', 'numpy', 'rich'} & set(sys.modules)))"
+    assert python(code, tmp_path) == "[]"
 
 
 @pytest.mark.parametrize("name", sorted(fastreid_u.__all__))

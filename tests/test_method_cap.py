@@ -9,7 +9,7 @@ from torch import nn
 
 import fastreid_u
 from fastreid_u.data import load_dataset
-from fastreid_u.engine.fit import learning_rate
+from fastreid_u.engine.optimizer import learning_rate
 from fastreid_u.methods.cap import CAP, CAPConfig
 from fastreid_u.recipe import Batch, Images
 

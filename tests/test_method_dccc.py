@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastreid_u.engine.fit import learning_rate
+from fastreid_u.engine.optimizer import learning_rate
 from fastreid_u.methods.dccc import DCCC, DCCCConfig, scheduled_eps, teacher_momentum
 from fastreid_u.recipe import Batch, Images
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import fastreid_u
 from fastreid_u.data import load_dataset
-from fastreid_u.engine.fit import learning_rate
+from fastreid_u.engine.optimizer import learning_rate
 from fastreid_u.methods.ice import ICE, ICEConfig
 from fastreid_u.models import build_model
 from fastreid_u.recipe import Batch, Images

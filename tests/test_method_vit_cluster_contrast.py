@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastreid_u.data import test_transform
 from fastreid_u.methods.vit_cluster_contrast import ViTClusterContrast, ViTClusterContrastConfig
 from fastreid_u.models import build_model
 from fastreid_u.recipe import Images
@@ -17,7 +18,8 @@ def test_settings_are_the_scripts():
     assert (config.optimizer, config.lr, config.momentum, config.use_hard) == ("sgd", 3.5e-4, 0.2, True)
     assert (config.batch_size, config.num_instances, config.iters, config.epochs) == (256, 8, 200, 50)
     assert (config.drop_path, config.pixel_norm, config.eps) == (0.3, "half", 0.6)
-    assert config.pixel_statistics() == {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    (normalize,) = test_transform(8, 4, pixel_norm=config.pixel_norm).steps
+    assert (normalize.mean, normalize.std) == ((0.5,) * 3, (0.5,) * 3)
     msmt17 = ViTClusterContrastConfig.for_dataset("msmt17")
     assert (msmt17.eps, msmt17.bn_group, msmt17.eval_step) == (0.7, 128, 50)
 

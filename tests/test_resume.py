@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import fastreid_u
+from fastreid_u._toml import load_toml
 from fastreid_u.cli import main
-from fastreid_u.config import load_toml
-from fastreid_u.engine.claim import FolderInUse, claimed
+from fastreid_u.engine.lock import FolderInUse, locked
 from fastreid_u.models import build_model
 
 TINY = dict(
@@ -137,16 +137,6 @@ def test_a_torn_last_record_is_left_out_and_a_torn_other_one_named(world, tmp_pa
         resumed(run.folder)
 
 
-def test_a_state_of_an_older_layout_is_named(world, tmp_path, monkeypatch):
-    from fastreid_u.engine import checkpoint
-
-    with monkeypatch.context() as old:
-        old.setattr(checkpoint, "SCHEMA", 3)
-        run = train(world, tmp_path / "run", epochs=1)
-    with pytest.raises(ValueError, match="state has schema 3, this version reads 4"):
-        resumed(run.folder, epochs=2)
-
-
 def test_the_weights_that_it_began_with_may_be_gone(world, tmp_path):
     torch.save(build_model("resnet10", weights=None, seed=5).state_dict(), tmp_path / "start.pth")
     run = train(world, tmp_path / "run", epochs=1, weights=tmp_path / "start.pth")
@@ -177,11 +167,11 @@ def test_numbers_of_numpy_are_settings(world, tmp_path):
 def test_a_folder_has_one_owner(world, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    with claimed(folder), pytest.raises(FolderInUse, match="which another run of this process holds"):
+    with locked(folder), pytest.raises(FolderInUse, match="which another run of this process holds"):
         train(world, folder)
     program = (
-        "import time, pathlib\nfrom fastreid_u.engine.claim import claimed\n"
-        f"with claimed(pathlib.Path({str(folder)!r})):\n    print('mine', flush=True)\n    time.sleep(60)"
+        "import time, pathlib\nfrom fastreid_u.engine.lock import locked\n"
+        f"with locked(pathlib.Path({str(folder)!r})):\n    print('mine', flush=True)\n    time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     try:
@@ -191,7 +181,7 @@ def test_a_folder_has_one_owner(world, tmp_path):
     finally:
         other.kill()
         other.wait()
-    with claimed(folder):  # the lock has died with its owner
+    with locked(folder):  # the lock has died with its owner
         pass
     assert list(folder.iterdir()) == []
 

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import fastreid_u
-from fastreid_u.config import load_toml, option
+from fastreid_u._toml import load_toml
+from fastreid_u.config import option
 from fastreid_u.data import load_dataset, test_transform
-from fastreid_u.engine import fit
+from fastreid_u.engine import optimizer
 from fastreid_u.labels.dbscan import DBSCANLabels
 from fastreid_u.methods import get_method
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
@@ -182,14 +183,14 @@ def test_a_method_that_returns_no_targets_is_named(tiny_world, tmp_path):
 
 def test_warm_up_is_linear_then_drops():
     config = ClusterContrastConfig(lr=1.0, warmup_epochs=10, warmup_factor=0.01, step_size=20)
-    rates = [fit.learning_rate(config, epoch) for epoch in (0, 5, 9, 10, 20, 40)]
+    rates = [optimizer.learning_rate(config, epoch) for epoch in (0, 5, 9, 10, 20, 40)]
     assert rates == pytest.approx([0.01, 0.505, 0.901, 1, 0.1, 0.01])  # part-a's table for CAP
 
 
 def test_optimisers_and_their_reset(tiny_world, tiny_source, tmp_path):
     weight = [torch.nn.Parameter(torch.ones(2))]
-    assert fit.make_optimizer(weight, ClusterContrastConfig(optimizer="sgd")).defaults["momentum"] == 0.9
-    assert isinstance(fit.make_optimizer(weight, ClusterContrastConfig(optimizer="adamw")), torch.optim.AdamW)
+    assert optimizer.make_optimizer(weight, ClusterContrastConfig(optimizer="sgd")).defaults["momentum"] == 0.9
+    assert isinstance(optimizer.make_optimizer(weight, ClusterContrastConfig(optimizer="adamw")), torch.optim.AdamW)
     kept = run(tiny_world, tiny_source, tmp_path / "kept", reset_optimizer=False)
     reset = run(tiny_world, tiny_source, tmp_path / "reset", reset_optimizer=True)
     steps = [load_file(r.folder / "state.safetensors")["optimizer.0.step"].item() for r in (kept, reset)]

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 import fastreid_u
-from fastreid_u.config import load_toml
-from fastreid_u.engine import checkpoint, fit, loop
+from fastreid_u._toml import load_toml
+from fastreid_u.engine import checkpoint, loop, optimizer
+from fastreid_u.engine.folder import RunFolder
 
 TINY = dict(
     method="cluster_contrast", height=64, width=32, batch_size=16, num_instances=4, iters=3, epochs=2, workers=0,
@@ -45,7 +46,7 @@ def finished(tiny_world, tmp_path_factory):
 
 def test_a_run_folder_holds_what_was_promised(finished):
     names = {path.name for path in finished.folder.iterdir()}
-    assert names == set(checkpoint.RUN_FILES)
+    assert names == {file.name for file in RunFolder(finished.folder).files()}
     assert (finished.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     stored = load_toml((finished.folder / "config.toml").read_text())
     assert stored["run"]["method"] == "cluster_contrast"
@@ -292,6 +293,8 @@ def test_evaluation_goes_back_to_the_world_that_was_trained_on(tmp_path, monkeyp
     dials = dict(train_ids=6, test_ids=4, cameras=3, camera_presence=1.0, distractors=0, height=64, width=32, seed=7)
     small = dict(arch="resnet10", weights=None, bn_group=None, center_per_camera=True, epochs=1, iters=1)
     trained = fastreid_u.train("synthetic", data=dials, logs_dir=tmp_path / "run", **{**TINY, **small})
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.startswith("rendering "), "shown before the folder was known, and logged all the same"
     figures = fastreid_u.evaluate(tmp_path / "run", device="cpu", workers=0, quiet=True)
     assert figures["queries"] == trained.last["queries"] == 12
     assert figures["mAP"] == pytest.approx(trained.last["mAP"], abs=1e-6)
@@ -301,6 +304,6 @@ def test_evaluation_goes_back_to_the_world_that_was_trained_on(tmp_path, monkeyp
 def test_learning_rate_drops_per_step_size():
     from fastreid_u.config import Config
 
-    rates = [fit.learning_rate(Config(lr=1.0, step_size=20, gamma=0.1), epoch) for epoch in (0, 19, 20, 40)]
+    rates = [optimizer.learning_rate(Config(lr=1.0, step_size=20, gamma=0.1), epoch) for epoch in (0, 19, 20, 40)]
     assert rates == pytest.approx([1, 1, 0.1, 0.01])
-    assert fit.learning_rate(Config(lr=1.0, step_size=0), 100) == 1.0
+    assert optimizer.learning_rate(Config(lr=1.0, step_size=0), 100) == 1.0

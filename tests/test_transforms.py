@@ -194,7 +194,7 @@ def test_views_hold_the_published_steps():
 
 
 def test_vit_normalisation():
-    view = test_transform(4, 4, mean=(0.5,) * 3, std=(0.5,) * 3)
+    view = test_transform(4, 4, pixel_norm="half")
     image = torch.full((3, 4, 4), 255, dtype=torch.uint8)
     assert torch.equal(view(image, rng()), torch.ones(3, 4, 4))
     assert Normalize().mean == IMAGENET_MEAN
@@ -216,6 +216,7 @@ def test_same_generator_state_gives_the_same_view():
         ({"flip": 1.5}, r"flip must lie in \[0, 1\], got 1.5"),
         ({"erase": -0.1}, "erase must lie"),
         ({"color_jitter": -1.0}, "must not be negative"),
+        ({"pixel_norm": "whole"}, "pixel_norm must be one of imagenet, half, got 'whole'"),
     ],
 )
 def test_rejects(arguments, message):

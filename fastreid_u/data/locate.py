@@ -7,7 +7,7 @@ from pathlib import Path
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
-# What tells a run's folder, and the picture in it; both are there before the picture is (engine/checkpoint.py, which
+# What tells a run's folder, and the picture in it; both are there before the picture is (engine/folder.py, which
 # data/ may not import). One alone could be a user's own.
 _RUN_FILES = ("config.toml", "metrics.jsonl")
 _RUN_PICTURE = "curves.png"

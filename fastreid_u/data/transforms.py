@@ -120,6 +120,10 @@ class Normalize:
         return image.to(torch.float32).div_(255.0).sub_(mean).div_(std)
 
 
+# By the name that ``Config.pixel_norm`` has.
+PIXEL_NORMS = {"imagenet": Normalize(), "half": Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
+
+
 @dataclass(frozen=True)
 class Erase:
     """Random erasing (Zhong et al., AAAI 2020) as the published Re-ID code does it, after ``Normalize``.
@@ -185,8 +189,7 @@ def train_transform(
     color_jitter: float = 0.0,
     grey: float = 0.0,
     blur: float = 0.0,
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
+    pixel_norm: str = "imagenet",
 ) -> View:
     """The training view of SpCL, Cluster Contrast and most of the family; a step of strength 0 is left out.
 
@@ -201,12 +204,12 @@ def train_transform(
         color_jitter: strength of brightness, contrast and saturation jitter.
         grey: probability of a grey image.
         blur: probability of a Gaussian blur (ICE 0.5).
-        mean, std: normalisation; 0.5 for the ViT runs.
+        pixel_norm: "imagenet", or "half" (mean and deviation 0.5) for the ViT runs.
 
     Raises:
-        ValueError: a size that is not positive, or a probability outside [0, 1].
+        ValueError: a size that is not positive, a probability outside [0, 1], or an unknown ``pixel_norm``.
     """
-    _require_size("train_transform", height, width)
+    _check("train_transform", height, width, pixel_norm)
     for name, p in (("flip", flip), ("erase", erase), ("grey", grey), ("blur", blur)):
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"train_transform: {name} must lie in [0, 1], got {p}")
@@ -218,27 +221,23 @@ def train_transform(
         (flip, Flip(flip)),
         (pad, PadCrop(pad)),
         (blur, Blur(blur)),
-        (1.0, Normalize(mean, std)),
+        (1.0, PIXEL_NORMS[pixel_norm]),
         (erase, Erase(erase, area=erase_area, aspect=erase_aspect, fill=erase_fill)),
     ]
     return View(height, width, tuple(step for strength, step in steps if strength > 0))
 
 
-def test_transform(
-    height: int = 256,
-    width: int = 128,
-    *,
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
-) -> View:
+def test_transform(height: int = 256, width: int = 128, *, pixel_norm: str = "imagenet") -> View:
     """Resize and normalise, nothing random: for features, evaluation and the weak view of ICE."""
-    _require_size("test_transform", height, width)
-    return View(height, width, (Normalize(mean, std),))
+    _check("test_transform", height, width, pixel_norm)
+    return View(height, width, (PIXEL_NORMS[pixel_norm],))
 
 
 test_transform.__test__ = False  # or pytest collects it wherever it is imported
 
 
-def _require_size(op: str, height: int, width: int) -> None:
+def _check(op: str, height: int, width: int, pixel_norm: str) -> None:
     if height < 1 or width < 1:
         raise ValueError(f"{op}: height and width must be positive, got {height} and {width}")
+    if pixel_norm not in PIXEL_NORMS:
+        raise ValueError(f"{op}: pixel_norm must be one of {', '.join(PIXEL_NORMS)}, got {pixel_norm!r}")

@@ -14,15 +14,28 @@ def _series(records: list[dict[str, Any]], name: str, scale: float = 1.0) -> tup
     return [x for x, _ in points], [y for _, y in points]
 
 
-def draw_curves(records: list[dict[str, Any]], path: Path, title: str, true_clusters: int | None = None) -> None:
-    """Draw ``records`` (one dict per epoch, as in metrics.jsonl; epoch -1 = before training) to a PNG at ``path``."""
+def draw_curves(
+    records: list[dict[str, Any]],
+    path: Path,
+    title: str,
+    *,
+    true_clusters: int | None = None,
+    ranked_on: str = "test split",
+) -> None:
+    """Draw ``records`` (one dict per epoch, as in metrics.jsonl; epoch -1 = before training) to a PNG at ``path``.
+
+    Args:
+        title: of the whole picture.
+        true_clusters: identities in the training images, drawn as a line.
+        ranked_on: what mAP was measured on, as in "test split".
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 6.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    # fonts know nothing of the bytes that a folder's name may hold
+    # the name of a folder may hold bytes that no font can draw
     figure.suptitle(title.encode("utf-8", "backslashreplace").decode(), fontsize=12)
     (ranking, clusters), (quality, loss) = figure.subplots(2, 2)
 
@@ -31,9 +44,8 @@ def draw_curves(records: list[dict[str, Any]], path: Path, title: str, true_clus
         if x:
             axes.plot(x, y, color=color, label=label, marker="o", markersize=3.5, linewidth=1.8)
 
-    ranking.set_title(
-        "ranking on the test split, %" if any(r.get("mAP") is not None for r in records) else "ranking: not evaluated"
-    )
+    evaluated = any(r.get("mAP") is not None for r in records)
+    ranking.set_title(f"ranking on the {ranked_on}, %" if evaluated else "ranking: not evaluated")
     plot(ranking, "top1", "top-1", ORANGE, 100)
     plot(ranking, "mAP", "mAP", BLUE, 100)
     ranking.set_ylim(0, 100)

@@ -1,7 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a network runs, and in which precision: one answer for training, evaluation and extraction."""
+"""Where a network runs and in which precision, the same for training, evaluation and extraction."""
+
+from dataclasses import dataclass
 
 import torch
+
+from fastreid_u.engine.display import Display
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What networks run on, and where it is shown how far they are.
+
+    Attributes:
+        device: holds the networks; batches are copied there.
+        autocast: whether forward passes run in bfloat16 where torch's autocast allows it.
+        display: receives lines, warnings and progress.
+    """
+
+    device: torch.device
+    autocast: bool
+    display: Display
+
+    def precision(self) -> torch.autocast:
+        """A context in which forward passes run in the precision of this machine."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
 
 
 def pick_device(op: str, device: str | torch.device | None) -> torch.device:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run speaks: progress bars on a terminal, plain lines elsewhere, and every line in the run's ``log.txt``."""
+"""What a run shows: progress bars on a terminal, plain lines elsewhere, and every line in the run's ``log.txt``."""
 
 import sys
 import time
@@ -11,33 +11,39 @@ from typing import TextIO
 
 from fastreid_u.engine.own_file import open_own
 
-PLAIN_SECONDS = 10.0  # without a terminal, a long phase says where it is this often
+PLAIN_SECONDS = 10.0  # without a terminal, a long phase shows where it is this often
 
 
 class Display:
-    """One voice for a run.
+    """The lines and the progress of one run.
 
     Args:
-        log: file that receives every line, appended, and is refused if it is a link; None keeps no log.
-        quiet: say nothing on ``stream`` (the log is still written).
-        stream: where lines go; a terminal gets progress bars.
+        log: file to which every line is appended, refused if it is a link; without one, lines are kept until ``log_to``
+            names it.
+        quiet: show nothing on ``stream`` (lines are logged all the same).
+        stream: where lines are shown; a terminal gets progress bars.
     """
 
     def __init__(self, log: Path | None = None, *, quiet: bool = False, stream: TextIO | None = None) -> None:
-        self.log = log
         self.quiet = quiet
         self.stream = stream or sys.stdout
+        self._log = log
+        self._kept: list[str] = []  # lines for the log, until there is one
         self._progress = None
+
+    def log_to(self, log: Path) -> None:
+        """Append the lines shown so far, and all that follow, to ``log``."""
+        self._log = log
+        kept, self._kept = self._kept, []
+        self._append(kept)
 
     @property
     def interactive(self) -> bool:
         return not self.quiet and self.stream.isatty()
 
     def line(self, text: str = "") -> None:
-        """Say and log ``text``; characters that cannot be encoded (file names hold any byte) are written as escapes."""
-        if self.log is not None:
-            with open_own(self.log, "a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text + "\n")
+        """Show and log ``text``; characters that cannot be encoded (file names hold any byte) become escapes."""
+        self._append([text])
         if self.quiet:
             return
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
@@ -47,18 +53,25 @@ class Display:
         else:
             print(text, file=self.stream, flush=True)
 
+    def _append(self, lines: list[str]) -> None:
+        if self._log is None:
+            self._kept += lines
+            return
+        with open_own(self._log, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(line + "\n" for line in lines)
+
     @contextmanager
     def hearing_warnings(self) -> Iterator[None]:
         """Python warnings of the block become lines here, each text once; with ``quiet`` it also goes its usual way."""
         heard: set[str] = set()
         usual = warnings.showwarning
 
-        def show(message, category, filename, lineno, file=None, line=None) -> None:
+        def show(message, *category_and_place, **more) -> None:  # as ``warnings`` calls it
             if (text := str(message)) not in heard:
                 heard.add(text)
                 self.line(f"warning: {text}")
                 if self.quiet:
-                    usual(message, category, filename, lineno, file, line)
+                    usual(message, *category_and_place, **more)
 
         with warnings.catch_warnings():
             warnings.showwarning = show

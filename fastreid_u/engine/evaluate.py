@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastreid_u.engine.device import Machine
 from fastreid_u.engine.display import Display
-from fastreid_u.engine.extract import BadImageLog, extract_features
+from fastreid_u.engine.image_set import ImageSet, Reading
 from fastreid_u.ops.rank_metrics import rank_metrics
 
 if TYPE_CHECKING:
-    from fastreid_u.data import ReIDDataset, ReIDLoader, Sample
+    from fastreid_u.data import ReIDDataset, Sample
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,19 @@ class Split:
     @property
     def camids(self) -> Tensor:
         return torch.tensor([sample.camid for sample in self.samples])
+
+    @property
+    def place(self) -> str:
+        """What the ranking is measured on, for cards and curves: "on the ..."."""
+        return "test split" if self.queries is not None else "training images themselves"
+
+
+class SplitImages(ImageSet):
+    """The images of ``split``, to be ranked."""
+
+    def __init__(self, split: Split, reading: Reading, machine: Machine) -> None:
+        super().__init__(split.samples, reading, machine)
+        self.split = split
 
 
 def test_split(dataset: "ReIDDataset", display: Display) -> Split | None:
@@ -52,21 +66,13 @@ def test_split(dataset: "ReIDDataset", display: Display) -> Split | None:
     return None
 
 
-def evaluate_split(
-    model: nn.Module,
-    loader: "ReIDLoader",
-    split: Split,
-    *,
-    ap: str,
-    display: Display,
-    log: BadImageLog,
-    device: torch.device,
-    autocast: bool = False,
-) -> dict[str, Any]:
-    """mAP, mINP and CMC at ranks 1, 5, 10 (fractions), and how many queries had a match."""
-    features = extract_features(
-        model, loader, split.samples, display=display, log=log, device=device, autocast=autocast, name="evaluate"
-    ).cpu()
+def evaluate_split(model: nn.Module, images: SplitImages, ap: str) -> dict[str, Any]:
+    """mAP, mINP and CMC at ranks 1, 5, 10 (fractions), and how many queries had a match.
+
+    ``ap`` names the formula of average precision, as ``rank_metrics`` has it.
+    """
+    split = images.split
+    features = images.features(model, "evaluate").cpu()
     readable = torch.isfinite(features).all(dim=1)
     pids, camids = split.pids, split.camids
     if split.queries is None:

@@ -1,28 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """``train``: everything that surrounds the epochs. Checks first, work after; the algorithm itself is in ``loop.py``."""
 
-import dataclasses
-import itertools
 import os
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastreid_u.config import Config, dump_toml
-from fastreid_u.engine import checkpoint
-from fastreid_u.engine.claim import FolderInUse, claimed
-from fastreid_u.engine.device import pick_device
+from fastreid_u.config import Config
+from fastreid_u.engine.arguments import Arguments, Experiment, experiment_of
+from fastreid_u.engine.card import RecipeCard, metric_block, model_selection
+from fastreid_u.engine.datasets import load_datasets
+from fastreid_u.engine.device import Machine, pick_device, uses_bfloat16
 from fastreid_u.engine.display import Display
-from fastreid_u.engine.loop import Session, run_epochs, start_networks
-from fastreid_u.engine.opening import SOURCE_DIALS, build_network, images_of, load, load_source, located, open_session
-from fastreid_u.engine.report import metric_block, recipe_card
-from fastreid_u.engine.resume import place, restore, stored_config, stored_method, stored_tables
-from fastreid_u.methods import get_method
+from fastreid_u.engine.folder import RunFolder, settings_text
+from fastreid_u.engine.loop import run_epochs
+from fastreid_u.engine.records import Records
+from fastreid_u.engine.session import Session, build_network, open_session, restore, start_networks
 from fastreid_u.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -30,7 +27,7 @@ if TYPE_CHECKING:
     from fastreid_u.models import ReIDModel
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Run:
     """What ``train`` returns.
 
@@ -43,19 +40,18 @@ class Run:
 
     folder: Path
     config: Config
-    records: list[dict[str, Any]]
+    records: Records
     model: torch.nn.Module
 
     @property
     def last(self) -> dict[str, Any]:
         """Record of the last epoch."""
-        return self.records[-1]
+        return self.records.last
 
     @property
     def best(self) -> dict[str, Any] | None:
         """Record of the epoch with the highest mAP, the one in ``model_best``; None if nothing was evaluated."""
-        ranked = [r for r in self.records if r["epoch"] >= 0 and r.get("mAP") is not None]
-        return max(ranked, key=lambda r: r["mAP"], default=None)
+        return self.records.best
 
 
 def train(
@@ -96,164 +92,94 @@ def train(
 
     Raises:
         ValueError, TypeError: unknown method, data set or option, or a value out of range; nothing has been touched.
-        FileNotFoundError: the data are not where they were looked for; the message says where that was.
+        LayoutError: the run to resume was written by a version that keeps runs in another form.
+        FileNotFoundError: the data are not where they were looked for; the message names the places.
         FileExistsError: ``logs_dir`` holds a run and neither ``resume`` nor ``overwrite`` is given.
         NoClustersError: an epoch's labels hold no cluster. TooManyBadImages: more than 5 % of a split is unreadable.
         FloatingPointError: the network diverged. SaveError: the disk is full, say. All four keep finished epochs.
     """
-    from fastreid_u.data import ReIDDataset, known_name
-
     device = pick_device("train", device)
-    folder = None if logs_dir is None else Path(logs_dir).expanduser()
-    for argument, options in (("data", data), ("source_data", source_data)):
-        if not isinstance(options, Mapping | None):
-            raise TypeError(f"train: {argument} must map a reader's options to values, got {options!r}")
-    stored: dict[str, dict[str, Any]] | None = None
-    if resume:
-        if folder is None:
-            raise ValueError("train: logs_dir must name the run to resume, got None")
-        checkpoint.require_resumable(folder, overwrite=overwrite)
-        stored = stored_tables("train", folder)
-        if dataset is None and not stored["run"]["dataset"]:
-            raise ValueError("train: dataset must be given again for a run that was given a ready one, got None")
-        dataset = stored["run"]["dataset"] if dataset is None else dataset
-        method = stored_method(stored) if method is None else method
-        data = stored["data"] if data is None else data
-        source_data = stored["source_data"] if source_data is None else source_data
+    arguments = Arguments(dataset, method, root, data, source_data, overrides)
+    folder = None if logs_dir is None else RunFolder(logs_dir)
+    stored = _stored_settings(folder, overwrite=overwrite) if resume else None
+    experiment = experiment_of(arguments, stored)
+    if folder is not None:
+        folder.refuse_taken(overwrite=overwrite or resume)
 
-    recipe_class = get_method("cluster_contrast" if method is None else method)
-    given = isinstance(dataset, ReIDDataset)
-    if given and data and not resume:
-        raise ValueError(f"train: data must be left out with a ready dataset, got {dict(data)}")
-    name = "" if given else located("dataset", dataset, root)
-    if overrides.get("source") is not None:
-        overrides["source"] = located("source", overrides["source"], root)
-    if stored:
-        config = stored_config(stored, recipe_class, overrides)
-    else:
-        config = recipe_class.Config.for_dataset(dataset.name if given else name, **overrides)
-        if folder is not None:
-            checkpoint.refuse_taken(folder, overwrite=overwrite)
-
-    places = {"root": root, "source_root": root}
-    if stored and root is None:
-        places["root"] = place(name, stored["run"]["root"])
-        places["source_root"] = place(getattr(config, "source", None) or "", stored["run"].get("source_root"))
     with _undisturbed(device), ExitStack() as stack:
-        reid = dataset if given else load(dataset, places["root"], data, Display(quiet=quiet))
-        if not reid.train:
-            raise ValueError(f"train: dataset must hold training images, got none in {reid.root}")
-        if getattr(config, "source", None) is not None:
-            source_data = {**SOURCE_DIALS.get(known_name(config.source), {}), **dict(source_data or {})}
-        labelled = load_source(recipe_class, config, places["source_root"], source_data, display=Display(quiet=quiet))
-        if labelled is not None and not {s.path for s in reid.train}.isdisjoint(s.path for s in labelled.train):
-            raise ValueError(f"train: source must hold other images than the set to learn, got {reid.root} for both")
-        recipe = recipe_class(config, images_of(reid, labelled))
-        model = build_network(config, device, trained=resume)
+        display = Display(quiet=quiet)
+        machine = Machine(device, uses_bfloat16(experiment.config.amp, device), display)
+        datasets = load_datasets(experiment, display)
+        recipe = experiment.recipe_class(experiment.config, datasets.images())
+        model = build_network(experiment.config, device, trained=resume)
 
-        if folder is None:
-            folder = _claim_free_folder(stack, f"{reid.name}-{recipe_class.name}")
-        else:
-            checkpoint.make_folder(folder)
-            stack.enter_context(claimed(folder))
-            checkpoint.refuse_taken(folder, overwrite=overwrite or resume)  # again, now that nobody else can make one
-        early = folder / ".log.early"  # an older run's log must last until nothing more can be refused
-        early.unlink(missing_ok=True)
-        stack.callback(early.unlink, missing_ok=True)
-        display = Display(folder / "log.txt" if resume else early, quiet=quiet)
-        session = open_session(recipe, reid, labelled, device, display, folder)
-        stack.callback(session.close)
-        run = dict(stored["run"]) if stored else {
-            "method": recipe_class.name, "dataset": name, "fastreid_u": _version(), "torch": torch.__version__,
-            "device": str(device), "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        }  # fmt: skip
-        run |= {"root": os.path.abspath(reid.root), "source_root": labelled and os.path.abspath(labelled.root)}
-        options = {"data": dict(data or {}), "source_data": dict(source_data or {})}
-        told = dump_toml({"run": run, "config": config.to_dict(), **options})
-        checkpoint.sweep(folder, run=overwrite)
-        if early.exists():
-            early.replace(folder / "log.txt")
-        display.log = folder / "log.txt"
+        free_name = f"{datasets.target.name}-{recipe.name}"
+        folder = stack.enter_context(RunFolder.locked_free(free_name) if folder is None else folder.locked())
+        folder.refuse_taken(overwrite=overwrite or resume)  # a run may have begun here before the lock was ours
+        session = stack.enter_context(closing(open_session(recipe, datasets, machine, folder)))
+        settings = settings_text(experiment.settings(datasets.target, datasets.source, device))
+
+        folder.clean(run=overwrite)  # an older run lasts until here, where nothing more can be refused
+        display.log_to(folder.log)
         if not resume:
-            checkpoint.write_text(folder / "config.toml", told)
-
-        _introduce(session, model, labelled, reid.name if given else name)
+            folder.begin(settings)
+        _introduce(session, model, experiment)
         with display.hearing_warnings():
             start_networks(session, model, calibrate=not resume)
             if resume:
                 restore(session)
-                checkpoint.write_text(folder / "config.toml", told)  # it may have been given more epochs
+                folder.write_settings(settings)  # it may have been given more epochs
             run_epochs(session)
-        return _finished(session)
+        return _finish(session)
 
 
-def _introduce(session: Session, model: "ReIDModel", labelled: "ReIDDataset | None", key: str) -> None:
-    """Tables of the data, and the recipe card."""
-    display, reid, recipe = session.display, session.dataset, session.recipe
-    for line in reid.table().splitlines():
+def _stored_settings(folder: RunFolder | None, *, overwrite: bool) -> dict[str, dict[str, Any]]:
+    """Settings of the run to resume."""
+    if folder is None:
+        raise ValueError("train: logs_dir must name the run to resume, got None")
+    if overwrite:
+        raise ValueError("train: resume and overwrite must not both be true, got True and True")
+    folder.require_finished_epoch()
+    return folder.settings("train")
+
+
+def _introduce(session: Session, model: "ReIDModel", experiment: Experiment) -> None:
+    """Show tables of the data, and the recipe card."""
+    display, recipe, datasets = session.machine.display, session.recipe, session.datasets
+    for line in datasets.target.table().splitlines():
         display.line(line)
-    for note in reid.notes:
+    for note in datasets.target.notes:
         display.line(f"note: {note}")
-    if labelled is not None:
-        display.line(f"learns also from the labelled training images of {labelled.name}:")
-        for line in labelled.table().splitlines():
+    if datasets.source is not None:
+        display.line(f"learns also from the labelled training images of {datasets.source.name}:")
+        for line in datasets.source.table().splitlines():
             display.line(line)
     display.line()
-    about = {
-        "model": model.describe(),
-        "labels": recipe.labels.describe(),
-        "device": str(session.device),
-        "selects": _selects(session),
-    }
-    for line in [*recipe_card(type(recipe), recipe.config, key, **about), f"  run folder  {session.folder}", ""]:
+    selects = model_selection(recipe, session.ranked.split if session.ranked else None)
+    name, device = experiment.name or datasets.target.name, str(session.machine.device)
+    card = RecipeCard(type(recipe), recipe.config, name, model.describe(), recipe.labels.describe(), device, selects)
+    for line in [*card.lines(), f"  run folder  {session.folder}", ""]:
         display.line(line)
 
 
-def _finished(session: Session) -> Run:
-    display, folder = session.display, session.folder
-    run = Run(folder, session.recipe.config, session.records, next(iter(session.recipe.ranked().values())).eval())
+def _finish(session: Session) -> Run:
+    """Show the last epoch's figures, and hand over the run."""
+    display, folder, recipe = session.machine.display, session.folder, session.recipe
+    run = Run(folder.path, recipe.config, folder.records, next(iter(recipe.ranked().values())).eval())
     if run.last.get("mAP") is not None:
         display.line()
         for line in metric_block(run.last):
             display.line(line)
-        best = f"best mAP {run.best['mAP']:.1%} at epoch {run.best['epoch']}, on the {_ranked_on(session)}"
+        best = f"best mAP {run.best['mAP']:.1%} at epoch {run.best['epoch']}, on the {session.ranked.split.place}"
         display.line(f"last epoch {run.last['epoch']}; {best}")
-    display.line(f"run folder: {folder}  (model_last.safetensors, curves.png, metrics.jsonl, log.txt)")
+    files = ", ".join(file.name for file in (folder.model_file("last"), folder.curves, folder.metrics, folder.log))
+    display.line(f"run folder: {folder}  ({files})")
     return run
-
-
-def _ranked_on(session: Session) -> str:
-    return "test split" if session.split.queries is not None else "training images themselves"
-
-
-def _selects(session: Session) -> str:
-    """What model_best is, for the card."""
-    if session.split is None:
-        return "nothing to evaluate on, so no model_best"
-    text = f"model_best is chosen on the {_ranked_on(session)}"
-    paper = session.recipe.paper
-    if session.split.queries is None or not paper.published:
-        return text
-    return f"{text}, as published" if paper.model == "best" else f"{text}; published: the last epoch"
-
-
-def _claim_free_folder(stack: ExitStack, name: str) -> Path:
-    """The first of ``name``, ``name-2``, ... under ./runs that holds no run and that nobody else is about to fill."""
-    for number in itertools.count(1):
-        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
-        if checkpoint.holds_run(folder):
-            continue
-        checkpoint.make_folder(folder)
-        with suppress(FolderInUse):
-            stack.enter_context(claimed(folder))
-            if not checkpoint.holds_run(folder):
-                return folder
-    raise AssertionError("there is always a next number")
 
 
 @contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
-    """What a caller may have set for torch as a whole neither reaches the run nor is changed by it."""
+    """Keep the run from torch's global settings (dtype, inference mode, random state), and those from the run."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     devices = [device] if device.type == "cuda" else []
@@ -262,10 +188,3 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
-
-
-def _version() -> str:
-    try:
-        return version("fastreid-u")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "unknown"

@@ -5,11 +5,12 @@ BMW, NeurIPS 2025. What it adds to Cluster Contrast is the update alone: the fur
 from the row, the stronger the pull; the nearer the most similar other row is, the stronger the push.
 """
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fastreid_u.config import RENDERED, option
+from fastreid_u.config import NOT_NEGATIVE, RENDERED, Rule, changed, option
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.recipe import Paper
 
@@ -21,28 +22,22 @@ CODE = "published code (79c75fd)"
 class BMWConfig(ClusterContrastConfig):
     """Defaults are those of the published Market-1501 log: one GPU, weights that are stronger than the others'."""
 
-    weights: str | None = option("imagenet_v2", "torchvision's IMAGENET1K_V2, a file, or None for random", source=LOG)
-    bn_group: int | None = option(None, "images per BatchNorm group; one GPU, so the whole batch", source=LOG)
-    momentum: float = option(0.1, "1 - weight of the pull", source=CODE)
-    push_weight: float = option(0.2, "weight of the push; the paper says 0.02 as well", source=CODE)
-    epochs: int = option(75, "epochs; labels are made anew in each", source=LOG)
-    iters: int = option(200, "steps per epoch; 0 = one pass of the sampler", source=LOG)
-    step_size: int = option(25, "epochs between learning-rate drops; 0 = never", source=LOG)
-    reset_optimizer: bool = option(True, "forget the optimiser's moments at the start of every epoch", source=CODE)
-    eval_step: int = option(1, "epochs between evaluations; the last epoch is always evaluated", source=LOG)
+    push_weight: float = option(0.2, "weight of the push; the paper says 0.02 as well", source=CODE, rule=NOT_NEGATIVE)
+    weights = changed("imagenet_v2", "torchvision's IMAGENET1K_V2, a file, or None for random", source=LOG)
+    bn_group = changed(None, "images per BatchNorm group; one GPU, so the whole batch", source=LOG)
+    momentum = changed(0.1, "1 - weight of the pull", source=CODE)
+    use_hard = changed(False, source=CODE, rule=Rule("be False, as BMW has its own update", operator.not_))
+    epochs = changed(75, source=LOG)
+    iters = changed(200, source=LOG)
+    step_size = changed(25, source=LOG)
+    reset_optimizer = changed(True, source=CODE)
+    eval_step = changed(1, source=LOG)
 
     PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # the published commands of MSMT17 are comments only
         "msmt17": {"epochs": 60, "iters": 400, "step_size": 20},
         "synthetic": {**RENDERED, "temp": 0.1, "momentum": 0.5, "reset_optimizer": False},
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.push_weight >= 0:
-            raise ValueError(f"config: push_weight must be 0 or more, got {self.push_weight!r}")
-        if self.use_hard:
-            raise ValueError("config: use_hard must be False, as BMW has its own update, got True")
 
 
 class BMW(ClusterContrast):

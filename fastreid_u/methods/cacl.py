@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastreid_u.config import RENDERED, Config, option
+from fastreid_u.config import IN_UNIT, NOT_NEGATIVE, POSITIVE, RENDERED, Config, Rule, changed, option
 from fastreid_u.labels.generator import with_classes_of_one
 from fastreid_u.labels.refined import RefinedLabels
 from fastreid_u.memory import InstanceMemory
@@ -36,9 +36,12 @@ CODE = "published code (c63a31b)"
 class CACLConfig(Config):
     """Defaults are those of the published code, which departs from its paper in ``focal_gamma`` and ``refinement``."""
 
-    temp: float = option(0.05, "temperature of the softmax over classes", source=PAPER)
-    momentum: float = option(0.2, "weight of an image's old row in an update", source=PAPER)
-    focal_gamma: float = option(4.0, "exponent of the focal factor; the paper says 2", source=CODE)
+    temp: float = option(0.05, "temperature of the softmax over classes", source=PAPER, rule=POSITIVE)
+    momentum: float = option(0.2, "weight of an image's old row in an update", source=PAPER, rule=IN_UNIT)
+    focal_gamma: float = option(
+        4.0, "exponent of the focal factor; the paper says 2", source=CODE,
+        rule=Rule("be 0 or at least 1", lambda v: v == 0 or v >= 1),
+    )  # fmt: skip
     eps_gap: float = option(0.02, "the tighter clustering is at eps - this", source=CODE)
     refinement: str = option(
         "official",
@@ -46,18 +49,24 @@ class CACLConfig(Config):
         source=CODE,
         choices=("official", "mean_to_cluster", "none"),
     )
-    ratio: float = option(1.0, "factor on a tight part's score in the refinement; more dissolves more", source=CODE)
+    ratio: float = option(
+        1.0, "factor on a tight part's score in the refinement; more dissolves more", source=CODE, rule=POSITIVE
+    )
     grey: bool = option(True, "show the second network grey images; without it, another colour view", source=PAPER)
-    pair_weight: float = option(1.0, "weight of agreeing with the grey view of the same image", source=PAPER)
-    cluster_weight: float = option(1.0, "weight of agreeing with the grey mean of the same cluster", source=PAPER)
+    pair_weight: float = option(
+        1.0, "weight of agreeing with the grey view of the same image", source=PAPER, rule=NOT_NEGATIVE
+    )
+    cluster_weight: float = option(
+        1.0, "weight of agreeing with the grey mean of the same cluster", source=PAPER, rule=NOT_NEGATIVE
+    )
     refresh: bool = option(
         False, "extract the rows of both memories anew in every epoch, not only in the first", source=CODE
     )
-    batch_size: int = option(64, "images per step", source=CODE, flags=("-b",))
-    num_instances: int = option(4, "images per cluster in a batch", source=CODE)
-    epochs: int = option(80, "epochs; labels are made anew in each", source=CODE)
-    eval_step: int = option(5, "epochs between evaluations; the last epoch is always evaluated", source=CODE)
-    seed: int = option(111, "seed of everything random in the run", source=CODE)
+    batch_size = changed(64, source=CODE)
+    num_instances = changed(4, source=CODE)
+    epochs = changed(80, source=CODE)
+    eval_step = changed(5, source=CODE)
+    seed = changed(111, source=CODE)
 
     PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "synthetic": {**RENDERED, "temp": 0.1, "refinement": "mean_to_cluster", "epochs": 30, "step_size": 25},
@@ -65,16 +74,6 @@ class CACLConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("temp", "ratio"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"config: {name} must be positive, got {getattr(self, name)!r}")
-        for name in ("pair_weight", "cluster_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"config: {name} must be 0 or more, got {getattr(self, name)!r}")
-        if not 0 <= self.momentum <= 1:
-            raise ValueError(f"config: momentum must lie in [0, 1], got {self.momentum!r}")
-        if not (self.focal_gamma == 0 or self.focal_gamma >= 1):
-            raise ValueError(f"config: focal_gamma must be 0 or at least 1, got {self.focal_gamma!r}")
         if not 0 <= self.eps_gap < self.eps:
             raise ValueError(f"config: eps_gap must keep eps - eps_gap positive, got {self.eps_gap!r}")
 
@@ -142,18 +141,18 @@ class CACL(Recipe):
         from fastreid_u.data import train_transform
 
         c = self.config
-        shared = dict(erase=c.erase, color_jitter=c.color_jitter, **c.pixel_statistics())
+        shared = dict(erase=c.erase, color_jitter=c.color_jitter, pixel_norm=c.pixel_norm)
         return tuple(train_transform(c.height, c.width, grey=grey, **shared) for grey in (0.0, float(c.grey)))
 
     def features(self, extract: Extract, epoch: int) -> Tensor:
         """The colour network's memory; zeros for an image that could not be read."""
-        from fastreid_u.data.transforms import Normalize
+        from fastreid_u.data.transforms import PIXEL_NORMS
 
         rows = self.memory.features
         if epoch == 0 or self.config.refresh:
             grey = self.grey
             if self.config.grey and not self.config.compat:  # published code starts the grey memory from colour images
-                grey = SeesGrey(grey, Normalize(**self.config.pixel_statistics())).to(rows.device)
+                grey = SeesGrey(grey, PIXEL_NORMS[self.config.pixel_norm]).to(rows.device)
             rows.copy_(extract(self.model).nan_to_num(0.0))
             self.grey_memory.features.copy_(extract(grey).nan_to_num(0.0))
         return rows

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from fastreid_u.config import RENDERED, Config, option
+from fastreid_u.config import IN_UNIT, NOT_NEGATIVE, POSITIVE, RENDERED, Config, at_least, changed, option
 from fastreid_u.memory import ProxyMemory
 from fastreid_u.recipe import Batch, Images, Paper, Recipe
 
@@ -27,19 +27,19 @@ CODE = "published code (4a04fef)"
 class CAPConfig(Config):
     """Defaults are those of the published code, which runs on one GPU."""
 
-    temp: float = option(0.07, "temperature of the softmax over proxies", source=CODE)
-    momentum: float = option(0.2, "weight of the old proxy in an update", source=CODE)
-    inter_weight: float = option(0.5, "factor of the loss between cameras", source=CODE)
-    inter_start: int = option(5, "first epoch, from 0, with the loss between cameras", source=CODE)
-    hard_negatives: int = option(50, "proxies of other clusters in the loss between cameras", source=CODE)
-    eps: float = option(0.5, "DBSCAN radius in Jaccard distance", source=CODE)
-    k1: int = option(20, "neighbours per k-reciprocal list, itself included", source=CODE)
-    stem_relu: bool = option(False, "ReLU after a ResNet's stem; published runs have none", source=CODE)
-    batch_size: int = option(32, "images per step", source=CODE, flags=("-b",))
-    num_instances: int = option(4, "images per proxy in a batch", source=CODE)
-    iters: int = option(0, "steps per epoch; 0 = as many as the clustered images fill batches", source=CODE)
-    warmup_epochs: int = option(10, "epochs over which the learning rate rises linearly to lr", source=CODE)
-    warmup_factor: float = option(0.01, "share of lr in the first warm-up epoch", source=CODE)
+    temp: float = option(0.07, "temperature of the softmax over proxies", source=CODE, rule=POSITIVE)
+    momentum: float = option(0.2, "weight of the old proxy in an update", source=CODE, rule=IN_UNIT)
+    inter_weight: float = option(0.5, "factor of the loss between cameras", source=CODE, rule=NOT_NEGATIVE)
+    inter_start: int = option(5, "first epoch, from 0, with the loss between cameras", source=CODE, rule=NOT_NEGATIVE)
+    hard_negatives: int = option(50, "negative proxies in the loss between cameras", source=CODE, rule=at_least(1))
+    eps = changed(0.5, source=CODE)
+    k1 = changed(20, source=CODE)
+    stem_relu = changed(False, source=CODE)
+    batch_size = changed(32, source=CODE)
+    num_instances = changed(4, "images per proxy in a batch", source=CODE)
+    iters = changed(0, "steps per epoch; 0 = as many as the clustered images fill batches", source=CODE)
+    warmup_epochs = changed(10, source=CODE)
+    warmup_factor = changed(0.01, source=CODE)
 
     PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # two images a group: cameras have seen three or four of a person
@@ -52,18 +52,6 @@ class CAPConfig(Config):
             "warmup_epochs": 0,
         },
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, holds, words in (
-            ("temp", self.temp > 0, "be positive"),
-            ("momentum", 0 <= self.momentum <= 1, "lie in [0, 1]"),
-            ("inter_weight", self.inter_weight >= 0, "be 0 or more"),
-            ("inter_start", self.inter_start >= 0, "be 0 or more"),
-            ("hard_negatives", self.hard_negatives >= 1, "be at least 1"),
-        ):
-            if not holds:
-                raise ValueError(f"config: {name} must {words}, got {getattr(self, name)!r}")
 
 
 class CAP(Recipe):
@@ -89,7 +77,7 @@ class CAP(Recipe):
         c = self.config
         view = train_transform(
             c.height, c.width, erase=c.erase, erase_area=(0.02, 0.2), erase_aspect=(0.3, 3.0),
-            color_jitter=c.color_jitter, **c.pixel_statistics(),
+            color_jitter=c.color_jitter, pixel_norm=c.pixel_norm,
         )  # fmt: skip
         return (view,)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from fastreid_u.config import option
+from fastreid_u.config import IN_UNIT, NOT_NEGATIVE, POSITIVE, at_least, option
 from fastreid_u.memory import ProxyMemory
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.recipe import Batch, Images, Paper
@@ -27,13 +27,19 @@ CAP_CODE = "CAP, published code (4a04fef)"
 class CAPClusterContrastConfig(ClusterContrastConfig):
     """Cluster Contrast's settings, and those of the proxies."""
 
-    cluster_weight: float = option(1.0, "factor of the loss over clusters")
-    intra_weight: float = option(0.0, "factor of the loss within cameras, which clusters already teach (ICE's authors)")
-    inter_weight: float = option(0.5, "factor of the loss between cameras", source=CAP_CODE)
-    inter_start: int = option(5, "first epoch, from 0, with the loss between cameras", source=CAP_CODE)
-    hard_negatives: int = option(50, "proxies of other clusters in the loss between cameras", source=CAP_CODE)
-    proxy_temp: float = option(0.07, "temperature of the softmax over proxies", source=CAP_CODE)
-    proxy_momentum: float = option(0.2, "weight of the old proxy in an update", source=CAP_CODE)
+    cluster_weight: float = option(1.0, "factor of the loss over clusters", rule=NOT_NEGATIVE)
+    intra_weight: float = option(
+        0.0, "factor of the loss within cameras, which clusters already teach (ICE's authors)", rule=NOT_NEGATIVE
+    )
+    inter_weight: float = option(0.5, "factor of the loss between cameras", source=CAP_CODE, rule=NOT_NEGATIVE)
+    inter_start: int = option(
+        5, "first epoch, from 0, with the loss between cameras", source=CAP_CODE, rule=NOT_NEGATIVE
+    )
+    hard_negatives: int = option(
+        50, "proxies of other clusters in the loss between cameras", source=CAP_CODE, rule=at_least(1)
+    )
+    proxy_temp: float = option(0.07, "temperature of the softmax over proxies", source=CAP_CODE, rule=POSITIVE)
+    proxy_momentum: float = option(0.2, "weight of the old proxy in an update", source=CAP_CODE, rule=IN_UNIT)
 
     PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         **ClusterContrastConfig.PER_DATASET,
@@ -47,17 +53,10 @@ class CAPClusterContrastConfig(ClusterContrastConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("cluster_weight", "intra_weight", "inter_weight", "inter_start"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"config: {name} must be 0 or more, got {getattr(self, name)!r}")
-        for name, holds, words in (
-            ("proxy_temp", self.proxy_temp > 0, "be positive"),
-            ("proxy_momentum", 0 <= self.proxy_momentum <= 1, "lie in [0, 1]"),
-            ("hard_negatives", self.hard_negatives >= 1, "be at least 1"),
-            ("cluster_weight", self.cluster_weight + self.intra_weight > 0, "be positive where intra_weight is 0"),
-        ):
-            if not holds:
-                raise ValueError(f"config: {name} must {words}, got {getattr(self, name)!r}")
+        if self.cluster_weight + self.intra_weight == 0:
+            raise ValueError(
+                f"config: cluster_weight must be positive where intra_weight is 0, got {self.cluster_weight!r}"
+            )
 
 
 class CAPClusterContrast(ClusterContrast):

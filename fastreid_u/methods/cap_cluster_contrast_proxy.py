@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fastreid_u.config import option
+from fastreid_u.config import changed
 from fastreid_u.methods.cap_cluster_contrast import CAP_CODE, CAPClusterContrast, CAPClusterContrastConfig
 from fastreid_u.recipe import Paper
 
@@ -18,8 +18,8 @@ _OF_CLUSTERS = ("temp", "momentum", "use_hard")
 
 @dataclass(frozen=True, kw_only=True)
 class CAPClusterContrastProxyConfig(CAPClusterContrastConfig):
-    cluster_weight: float = option(0.0, "factor of the loss over clusters")
-    intra_weight: float = option(1.0, "factor of the loss within cameras", source=CAP_CODE)
+    cluster_weight = changed(0.0)
+    intra_weight = changed(1.0, "factor of the loss within cameras", source=CAP_CODE)
 
     PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         **CAPClusterContrastConfig.PER_DATASET,

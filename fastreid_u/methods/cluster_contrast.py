@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from fastreid_u.config import RENDERED, Config, option
+from fastreid_u.config import IN_UNIT, POSITIVE, RENDERED, Config, changed, option
 from fastreid_u.memory import ClusterMemory
 from fastreid_u.ops.centroids import cluster_centroids
 from fastreid_u.recipe import Batch, Paper, Recipe
@@ -29,17 +29,14 @@ CODE = "published code (57b62e9)"
 class ClusterContrastConfig(Config):
     """Defaults are those of the published commands, on ResNet-50 with 4 GPUs emulated by ``bn_group``."""
 
-    temp: float = option(0.05, "temperature of the softmax over clusters", source=PAPER)
-    momentum: float = option(0.1, "weight of the old memory row in an update", source=COMMANDS)
+    temp: float = option(0.05, "temperature of the softmax over clusters", source=PAPER, rule=POSITIVE)
+    momentum: float = option(0.1, "weight of the old memory row in an update", source=COMMANDS, rule=IN_UNIT)
     use_hard: bool = option(False, "update a row with its least similar sample only", source=PAPER + " (v1 default)")
-    pooling_type: str = option(
-        "gem", "spatial pooling; the paper says avg, every published command runs gem", source=CODE,
-        choices=("avg", "gem", "max"),
-    )  # fmt: skip
-    bn_group: int | None = option(64, "images per BatchNorm group in training", source="256 images on 4 GPUs")
-    epochs: int = option(50, "epochs; labels are made anew in each", source=COMMANDS)
-    batch_size: int = option(256, "images per step", source=COMMANDS, flags=("-b",))
-    num_instances: int = option(16, "images per cluster in a batch", source=COMMANDS)
+    pooling_type = changed("gem", "spatial pooling; the paper says avg, every published command runs gem", source=CODE)
+    bn_group = changed(64, source="256 images on 4 GPUs")
+    epochs = changed(50, source=COMMANDS)
+    batch_size = changed(256, source=COMMANDS)
+    num_instances = changed(16, source=COMMANDS)
 
     PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "market1501": {"iters": 200},
@@ -48,13 +45,6 @@ class ClusterContrastConfig(Config):
         "vehicleid": {"height": 224, "width": 224},
         "synthetic": {**RENDERED, "temp": 0.1, "momentum": 0.8},
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.temp > 0:
-            raise ValueError(f"config: temp must be positive, got {self.temp!r}")
-        if not 0 <= self.momentum <= 1:
-            raise ValueError(f"config: momentum must lie in [0, 1], got {self.momentum!r}")
 
 
 class ClusterContrast(Recipe):

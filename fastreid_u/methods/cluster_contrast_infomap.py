@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fastreid_u import _env
-from fastreid_u.config import RENDERED, option
+from fastreid_u.config import RENDERED, Rule, at_least, changed, option
 from fastreid_u.labels.infomap import InfomapLabels
 from fastreid_u.methods.cluster_contrast import COMMANDS, ClusterContrast, ClusterContrastConfig
 from fastreid_u.recipe import Images, Paper
@@ -20,21 +20,19 @@ from fastreid_u.recipe import Images, Paper
 class ClusterContrastInfomapConfig(ClusterContrastConfig):
     """``eps``, ``min_samples`` and ``k2`` are DBSCAN's and not used."""
 
-    k1: int = option(15, "nearest neighbours an image may be linked to, itself included", source=COMMANDS)
-    min_similarity: float = option(0.5, "cosine similarity that makes a link; published as eps", source=COMMANDS)
-    min_size: int = option(5, "images of the smallest cluster; published as k2 = 4, one less", source=COMMANDS)
+    k1 = changed(15, "nearest neighbours an image may be linked to, itself included", source=COMMANDS)
+    min_similarity: float = option(
+        0.5, "cosine similarity that makes a link; published as eps", source=COMMANDS,
+        rule=Rule("lie in (0, 1]", lambda v: 0 < v <= 1),
+    )  # fmt: skip
+    min_size: int = option(
+        5, "images of the smallest cluster; published as k2 = 4, one less", source=COMMANDS, rule=at_least(1)
+    )
 
     PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         **ClusterContrastConfig.PER_DATASET,
         "synthetic": {**RENDERED, "k1": 15, "temp": 0.1, "momentum": 0.8},
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.min_similarity <= 1:
-            raise ValueError(f"config: min_similarity must lie in (0, 1], got {self.min_similarity!r}")
-        if self.min_size < 1:
-            raise ValueError(f"config: min_size must be at least 1, got {self.min_size!r}")
 
 
 class ClusterContrastInfomap(ClusterContrast):

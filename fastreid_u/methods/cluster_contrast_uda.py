@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastreid_u.config import option
+from fastreid_u.config import IN_UNIT, changed, option
 from fastreid_u.labels.generator import with_classes_of_one
 from fastreid_u.labels.self_paced import SelfPacedLabels
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
@@ -42,7 +42,7 @@ class ClusterContrastUDAConfig(ClusterContrastConfig):
     )
     reliability: bool = option(False, "choose clusters by SpCL's criterion; the rest is un-clustered")
     eps_gap: float = option(0.02, "with reliability: clusterings compared with are at eps -+ this", source=SPCL)
-    keep: float = option(0.9, "with reliability: share of the first clusters that set the bar", source=SPCL)
+    keep: float = option(0.9, "with reliability: share of first clusters to set the bar", source=SPCL, rule=IN_UNIT)
     unclustered: str = option(
         "drop",
         "un-clustered target images: sit the epoch out, or have a row each",
@@ -55,8 +55,8 @@ class ClusterContrastUDAConfig(ClusterContrastConfig):
         source="plain: Cluster Contrast; epsilon: SpCL",
         choices=("plain", "epsilon"),
     )
-    epochs: int = option(50, "epochs; labels are made anew in each", source=SPCL)
-    iters: int = option(400, "steps per epoch; 0 = one pass of the sampler", source=SPCL)
+    epochs = changed(50, source=SPCL)
+    iters = changed(400, source=SPCL)
 
     PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "msmt17": LONG,

@@ -7,6 +7,7 @@ of what the abstract names (cluster sample aggregation, hard positive sampling b
 aggregation), every choice of it named in docs/methods.md; it reproduces no published number.
 """
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastreid_u.config import RENDERED, option
+from fastreid_u.config import IN_UNIT, NOT_NEGATIVE, POSITIVE, RENDERED, Rule, at_least, changed, option
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.ops.segment_attention import segment_attention
 from fastreid_u.ops.segments import segment_sum
@@ -27,16 +28,17 @@ from fastreid_u.recipe import Batch, Paper
 class CSAHPSConfig(ClusterContrastConfig):
     """Cluster Contrast's settings, and our own choices for what is added."""
 
-    iters: int = option(200, "steps per epoch; 0 = one pass of the sampler")
-    heads: int = option(8, "attention heads; must divide the width of a feature")
-    saa_scale: float = option(10.0, "initial scale of attention logits: temperature 0.1 on cosines")
-    saa_steps: int = option(100, "steps per epoch that the attention is trained for; 0 = never")
-    saa_lr: float = option(1e-4, "Adam's learning rate of the attention")
-    saa_noise: float = option(0.1, "share of intruders that the attention is trained to pass over")
+    iters = changed(200)
+    heads: int = option(8, "attention heads; must divide the width of a feature", rule=at_least(1))
+    saa_scale: float = option(10.0, "initial scale of attention logits: temperature 0.1 on cosines", rule=POSITIVE)
+    saa_steps: int = option(100, "steps per epoch that the attention is trained for; 0 = never", rule=NOT_NEGATIVE)
+    saa_lr: float = option(1e-4, "Adam's learning rate of the attention", rule=POSITIVE)
+    saa_noise: float = option(0.1, "share of intruders that the attention is trained to pass over", rule=IN_UNIT)
     update_rule: str = option(
         "dispersed", "which images move a memory row: the most dispersed of a cluster (HPS), or as Cluster Contrast",
         choices=("dispersed", "sequential", "hard"),
     )  # fmt: skip
+    use_hard = changed(False, rule=Rule("be False, as update_rule says which images count", operator.not_))
 
     PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         **ClusterContrastConfig.PER_DATASET,
@@ -44,20 +46,6 @@ class CSAHPSConfig(ClusterContrastConfig):
         "personx": {"eps": 0.7},
         "synthetic": {**RENDERED, "temp": 0.1, "momentum": 0.8},
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, holds, rule in (
-            ("heads", self.heads >= 1, "be at least 1"),
-            ("saa_steps", self.saa_steps >= 0, "be 0 or more"),
-            ("saa_scale", self.saa_scale > 0, "be positive"),
-            ("saa_lr", self.saa_lr > 0, "be positive"),
-            ("saa_noise", 0 <= self.saa_noise <= 1, "lie in [0, 1]"),
-        ):
-            if not holds:
-                raise ValueError(f"config: {name} must {rule}, got {getattr(self, name)!r}")
-        if self.use_hard:
-            raise ValueError("config: use_hard must be False, as update_rule says which images count, got True")
 
 
 class Aggregation(nn.Module):

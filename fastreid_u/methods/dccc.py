@@ -9,6 +9,7 @@ averaged teacher says of another view of it.
 
 import copy
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastreid_u.config import RENDERED, option
+from fastreid_u.config import IN_UNIT, POSITIVE, RENDERED, Rule, at_least, changed, option
 from fastreid_u.labels.dbscan import DBSCANLabels
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.ops.ema import ema_update_
@@ -32,25 +33,32 @@ _FLOOR = 0.399  # no schedule goes on below it
 class DCCCConfig(ClusterContrastConfig):
     """Defaults are those of the published Market-1501 command."""
 
-    eps: float = option(0.7, "DBSCAN radius in Jaccard distance, before its schedule", source=COMMANDS)
+    eps = changed(0.7, "DBSCAN radius in Jaccard distance, before its schedule", source=COMMANDS)
     eps_scheduler: str = option(
         "expo", "how eps falls over the epochs", source=COMMANDS, choices=("fix", "step", "linear", "expo", "log")
     )
-    eps_step: int = option(5, "epochs between drops of the step schedule", source=CODE)
+    eps_step: int = option(5, "epochs between drops of the step schedule", source=CODE, rule=at_least(1))
     update_rule: str = option(
         "weighted", "which images move a memory row", source=COMMANDS,
         choices=("weighted", "hard", "mean", "sequential"),
     )  # fmt: skip
-    tau_w: float = option(0.03, "temperature of the weights in the weighted update", source=COMMANDS)
-    smooth: float = option(0.3, "share of the teacher's distribution in the softened target", source=COMMANDS)
-    soft_ce_weight: float = option(1.0, "weight of the softened loss; the hard one has the rest", source=COMMANDS)
-    ema: float = option(0.999, "weight of the old teacher, once it has averaged over 1,000 steps", source=CODE)
-    pooling_type: str = option("avg", "spatial pooling", source=CODE, choices=("avg", "gem", "max"))
-    epochs: int = option(70, "epochs; labels are made anew in each", source=COMMANDS)
-    iters: int = option(200, "steps per epoch; 0 = one pass of the sampler", source=COMMANDS)
-    step_size: int = option(0, "epochs between learning-rate drops; 0 = never", source=CODE)
-    warmup_epochs: int = option(10, "epochs over which the learning rate rises linearly to lr", source=CODE)
-    seed: int = option(3407, "seed of everything random in the run", source=COMMANDS)
+    use_hard = changed(False, source=CODE, rule=Rule("be False, as update_rule says which images count", operator.not_))
+    tau_w: float = option(0.03, "temperature of the weights in the weighted update", source=COMMANDS, rule=POSITIVE)
+    smooth: float = option(
+        0.3, "share of the teacher's distribution in the softened target", source=COMMANDS, rule=IN_UNIT
+    )
+    soft_ce_weight: float = option(
+        1.0, "weight of the softened loss; the hard one has the rest", source=COMMANDS, rule=IN_UNIT
+    )
+    ema: float = option(
+        0.999, "weight of the old teacher, once it has averaged over 1,000 steps", source=CODE, rule=IN_UNIT
+    )
+    pooling_type = changed("avg", "spatial pooling", source=CODE)
+    epochs = changed(70, source=COMMANDS)
+    iters = changed(200, source=COMMANDS)
+    step_size = changed(0, source=CODE)
+    warmup_epochs = changed(10, source=CODE)
+    seed = changed(3407, source=COMMANDS)
 
     PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "dukemtmcreid": {"tau_w": 0.07, "smooth": 0.1, "seed": 1},
@@ -60,18 +68,6 @@ class DCCCConfig(ClusterContrastConfig):
             "pooling_type": "gem",
         },
     }  # fmt: skip
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.tau_w > 0:
-            raise ValueError(f"config: tau_w must be positive, got {self.tau_w!r}")
-        if self.eps_step < 1:
-            raise ValueError(f"config: eps_step must be at least 1, got {self.eps_step!r}")
-        if self.use_hard:
-            raise ValueError("config: use_hard must be False, as update_rule says which images count, got True")
-        for name in ("smooth", "soft_ce_weight", "ema"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"config: {name} must lie in [0, 1], got {getattr(self, name)!r}")
 
     @property
     def teacher_weight(self) -> float:

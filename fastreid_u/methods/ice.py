@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastreid_u.config import RENDERED, Config, option
+from fastreid_u.config import IN_UNIT, NOT_NEGATIVE, POSITIVE, RENDERED, Config, at_least, changed, option
 from fastreid_u.draws import Draws
 from fastreid_u.losses import consistency_kl, hard_instance_nce
 from fastreid_u.memory import ProxyMemory
@@ -36,42 +36,32 @@ CODE = "published code (a206eb9)"
 class ICEConfig(Config):
     """Defaults are those of the published code, on 4 GPUs emulated by ``bn_group``."""
 
-    temp: float = option(0.5, "temperature over clusters, of features that are not scaled to 1", source=CODE)
-    smoothing: float = option(0.1, "share of the target spread over all clusters", source=CODE)
-    hard_weight: float = option(1.0, "factor of the loss towards the hardest image of the own cluster", source=CODE)
-    hard_temp: float = option(0.1, "its temperature", source=CODE)
-    soft_weight: float = option(10.0, "factor of the divergence between strong and weak views", source=CODE)
-    soft_temp: float = option(0.4, "its temperature", source=CODE)
-    camera_weight: float = option(0.5, "factor of the loss between cameras; 0 is the agnostic ICE", source=CODE)
-    camera_temp: float = option(0.07, "its temperature", source=CODE)
-    hard_negatives: int = option(50, "proxies of other clusters in the loss between cameras", source=CODE)
-    alpha: float = option(0.999, "weight of the old teacher after a step", source=CODE)
-    eps: float = option(0.55, "DBSCAN radius in Jaccard distance", source=CODE)
-    erase: float = option(0.6, "probability of random erasing in the strong views", source=CODE)
-    blur: float = option(0.5, "probability of a Gaussian blur in the strong views", source=CODE)
-    bn_group: int | None = option(8, "images per BatchNorm group in training", source="32 images on 4 GPUs")
-    batch_size: int = option(32, "images per step", source=CODE, flags=("-b",))
-    num_instances: int = option(4, "images per cluster in a batch", source=CODE)
-    epochs: int = option(40, "epochs; labels are made anew in each", source=CODE)
-    step_size: int = option(0, "epochs between learning-rate drops; 0 = never", source=CODE)
-    warmup_epochs: int = option(10, "epochs over which the learning rate rises linearly to lr", source=CODE)
-    warmup_factor: float = option(0.1, "share of lr in the first warm-up epoch", source=CODE)
-    eval_step: int = option(1, "epochs between evaluations", source=CODE)
+    temp: float = option(0.5, "temperature over clusters, of features not scaled to 1", source=CODE, rule=POSITIVE)
+    smoothing: float = option(0.1, "share of the target spread over all clusters", source=CODE, rule=IN_UNIT)
+    hard_weight: float = option(1.0, "factor of the loss to the hardest of the cluster", source=CODE, rule=NOT_NEGATIVE)
+    hard_temp: float = option(0.1, "its temperature", source=CODE, rule=POSITIVE)
+    soft_weight: float = option(10.0, "factor of the divergence between the views", source=CODE, rule=NOT_NEGATIVE)
+    soft_temp: float = option(0.4, "its temperature", source=CODE, rule=POSITIVE)
+    camera_weight: float = option(0.5, "factor of the loss between cameras; 0 = none", source=CODE, rule=NOT_NEGATIVE)
+    camera_temp: float = option(0.07, "its temperature", source=CODE, rule=POSITIVE)
+    hard_negatives: int = option(50, "negative proxies in the loss between cameras", source=CODE, rule=at_least(1))
+    alpha: float = option(0.999, "weight of the old teacher after a step", source=CODE, rule=IN_UNIT)
+    blur: float = option(0.5, "probability of a Gaussian blur in the strong views", source=CODE, rule=IN_UNIT)
+    erase = changed(0.6, "probability of random erasing in the strong views", source=CODE)
+    eps = changed(0.55, source=CODE)
+    bn_group = changed(8, source="32 images on 4 GPUs")
+    batch_size = changed(32, source=CODE)
+    num_instances = changed(4, source=CODE)
+    epochs = changed(40, source=CODE)
+    step_size = changed(0, source=CODE)
+    warmup_epochs = changed(10, source=CODE)
+    warmup_factor = changed(0.1, source=CODE)
+    eval_step = changed(1, source=CODE)
 
     PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # 540 steps in all: a teacher that takes a thousand to follow would never arrive
         "synthetic": {**RENDERED, "alpha": 0.9, "blur": 0.0, "warmup_epochs": 0},
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        rules = [(f"{name}_temp", lambda v: v > 0, "be positive") for name in ("hard", "soft", "camera")]
-        rules += [(f"{name}_weight", lambda v: v >= 0, "be 0 or more") for name in ("hard", "soft", "camera")]
-        rules += [(name, lambda v: 0 <= v <= 1, "lie in [0, 1]") for name in ("smoothing", "alpha", "blur")]
-        rules += [("temp", lambda v: v > 0, "be positive"), ("hard_negatives", lambda v: v >= 1, "be at least 1")]
-        for name, holds, words in rules:
-            if not holds(getattr(self, name)):
-                raise ValueError(f"config: {name} must {words}, got {getattr(self, name)!r}")
 
 
 class ICE(Recipe):
@@ -106,9 +96,9 @@ class ICE(Recipe):
 
         c = self.config
         strong = train_transform(
-            c.height, c.width, erase=c.erase, blur=c.blur, color_jitter=c.color_jitter, **c.pixel_statistics()
+            c.height, c.width, erase=c.erase, blur=c.blur, color_jitter=c.color_jitter, pixel_norm=c.pixel_norm
         )
-        return strong, strong, test_transform(c.height, c.width, **c.pixel_statistics())
+        return strong, strong, test_transform(c.height, c.width, pixel_norm=c.pixel_norm)
 
     def features(self, extract: Extract, epoch: int) -> Tensor:
         return extract(self.teacher)

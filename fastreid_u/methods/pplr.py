@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastreid_u.config import RENDERED, Config, option
+from fastreid_u.config import IN_UNIT, NOT_NEGATIVE, POSITIVE, RENDERED, Config, at_least, changed, option
 from fastreid_u.memory import ProxyMemory
 from fastreid_u.ops.batch_hard import batch_hard_triplet
 from fastreid_u.ops.centroids import cluster_centroids
@@ -36,38 +36,32 @@ CODE = "published code"
 class PPLRConfig(Config):
     """Defaults are those of the published code without cameras, on 4 GPUs emulated by ``bn_group``."""
 
-    parts: int = option(3, "horizontal stripes of the feature map", source=CODE)
-    agreement_k: int = option(20, "neighbours whose overlap says how far part and whole agree", source=CODE)
-    beta: float = option(0.5, "share of the cluster in the label of the whole; the parts give the rest", source=CODE)
-    smoothing: float = option(0.1, "share of a part's label spread over all clusters before aals_start", source=CODE)
-    aals_start: int = option(5, "first epoch, from 0, in which a part's agreement decides that share", source=CODE)
-    max_clusters: int = option(3000, "rows of the classifiers, more than there will be clusters", source=CODE)
-    camera_weight: float = option(0.0, "factor of the loss between cameras; see pplr_camera", source=CODE)
-    camera_temp: float = option(0.07, "its temperature", source=CODE)
-    hard_negatives: int = option(50, "proxies of other clusters in the loss between cameras", source=CODE)
-    height: int = option(384, "image height in pixels", source=CODE)
-    eps: float = option(0.5, "DBSCAN radius in Jaccard distance", source=CODE)
-    bn_group: int | None = option(16, "images per BatchNorm group in training", source="64 images on 4 GPUs")
-    batch_size: int = option(64, "images per step", source=CODE, flags=("-b",))
-    num_instances: int = option(4, "images per cluster in a batch", source=CODE)
-    eval_step: int = option(5, "epochs between evaluations; the last epoch is always evaluated", source=CODE)
+    parts: int = option(3, "horizontal stripes of the feature map", source=CODE, rule=at_least(1))
+    agreement_k: int = option(20, "neighbours compared between a part and the whole", source=CODE, rule=at_least(1))
+    beta: float = option(0.5, "share of the cluster in the label of the whole", source=CODE, rule=IN_UNIT)
+    smoothing: float = option(
+        0.1, "share of a part's label spread over all clusters before aals_start", source=CODE, rule=IN_UNIT
+    )
+    aals_start: int = option(
+        5, "first epoch, from 0, in which a part's agreement decides that share", source=CODE, rule=NOT_NEGATIVE
+    )
+    max_clusters: int = option(3000, "classifier rows, more than there will be clusters", source=CODE, rule=at_least(1))
+    camera_weight: float = option(
+        0.0, "factor of the loss between cameras; see pplr_camera", source=CODE, rule=NOT_NEGATIVE
+    )
+    camera_temp: float = option(0.07, "its temperature", source=CODE, rule=POSITIVE)
+    hard_negatives: int = option(50, "negative proxies in the loss between cameras", source=CODE, rule=at_least(1))
+    height = changed(384, source=CODE)
+    eps = changed(0.5, source=CODE)
+    bn_group = changed(16, source="64 images on 4 GPUs")
+    batch_size = changed(64, source=CODE)
+    num_instances = changed(4, source=CODE)
+    eval_step = changed(5, source=CODE)
 
     PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "veri": {"height": 256, "width": 256, "num_instances": 8, "eps": 0.7},
         "synthetic": {**RENDERED, "aals_start": 2},
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for names, holds, words in (
-            (("parts", "agreement_k", "max_clusters", "hard_negatives"), lambda v: v >= 1, "be at least 1"),
-            (("beta", "smoothing"), lambda v: 0 <= v <= 1, "lie in [0, 1]"),
-            (("aals_start", "camera_weight"), lambda v: v >= 0, "be 0 or more"),
-            (("camera_temp",), lambda v: v > 0, "be positive"),
-        ):
-            for name in names:
-                if not holds(getattr(self, name)):
-                    raise ValueError(f"config: {name} must {words}, got {getattr(self, name)!r}")
 
 
 class PPLR(Recipe):

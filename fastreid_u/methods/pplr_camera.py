@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fastreid_u.config import option
+from fastreid_u.config import changed
 from fastreid_u.methods.pplr import CODE, PPLR, PPLRConfig
 from fastreid_u.recipe import Paper
 
@@ -17,7 +17,7 @@ from fastreid_u.recipe import Paper
 class PPLRCameraConfig(PPLRConfig):
     """Defaults are those of the published code with cameras."""
 
-    camera_weight: float = option(0.5, "factor of the loss between cameras", source=CODE)
+    camera_weight = changed(0.5, "factor of the loss between cameras", source=CODE)
 
     PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         **PPLRConfig.PER_DATASET,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from fastreid_u.config import RENDERED, Config, option
+from fastreid_u.config import IN_UNIT, POSITIVE, RENDERED, Config, changed, option
 from fastreid_u.labels.generator import with_classes_of_one
 from fastreid_u.labels.self_paced import SelfPacedLabels
 from fastreid_u.memory import InstanceMemory
@@ -32,14 +32,16 @@ VEHICLES = {"height": 224, "width": 224, **LONG}
 class SpCLConfig(Config):
     """Defaults are those of the published code, on ResNet-50 with 4 GPUs emulated by ``bn_group``."""
 
-    temp: float = option(0.05, "temperature of the softmax over classes", source=PAPER)
-    momentum: float = option(0.2, "weight of an image's old row in an update", source=PAPER)
+    temp: float = option(0.05, "temperature of the softmax over classes", source=PAPER, rule=POSITIVE)
+    momentum: float = option(0.2, "weight of an image's old row in an update", source=PAPER, rule=IN_UNIT)
     eps_gap: float = option(0.02, "the tighter and the looser clustering are at eps -+ this", source=CODE)
-    keep: float = option(0.9, "share of the first epoch's clusters that set the bar of independence", source=CODE)
+    keep: float = option(
+        0.9, "share of the first epoch's clusters that set the bar of independence", source=CODE, rule=IN_UNIT
+    )
     refresh: bool = option(False, "extract the images' rows anew in every epoch, not only in the first", source=CODE)
-    bn_group: int | None = option(16, "images per BatchNorm group in training", source="64 images on 4 GPUs")
-    batch_size: int = option(64, "images per step", source=CODE, flags=("-b",))
-    num_instances: int = option(4, "images per cluster in a batch", source=CODE)
+    bn_group = changed(16, source="64 images on 4 GPUs")
+    batch_size = changed(64, source=CODE)
+    num_instances = changed(4, source=CODE)
 
     PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "msmt17": LONG,
@@ -51,17 +53,11 @@ class SpCLConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temp > 0:
-            raise ValueError(f"config: temp must be positive, got {self.temp!r}")
-        if not 0 <= self.momentum <= 1:
-            raise ValueError(f"config: momentum must lie in [0, 1], got {self.momentum!r}")
         require_paces(self)
 
 
 def require_paces(config: Config) -> None:
-    """Rules of what ``SelfPacedLabels`` reads of a config."""
-    if not 0 <= config.keep <= 1:
-        raise ValueError(f"config: keep must lie in [0, 1], got {config.keep!r}")
+    """The rule between fields that ``SelfPacedLabels`` reads of a config."""
     if not 0 <= config.eps_gap < min(config.eps, 1 - config.eps):
         raise ValueError(f"config: eps_gap must keep eps -+ eps_gap within (0, 1), got {config.eps_gap!r}")
 

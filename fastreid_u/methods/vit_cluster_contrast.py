@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fastreid_u.config import RENDERED, option
+from fastreid_u.config import RENDERED, changed
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.recipe import Images, Paper
 
@@ -23,19 +23,17 @@ _UNSET = "person"
 class ViTClusterContrastConfig(ClusterContrastConfig):
     """Defaults are those of the published Market-1501 script: ViT-S/16 on 4 GPUs."""
 
-    arch: str = option("timm/vit_small_patch16_224", "network, of timm", source=SCRIPTS, flags=("-a",))
-    weights: str | None = option(
+    arch = changed("timm/vit_small_patch16_224", "network, of timm", source=SCRIPTS)
+    weights = changed(
         _UNSET, 'file of person-pretrained weights, to be given; "imagenet" = timm\'s, None = random', source=SCRIPTS
     )
-    drop_path: float = option(0.3, "stochastic depth of the last block, rising linearly from 0", source=SCRIPTS)
-    pixel_norm: str = option(
-        "half", "mean and deviation of pixels; half = 0.5 and 0.5", source=SCRIPTS, choices=("imagenet", "half")
-    )
-    use_hard: bool = option(True, "update a row with its least similar sample only", source=SCRIPTS)
-    momentum: float = option(0.2, "weight of the old memory row in an update", source=SCRIPTS)
-    num_instances: int = option(8, "images per cluster in a batch", source=SCRIPTS)
-    optimizer: str = option("sgd", "optimiser; sgd has momentum 0.9", source=SCRIPTS, choices=("adam", "adamw", "sgd"))
-    iters: int = option(200, "steps per epoch; 0 = one pass of the sampler", source=SCRIPTS)
+    drop_path = changed(0.3, "stochastic depth of the last block, rising linearly from 0", source=SCRIPTS)
+    pixel_norm = changed("half", source=SCRIPTS)
+    use_hard = changed(True, source=SCRIPTS)
+    momentum = changed(0.2, source=SCRIPTS)
+    num_instances = changed(8, source=SCRIPTS)
+    optimizer = changed("sgd", source=SCRIPTS)
+    iters = changed(200, source=SCRIPTS)
 
     PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "msmt17": {"eps": 0.7, "bn_group": 128, "eval_step": 50},  # on 2 GPUs, evaluated at the end

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run folder has one owner: two runs that write into one folder would both end well and leave a mixture."""
+"""The lock of a run folder: two runs that write into one folder would both end well and leave a mixture."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from typing import IO
 from fastreid_u.engine.own_file import open_own
 
 _NAME = ".lock"
-_mine: set[Path] = set()  # a process may lock a file it has locked already, so what it holds is remembered
+_held: set[Path] = set()  # the system lets a process lock a file twice, so its own locks are remembered here
 
 
 class FolderInUse(FileExistsError):
@@ -19,27 +19,27 @@ class FolderInUse(FileExistsError):
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Own ``folder``, which must exist, for as long as the block lasts. The lock of a killed process is gone with it.
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of ``folder``, which must exist, for as long as the block lasts; a killed process loses its own.
 
     Raises:
-        FolderInUse: someone else does. PermissionError: it cannot be written in.
+        FolderInUse: another run holds it. PermissionError: the folder cannot be written in.
     """
     folder = folder.resolve()
-    if folder in _mine:
+    if folder in _held:
         raise FolderInUse(f"train: logs_dir must not be in use, got {folder}, which another run of this process holds")
-    file = _locked(folder)
-    _mine.add(folder)
+    file = _open_locked(folder)
+    _held.add(folder)
     try:
         yield
     finally:
-        _mine.discard(folder)
-        with suppress(OSError):  # while it is still ours: whoever has opened it meanwhile will see that it is gone
+        _held.discard(folder)
+        with suppress(OSError):  # before the lock is let go: a process that has opened the file sees that it is gone
             (folder / _NAME).unlink()
         file.close()
 
 
-def _locked(folder: Path) -> IO[str]:
+def _open_locked(folder: Path) -> IO[str]:
     while True:
         try:
             file = open_own(folder / _NAME, "a+")
@@ -52,7 +52,7 @@ def _locked(folder: Path) -> IO[str]:
                 raise FolderInUse(
                     f"train: logs_dir must not be in use, got {folder}, where process {_owner(file)} runs"
                 ) from None
-            # a file system without locks: there it is left to the user
+            # else a file system without locks: there the user has to keep runs apart
         try:
             same = os.path.samestat(os.fstat(file.fileno()), os.stat(folder / _NAME))
         except FileNotFoundError:  # its last owner has just removed it
@@ -73,7 +73,7 @@ def _owner(file: IO[str]) -> str:
 
 
 def _lock(file: IO[str]) -> None:
-    """A lock of the process, not of the open file: the workers that it forks do not hold it."""
+    """Take a lock that belongs to the process, not to the open file: the workers that it forks do not hold it."""
     try:
         import fcntl
     except ImportError:  # Windows

@@ -4,7 +4,7 @@
 import pytest
 
 import fastreid_u
-from fastreid_u.engine.report import recipe_card
+from fastreid_u.engine.card import RecipeCard
 from fastreid_u.methods import get_method
 
 MODEL = {"arch": "resnet50", "parameters": 23e6, "num_features": 2048, "pooling": "gem", "weights": "imagenet"}
@@ -13,7 +13,7 @@ MODEL = {"arch": "resnet50", "parameters": 23e6, "num_features": 2048, "pooling"
 def card(method, dataset="market1501", **settings):
     recipe = get_method(method)
     config = recipe.Config.for_dataset(dataset, **settings)
-    return recipe_card(recipe, config, dataset, model=MODEL, labels="DBSCAN", device="cpu", selects="best")
+    return RecipeCard(recipe, config, dataset, model=MODEL, labels="DBSCAN", device="cpu", selects="best").lines()
 
 
 @pytest.mark.parametrize("dataset", ["market1501", "msmt17", "veri", "personx"])

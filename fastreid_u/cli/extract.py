@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastreid-u extract``."""
+
+import argparse
+import os
+from pathlib import Path
+
+
+def extract(words: list[str]) -> None:
+    """Write the features of a folder of crops to a NumPy .npz file."""
+    parser = argparse.ArgumentParser(prog="fastreid-u extract", description=extract.__doc__)
+    parser.add_argument("run", help="run folder or model_*.safetensors")
+    parser.add_argument("images", help="folder of crops (every image below it), image, CSV, or a known set")
+    parser.add_argument("--out", type=Path, default=Path("features.npz"), help="arrays: features (N, D), paths (N,)")
+    parser.add_argument("--which", choices=("last", "best"), default="last", help="default: last")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default a GPU if there is one)")
+    given = parser.parse_args(words)
+
+    import numpy as np
+
+    from fastreid_u.engine.checkpoint import write_whole
+    from fastreid_u.engine.display import Display
+    from fastreid_u.trained import extract as trained
+
+    out = _writable(given.out)
+    result = trained.extract(given.run, given.images, which=given.which, device=given.device, quiet=False)
+    arrays = {"features": result.features.cpu().numpy(), "paths": np.array(result.paths)}
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:  # a file, not a name: savez would add a suffix to that
+            np.savez(file, **arrays)
+
+    write_whole(out, write)
+    Display().line(f"{out}: {tuple(result.features.shape)} features, {len(result.bad)} unreadable")
+
+
+def _writable(out: Path) -> Path:
+    """Where features will lie: ``out`` with NumPy's suffix. What cannot be written is refused before the work."""
+    out = out.expanduser()
+    if not out.is_dir() and out.suffix != ".npz":
+        out = out.with_name(out.name + ".npz")
+    if out.is_dir() or not os.access(out.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"extract: --out must be a file in an existing folder that can be written, got {out}")
+    return out

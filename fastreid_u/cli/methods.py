@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastreid-u methods``."""
+
+import argparse
+
+
+def methods(words: list[str]) -> None:
+    """List the methods."""
+    argparse.ArgumentParser(prog="fastreid-u methods", description=methods.__doc__).parse_args(words)
+
+    from fastreid_u.methods import get_method, method_names
+
+    for name in method_names():
+        print(f"{name:<24} {get_method(name).paper.title}")

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training in progress: what it works with, how that is set up, and what is saved and restored of it."""
+
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastreid_u.config import Config
+from fastreid_u.engine.datasets import Datasets
+from fastreid_u.engine.device import Machine
+from fastreid_u.engine.evaluate import SplitImages, test_split
+from fastreid_u.engine.folder import RunFolder, State
+from fastreid_u.engine.image_set import ImageSet, Reading
+from fastreid_u.engine.layout_3 import from_layout_3
+from fastreid_u.engine.optimizer import make_optimizer
+from fastreid_u.recipe import Recipe
+
+if TYPE_CHECKING:
+    from fastreid_u.models import ReIDModel
+
+
+@dataclass
+class Session:
+    """One run in progress: what it uses, and what it has reached.
+
+    Attributes:
+        recipe: the method; it holds the networks from ``start_networks`` on.
+        datasets: the data sets, with names, identities and cameras.
+        target: the images to learn.
+        source: the images of the labelled set, where the method learns from one.
+        ranked: the images to evaluate on; None where nothing can be ranked.
+        machine: device, precision and display.
+        folder: where the run is saved, with its records so far.
+        optimizer: made by ``start_networks``.
+        start: the first epoch that is still to be trained.
+        labels: (N,) labels of the last finished epoch, or None before it.
+    """
+
+    recipe: Recipe
+    datasets: Datasets
+    target: ImageSet
+    source: ImageSet | None
+    ranked: SplitImages | None
+    machine: Machine
+    folder: RunFolder
+    optimizer: torch.optim.Optimizer | None = None
+    start: int = 0
+    labels: np.ndarray | None = None
+
+    def extract(self, network: nn.Module, *, of: str = "target") -> Tensor:
+        """``recipe.Extract``: features of all "target" or all "source" images, unaugmented.
+
+        Which of them could be read is from then on in ``recipe.images``.
+        """
+        images, about = self.target, self.recipe.images
+        if of == "source":
+            images, about = self.source, about.source
+        features = images.features(network)
+        about.readable = torch.isfinite(features).all(dim=1).cpu()
+        return features
+
+    def close(self) -> None:
+        """End the worker processes, which would last as long as an exception that refers to this session."""
+        for images in (self.target, self.source, self.ranked):
+            if images is not None:
+                images.close()
+
+
+def build_network(config: Config, device: torch.device, *, trained: bool) -> "ReIDModel":
+    """The network of a new run, or of one that is resumed.
+
+    With ``trained`` its weights will come from the run, and the file that it began with may be gone.
+    """
+    from fastreid_u.models import build_model
+
+    model = build_model(
+        config.arch, pooling=config.pooling_type, weights=None if trained else config.weights, bn_group=config.bn_group,
+        bn_running=config.bn_running, stem_relu=config.stem_relu, drop_path=config.drop_path,
+        image_size=(config.height, config.width), seed=config.seed,
+    )  # fmt: skip
+    if trained:
+        model.card["weights"] = f"{config.weights or 'random'}, as trained so far"
+    return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
+
+
+def open_session(recipe: Recipe, datasets: Datasets, machine: Machine, folder: RunFolder) -> Session:
+    """Make the sets of images that the epochs work with. Close the session when done."""
+    from fastreid_u.data import test_transform
+
+    config, target, source = recipe.config, datasets.target, datasets.source
+    if config.center_per_camera and not target.has_cameras:
+        machine.display.line(
+            "warning: center_per_camera has no effect: these data have no camera ids, or one camera only"
+        )
+    reading = Reading(
+        test_transform(config.height, config.width, pixel_norm=config.pixel_norm),
+        config.eval_batch_size,
+        train_views=recipe.views(),
+        train_batch_size=config.batch_size,
+        workers=config.workers,
+        seed=config.seed,
+        cache=config.cache_images,
+    )
+    split = test_split(target, machine.display)
+    return Session(
+        recipe=recipe,
+        datasets=datasets,
+        target=ImageSet(target.train, reading, machine),
+        source=ImageSet(source.train, reading, machine) if source else None,
+        ranked=SplitImages(split, replace(reading, train_views=None), machine) if split else None,
+        machine=machine,
+        folder=folder,
+    )
+
+
+def start_networks(session: Session, model: "ReIDModel", *, calibrate: bool) -> None:
+    """Hand ``model`` to the recipe and make the optimiser of what comes out.
+
+    BatchNorm is calibrated first, so that the copies which a recipe makes of the network have its statistics too.
+    """
+    recipe, machine = session.recipe, session.machine
+    config = recipe.config
+    if calibrate and config.calibrate_bn:
+        from fastreid_u.data import chunks
+        from fastreid_u.models import calibrate_batchnorm
+
+        # Any fixed spread over the images will do; batches of near-identical neighbours would not.
+        generator = torch.Generator().manual_seed(config.seed)
+        order = torch.randperm(len(session.target.samples), generator=generator).tolist()
+        fixed = chunks(order, config.eval_batch_size)
+        batches = (batch.images.to(machine.device) for batch in session.target.plain.epoch(fixed))
+        with machine.precision():
+            calibrate_batchnorm(model, islice(batches, config.calibrate_bn))
+    recipe.build(model)
+    recipe.to(machine.device)
+    session.optimizer = make_optimizer([weight for weight in recipe.parameters() if weight.requires_grad], config)
+
+
+def current_state(session: Session, epoch: int) -> State:
+    """All that the run needs to go on after ``epoch``."""
+    recipe = session.recipe
+    tensors = {f"recipe.{name}": tensor for name, tensor in recipe.state_dict().items()}
+    tensors |= {"labels": torch.from_numpy(session.labels), "readable": recipe.images.readable}
+    for index, moments in session.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+    return State(epoch, session.datasets.fingerprint, tensors)
+
+
+def restore(session: Session) -> None:
+    """Bring ``session`` to the end of its folder's last finished epoch; records of later epochs are dropped.
+
+    Raises:
+        LayoutError: another version wrote the state. ValueError: the training images are not the run's own.
+    """
+    state = session.folder.state()
+    count, expected = len(session.target.samples), len(state.tensors["labels"])
+    if expected != count or state.fingerprint != session.datasets.fingerprint:
+        raise ValueError(
+            f"train: the data must be the run's own, got others in {session.datasets.target.root}: {count} training "
+            f"images, the run has {expected}"
+            + (", with other names, sizes, identities or cameras" if expected == count else "")
+        )
+    _load_tensors(session, from_layout_3(state.tensors, session.recipe) if state.layout == 3 else state.tensors)
+    session.start = state.epoch + 1
+    session.folder.go_on_after(state.epoch)
+    session.machine.display.line(f"resumed after epoch {state.epoch}")
+
+
+def _load_tensors(session: Session, tensors: dict[str, Tensor]) -> None:
+    """Take back the tensors of ``current_state``."""
+    recipe_state: dict[str, Tensor] = {}
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        group, _, rest = name.partition(".")
+        if group == "optimizer":
+            index, _, key = rest.partition(".")
+            moments.setdefault(int(index), {})[key] = tensor
+        elif group == "recipe":
+            recipe_state[rest] = tensor
+    optimizer = session.optimizer
+    session.recipe.load_state_dict(recipe_state)
+    session.recipe.images.readable = tensors["readable"]
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    session.labels = tensors["labels"].numpy()

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained network ranks the query images of a data set."""
+
+import os
+from collections.abc import Mapping
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastreid_u.engine.arguments import stored_root
+from fastreid_u.engine.card import metric_block
+from fastreid_u.engine.device import Machine, pick_device, uses_bfloat16
+from fastreid_u.engine.display import Display
+from fastreid_u.engine.evaluate import SplitImages, evaluate_split, test_split
+from fastreid_u.engine.folder import RunFolder, refuse_import
+from fastreid_u.trained.model import load_model, reading_of, run_path
+
+if TYPE_CHECKING:
+    from fastreid_u.data import ReIDDataset
+
+
+def evaluate(
+    run: str | os.PathLike,
+    dataset: "str | os.PathLike | ReIDDataset | None" = None,
+    *,
+    root: str | os.PathLike | None = None,
+    data: Mapping[str, Any] | None = None,
+    which: str = "last",
+    ap: str | None = None,
+    batch_size: int | None = None,
+    workers: int = 4,
+    device: str | torch.device | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """mAP, mINP and CMC of a trained network, printed and returned as fractions.
+
+    Precision, batch size and formula are the run's own, so on a CPU the figures of an epoch come out again exactly.
+
+    Args:
+        run: run folder or model file.
+        dataset: as for ``train``; default the set that the network was trained on, where the run's folder knows it.
+        root: as for ``train``; with the default ``dataset``, the place where the run found it.
+        data: the reader's options; with the default ``dataset`` they change the run's own.
+        ap: "rank", "sklearn" or "trapezoid", the three formulas in use (equal only without ties; the last differs).
+        batch_size: images per batch; changes speed, and figures in the last bits.
+        which, workers, device, quiet: as for ``train`` and ``load_model``.
+
+    Raises:
+        ValueError: the data set has neither a query/gallery split nor known identities, or no query has a match; or
+            ``dataset`` must be named: the run was given a ready ``ReIDDataset``, or a model file lies alone.
+        FileNotFoundError: no such run, or its data are no longer where they were.
+    """
+    from fastreid_u.data import ReIDDataset, load_dataset
+
+    if data is not None and not isinstance(data, Mapping):
+        raise TypeError(f"evaluate: data must be a mapping of the reader's options, got {data!r}")
+    if isinstance(dataset, ReIDDataset) and (data or root is not None):
+        raise ValueError(f"evaluate: root and data must be left out with a ready dataset, got {root!r} and {data!r}")
+    device = pick_device("evaluate", device)
+    model, about = load_model(run, which=which, device=device)
+    config = about["config"]
+    if dataset is None:
+        dataset, root, data = _own_dataset(run, root, data)
+    if not isinstance(dataset, ReIDDataset):
+        dataset = load_dataset(dataset, root, **dict(data or {}))
+    display = Display(quiet=quiet)
+    split = test_split(dataset, display)
+    if split is None:
+        raise ValueError(f"evaluate: dataset must have a query/gallery split or known identities, got {dataset.root}")
+    machine = Machine(device, uses_bfloat16(config["amp"], device), display)
+    images = SplitImages(split, reading_of(config, batch_size, workers), machine)
+    with closing(images), display.hearing_warnings():
+        metrics = evaluate_split(model, images, config["ap"] if ap is None else ap)
+    if not metrics["queries"]:
+        elsewhere = " in another camera" if split.has_cameras else ""
+        raise ValueError(f"evaluate: dataset must hold a query with a match{elsewhere}, got none in {dataset.root}")
+    for line in metric_block(metrics):
+        display.line(line)
+    return metrics
+
+
+def _own_dataset(
+    run: str | os.PathLike, root: str | os.PathLike | None, data: Mapping[str, Any] | None
+) -> tuple[str, str | os.PathLike | None, dict[str, Any]]:
+    """Name, root and reader's options of the set that a network was trained on; what is given comes over them."""
+    from fastreid_u.data import known_name
+
+    path = run_path("evaluate", run)
+    folder = RunFolder(path if path.is_dir() else path.parent)
+    if not folder.has_settings:  # the model's header holds a name, but not the options, and others may use that name
+        raise ValueError(
+            f"evaluate: dataset must be given for a model file outside its run's folder, got none for {run}"
+        )
+    stored = folder.settings("evaluate")
+    refuse_import("evaluate", folder.config, stored["run"]["method"])
+    name, options = stored["run"]["dataset"], stored["data"]
+    known = known_name(name)
+    if known is None and not os.path.isabs(name):  # empty for a ready ReIDDataset
+        raise ValueError(f"evaluate: dataset must be given for a run that was given a ready one, got none for {run}")
+    if known is None and root is not None:
+        raise ValueError(
+            f"evaluate: root must be left out for the run's own folder {name}, got {root}; name the dataset"
+        )
+    return name, stored_root(name, stored["run"]["root"]) if root is None else root, {**options, **dict(data or {})}

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained network, loaded from its run or its file."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastreid_u.engine.checkpoint import read_described
+from fastreid_u.engine.device import pick_device
+from fastreid_u.engine.folder import LAYOUT, LayoutError, RunFolder, refuse_import
+from fastreid_u.engine.image_set import Reading
+
+if TYPE_CHECKING:
+    from fastreid_u.models import ReIDModel
+
+# What a model's header must hold for the network to be built and given images.
+_NEEDED = (
+    "arch", "pooling_type", "stem_relu", "height", "width", "pixel_norm", "channels_last", "amp", "ap",
+    "eval_batch_size",
+)  # fmt: skip
+
+
+def load_model(
+    run: str | os.PathLike, *, which: str = "last", device: str | torch.device | None = "cpu"
+) -> "tuple[ReIDModel, dict[str, Any]]":
+    """The network of a run folder (``which`` = "last" or "best") or of a ``model_*.safetensors`` file, and what it is.
+
+    The description holds method, data set, epoch, mAP and the whole config. The network is float32, in eval mode, and
+    maps (B, 3, height, width) normalised images to (B, D) unit features. No pickle is read.
+
+    Raises:
+        FileNotFoundError: no such folder or file.
+        LayoutError: a newer version wrote the model.
+        ValueError: not a model that a run wrote, or no such device.
+    """
+    from fastreid_u.models import build_model
+
+    if which not in ("last", "best"):
+        raise ValueError(f"load_model: which must be 'last' or 'best', got {which!r}")
+    path = run_path("load_model", run)
+    device = pick_device("load_model", device)
+    if path.is_dir():
+        path = RunFolder(path).model_file(which)
+    if not path.exists():
+        raise FileNotFoundError(f"load_model: run must be a run folder or a model file, got {run} (no {path})")
+    try:
+        tensors, about = read_described(path)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"load_model: {path} must be described by JSON in its header, got {error}") from error
+    about = about if isinstance(about, dict) else {}
+    layout = about.get("schema", LAYOUT)
+    if not isinstance(layout, int) or layout > LAYOUT:
+        raise LayoutError(
+            f"load_model: {path} must have run layout {LAYOUT} or an older one, got layout {layout!r} of a newer "
+            "fastreid_u; load it with that version"
+        )
+    config = about.get("config")
+    missing = [name for name in _NEEDED if not isinstance(config, dict) or name not in config]
+    if missing:
+        raise ValueError(f"load_model: {path} must describe its network in its header, got no {', '.join(missing)}")
+    refuse_import("load_model", path, about.get("method", ""))
+    with torch.inference_mode(False):  # else a network loaded under inference_mode could never be trained
+        model = build_model(
+            config["arch"], pooling=config["pooling_type"], weights=None, stem_relu=config["stem_relu"],
+            image_size=(config["height"], config["width"]),
+        )  # fmt: skip
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"load_model: {path} must hold the weights of {config['arch']}, got {error}") from error
+        # As in training, so that figures are equal to the bit.
+        layout = torch.channels_last if config["channels_last"] else torch.contiguous_format
+        model = model.to(device, torch.float32, memory_format=layout)
+    return model.eval(), about
+
+
+def run_path(op: str, run: str | os.PathLike) -> Path:
+    """``run`` as a path, "~" being the user's home.
+
+    Raises:
+        TypeError: it is no path; the message begins with ``op``.
+    """
+    if not isinstance(run, str | os.PathLike):
+        raise TypeError(f"{op}: run must be a path, got {run!r}")
+    return Path(run).expanduser()
+
+
+def reading_of(config: Mapping[str, Any], batch_size: int | None, workers: int) -> Reading:
+    """How images are read for a network with the settings ``config``; None is the run's own batch size."""
+    from fastreid_u.data import test_transform
+
+    view = test_transform(config["height"], config["width"], pixel_norm=config["pixel_norm"])
+    return Reading(view, config["eval_batch_size"] if batch_size is None else batch_size, workers=workers)
