@@ -1,42 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seams of a method: networks, views, features, labels, order of images, loss, memory update.
+"""What a method is: a module that the engine trains without knowing which method it runs.
 
-``engine`` calls these in the order of the papers' algorithms and never asks which method it runs. The base class is
-what most methods of the family share: one network, one augmented view, k-reciprocal Jaccard distance, DBSCAN,
-identity-balanced batches. A method overrides what its paper changes. A recipe sees images, features and camera ids;
-true identities of the images that it learns to find never reach it.
+A recipe sees images, features and camera ids; true identities of the images that it learns to find never reach it. The
+base class is what most methods of the family share: one network, one augmented view, DBSCAN's labels, identity-balanced
+batches. A method overrides what its paper changes. In the order of the papers' algorithms the engine
+
+1. makes the recipe, ``Method(config, images)``, which refuses what it cannot work with before any work is done;
+2. hands it the network, ``build(model)``, and makes an optimiser of its trainable parameters;
+3. in every epoch asks for ``features``, gives them to the label generator, ``labels(features, epoch)``, and both to
+   ``begin_epoch``, whose targets it trains towards in ``batches``;
+4. in every step runs the recipe itself (``forward``), then ``loss``, backward, the optimiser, and ``update``;
+5. evaluates the networks that ``ranked`` names.
+
+All that a step reads belongs to the module: networks and memories are submodules, tensors that ``begin_epoch`` makes
+are buffers, and numbers that must last are extra state, a tensor of ``get_extra_state``. So ``state_dict`` and
+``load_state_dict`` between any two steps save and restore the training. A buffer is registered in ``build`` and takes
+the shape of what is loaded. Networks that the optimiser must not move are frozen with ``requires_grad_(False)``.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastreid_u.config import Config
-from fastreid_u.ranks import label_group
+from fastreid_u.images import Images
+from fastreid_u.labels.dbscan import DBSCANLabels
+from fastreid_u.labels.generator import LabelGenerator
 
 if TYPE_CHECKING:
     from fastreid_u.data import View
     from fastreid_u.models import ReIDModel
-
-
-@dataclass(frozen=True)
-class Images:
-    """What a recipe may know of a set of training images, in the order of the set.
-
-    Attributes:
-        count: N.
-        camids: (N,) int64 cameras, or None for data without.
-        pids: (N,) int64 identities 0 .. P - 1 of a labelled *source* set; None for the images to be learned.
-    """
-
-    count: int
-    camids: Tensor | None = None
-    pids: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -46,9 +42,10 @@ class Batch:
     Attributes:
         views: one (B, 3, H, W) tensor for each of the recipe's ``views``, of the same B images.
         indices: (B,) int64 rows of the training set.
-        targets: (B,) int64 of ``Recipe.targets`` at these rows (identities, in a source batch).
+        targets: (B,) int64, what ``Recipe.begin_epoch`` returned, at these rows (identities, in a source batch).
         camids: (B,) int64, or None for data without cameras.
         source: as many labelled images of the source set, where the method learns from one.
+        epoch: the epoch of this step, for weights that depend on it.
     """
 
     views: tuple[Tensor, ...]
@@ -56,6 +53,7 @@ class Batch:
     targets: Tensor
     camids: Tensor | None = None
     source: "Batch | None" = None
+    epoch: int = 0
 
     @property
     def images(self) -> Tensor:
@@ -63,24 +61,31 @@ class Batch:
         return self.views[0]
 
 
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from, and what is known of the runs that its authors published.
+
+    Attributes:
+        title: the method's name in tables and figures.
+        published: whether there are published settings to depart from; False for a design or a reading of ours.
+        model: the epoch that published runs report: "best" on the test split, or "last".
+        compat: whether published code departs from the paper, so that ``config.compat`` makes a difference.
+    """
+
+    title: str
+    published: bool = True
+    model: str = "best"
+    compat: bool = False
+
+
 class Extract(Protocol):
     """Features of all training images, unaugmented, in eval mode; what ``Recipe.features`` is given."""
 
     def __call__(self, network: nn.Module, *, of: str = "target") -> Tensor:
-        """(N, D) float32 rows of ``network`` for the "target" or the "source" images; NaN where unreadable."""
+        """(N, D) float32 rows of ``network`` for the "target" or the "source" images; NaN where unreadable.
 
-
-def center_per_camera(features: Tensor, camids: Tensor) -> Tensor:
-    """``features`` (N, D) minus the mean of their camera's rows, rescaled to unit length.
-
-    What a camera adds to all its images alike (colour cast, background) is removed, so that clusters need not be
-    cameras. Assumes that cameras see a similar mix of people; where they do not, what those people share goes too.
-    """
-    centered = features.clone()
-    for camid in camids.unique():
-        rows = camids == camid
-        centered[rows] -= features[rows].mean(dim=0)
-    return F.normalize(centered, dim=1)
+        Which rows those are is from then on in ``Images.readable`` of the target, or of its source.
+        """
 
 
 def balanced_batches(images: Images, labels: Tensor, config: Config, epoch: int, iters: int | None) -> list[list[int]]:
@@ -95,72 +100,43 @@ def balanced_batches(images: Images, labels: Tensor, config: Config, epoch: int,
     return iterations(sampler, iters, config.batch_size)
 
 
-class Recipe(ABC):
-    """One method's decisions. Subclass it, set ``name``, ``title`` and ``Config``, override what differs.
+class Recipe(nn.Module, ABC):
+    """One method's decisions. Subclass it, set ``name`` and ``Config``, override what differs.
 
     Args:
-        config: the method's settings.
-        images: the set to learn.
-        source: the labelled set to learn from as well, for methods that set ``uses_source``.
+        config: the method's settings. A method whose settings have a field ``source`` learns from a labelled set too.
+        images: the set to learn, with that labelled set as ``images.source``.
 
     Attributes:
-        networks: everything with weights or buffers that must outlive an epoch; saved, restored, moved and put in
-            training mode together. ``build`` fills it; ``networks["model"]`` is the engine's network, ``self.model``.
-
-    Once: ``build``. Per epoch: ``features``, ``label``, ``begin_epoch``, ``targets``, ``batches``. Per step:
-    ``forward``, ``loss``, then after backward ``update``, and after the optimiser's step ``after_step``.
+        name: what ``train(method=...)`` and a run's files call it.
+        paper: where it comes from. A subclass that names no paper of its own is its author's design, titled ``name``.
+        labels: the label generator; a method that labels otherwise sets another in ``__init__``.
+        model: the network, from ``build`` on.
     """
 
     name: ClassVar[str]
-    title: ClassVar[str]
+    paper: ClassVar[Paper] = Paper("", published=False)
     Config: ClassVar[type[Config]] = Config
-    published: ClassVar[bool] = True  # False: a design or a reading of ours, with no published settings to depart from
-    published_model: ClassVar[str] = "best"  # the epoch that published runs report: "best" on the test split, or "last"
-    has_compat: ClassVar[bool] = False  # whether the recipe asks for ``config.compat``
-    needs_cameras: ClassVar[bool] = False
-    uses_source: ClassVar[bool] = False
-    source_dials: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # of a source's reader, by name, unless the user says
-    if_none_cluster: ClassVar[str] = "Raise eps, lower min_samples or k1, or start from better weights"
-    if_all_cluster: ClassVar[str] = "Lower eps"
 
-    def __init__(self, config: Config, images: Images, source: Images | None = None) -> None:
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "paper" not in vars(cls):
+            cls.paper = replace(cls.paper, title=getattr(cls, "name", cls.__name__), published=False)
+
+    def __init__(self, config: Config, images: Images) -> None:
+        super().__init__()
+        self.register_load_state_dict_pre_hook(_take_shapes)
         self.config = config
         self.images = images
-        self.source = source
-        self.networks = nn.ModuleDict()
-        if self.needs_cameras and images.camids is None:
-            raise ValueError(f"train: method {self.name!r} needs images of two cameras or more")
-        if self.uses_source and (source is None or source.pids is None):
+        self.labels: LabelGenerator = DBSCANLabels(config, images)
+        if hasattr(config, "source") and (images.source is None or images.source.pids is None):
             raise ValueError(f"train: method {self.name!r} needs source, a labelled data set to learn from, got none")
-
-    @classmethod
-    def is_published(cls) -> bool:
-        """Whether there are published settings to depart from: not for a design of ours, nor for a user's subclass."""
-        return cls.published and cls.__module__.startswith("fastreid_u.")
-
-    @classmethod
-    def describe_labels(cls, config: Config) -> str:
-        """How labels are made, for the recipe card."""
-        return f"k1 {config.k1}, k2 {config.k2}, eps {config.eps}, min_samples {config.min_samples}"
-
-    def label_settings(self, epoch: int) -> str:
-        """What decided this epoch's labels, for errors and warnings."""
-        return f"eps {self.eps(epoch)}, min_samples {self.config.min_samples}, k1 {self.config.k1}"
 
     # What is trained, and what is looked at
 
     def build(self, model: "ReIDModel") -> None:
-        """Take the network; add to ``networks`` what else the method trains, averages or remembers."""
-        self.networks["model"] = model
-
-    @property
-    def model(self) -> "ReIDModel":
-        """The network that was given to ``build``."""
-        return self.networks["model"]
-
-    def parameters(self) -> list[nn.Parameter]:
-        """What the optimiser moves."""
-        return [p for p in self.networks.parameters() if p.requires_grad]
+        """Take the network; make what else the method trains, averages or remembers."""
+        self.model = model
 
     def ranked(self) -> Mapping[str, nn.Module]:
         """Networks to evaluate, by name; the one with the best mAP is saved. Each has the weights of a ReIDModel."""
@@ -175,45 +151,22 @@ class Recipe(ABC):
             train_transform(c.height, c.width, erase=c.erase, color_jitter=c.color_jitter, pixel_norm=c.pixel_norm),
         )
 
-    # Labels
+    # An epoch
 
     def features(self, extract: Extract, epoch: int) -> Tensor:
-        """(N, D) rows to cluster; rows that are not finite (images that could not be read) stay un-clustered."""
+        """(N, D) rows to cluster; those of unreadable images are not looked at."""
         return extract(self.model)
 
-    def label(self, features: Tensor, epoch: int) -> Tensor:
-        """Pseudo-labels (N,) int64 of ``features`` (N, D); -1 = un-clustered."""
-        readable = torch.isfinite(features).all(dim=1)
-        used = features[readable]
-        if self.config.center_per_camera and self.images.camids is not None:
-            used = center_per_camera(used, self.images.camids[readable.cpu()].to(used.device))
-        labels = torch.full((len(features),), -1, dtype=torch.int64, device=features.device)
-        labels[readable] = self.cluster(used, epoch)
-        return labels
-
-    def cluster(self, features: Tensor, epoch: int) -> Tensor:
-        """Labels (n,) int64, -1 or 0 .. C - 1, of ``features`` (n, D), all finite."""
-        from fastreid_u.ops.pseudo_labels import pseudo_labels
-
-        c = self.config
-        return pseudo_labels(
-            features, eps=self.eps(epoch), min_samples=c.min_samples, k1=c.k1, k2=c.k2, group=label_group()
-        )
-
-    def eps(self, epoch: int) -> float:
-        """DBSCAN's radius in this epoch."""
-        return self.config.eps
-
     @abstractmethod
-    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> None:
-        """Build or refresh the memory from this epoch's ``features`` (N, D) and ``labels`` (N,)."""
+    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> Tensor:
+        """Restart or refresh the memory from this epoch's ``features`` (N, D) and ``labels`` (N,).
 
-    def targets(self, labels: Tensor) -> Tensor:
-        """(N,) int64: what each image is trained towards; -1 where it sits the epoch out."""
-        return labels
+        Returns:
+            (N,) int64: what each image is trained towards, as a rule ``labels``; -1 where it sits the epoch out.
+        """
 
     def batches(self, labels: Tensor, epoch: int) -> list[list[int]]:
-        """The epoch's batches, each a list of image indices; ``labels`` are ``targets`` on the CPU."""
+        """The epoch's batches, each a list of image indices; ``labels`` are the targets, on the CPU."""
         return balanced_batches(self.images, labels, self.config, epoch, self.config.iters or None)
 
     # A step
@@ -223,20 +176,16 @@ class Recipe(ABC):
         return self.model(batch.images)
 
     @abstractmethod
-    def loss(self, x: Any, batch: Batch) -> Tensor:
-        """Scalar loss of what ``forward`` gave."""
+    def loss(self, outputs: Any, batch: Batch) -> Tensor | dict[str, Tensor]:
+        """Scalar loss of what ``forward`` gave; or terms by name, whose sum in their order is the loss."""
 
-    def update(self, x: Any, batch: Batch) -> None:  # noqa: B027 - not every memory moves
-        """Move the memory by detached ``x``, after backward; it must not change what the gradient has yet to read."""
+    def update(self, outputs: Any, batch: Batch) -> None:
+        """After the optimiser's step, move memories by the detached ``outputs``, and teachers after their networks."""
 
-    def after_step(self) -> None:  # noqa: B027 - only averaged teachers need it
-        """Follow the networks, after the optimiser's step."""
 
-    # Between epochs
-
-    def state(self) -> dict[str, Tensor]:
-        """Tensors beyond ``networks`` that must survive between epochs; saved with every checkpoint."""
-        return {}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:  # noqa: B027 - most recipes keep nothing
-        """Take back what ``state`` returned."""
+def _take_shapes(recipe: Recipe, state: Mapping[str, Any], prefix: str, *_: object) -> None:
+    """Before loading, give the recipe's own buffers the shapes of those that are loaded."""
+    for name, buffer in list(recipe.named_buffers(recurse=False)):
+        found = state.get(prefix + name)
+        if found is not None and found.shape != buffer.shape:
+            setattr(recipe, name, buffer.new_empty(found.shape))

@@ -16,7 +16,7 @@ FLOORS = [
     ("ground", ["kernels", "reference", "cpu", "_C"]),
     ("environment", ["_env", "_ext", "_checks", "_toml", "config", "ranks"]),
     ("ops", ["ops"]),
-    ("parts", ["recipe", "labels", "memory", "models", "data"]),
+    ("parts", ["recipe", "images", "draws", "labels", "memory", "models", "data"]),
     ("methods", ["methods"]),
     ("engine", ["engine"]),
     ("trained", ["trained"]),

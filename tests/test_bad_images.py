@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fastreid_u
 from fastreid_u.data import load_dataset
@@ -70,3 +71,19 @@ def test_an_image_that_vanishes_between_epochs_is_left_out(world, tmp_path, monk
     run = fastreid_u.train(dataset, logs_dir=tmp_path / "run", **SETTINGS)
     assert (run.folder / "log.txt").read_text().count(dataset.train[3].path) == 1
     assert run.last["epoch"] == 1
+
+
+@pytest.mark.parametrize("method", ["spcl", "cacl"])
+def test_what_could_not_be_read_is_remembered_by_a_resumed_run(world, tmp_path, method):
+    """Methods that extract once know in later epochs which rows of their memory are of no image."""
+    dataset = load_dataset("market1501", world)
+    damage(world / dataset.train[5].path, "empty")
+    settings = SETTINGS | {"method": method, "eps_gap": 0.1, "eval_step": 2}
+    whole = fastreid_u.train(dataset, logs_dir=tmp_path / "whole", **settings)
+    fastreid_u.train(dataset, logs_dir=tmp_path / "parts", **settings | {"epochs": 1})
+    parts = fastreid_u.train(dataset, logs_dir=tmp_path / "parts", resume=True, **settings)
+    states = [load_file(run.folder / "state.safetensors") for run in (whole, parts)]
+    assert torch.equal(states[0]["readable"], torch.arange(len(dataset.train)) != 5)
+    assert states[0]["labels"][5] == -1
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -13,7 +13,7 @@ MODEL = {"arch": "resnet50", "parameters": 23e6, "num_features": 2048, "pooling"
 def card(method, dataset="market1501", **settings):
     recipe = get_method(method)
     config = recipe.Config.for_dataset(dataset, **settings)
-    return RecipeCard(recipe, config, dataset, model=MODEL, device="cpu", selects="best").lines()
+    return RecipeCard(recipe, config, dataset, model=MODEL, labels="DBSCAN", device="cpu", selects="best").lines()
 
 
 @pytest.mark.parametrize("dataset", ["market1501", "msmt17", "veri", "personx"])

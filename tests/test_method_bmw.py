@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from fastreid_u.methods.bmw import BMW, BMWConfig
 from fastreid_u.recipe import Batch, Images
@@ -30,6 +31,9 @@ def recipe_and_batch(*, compat=False, rows=6, size=24, dim=16):
     labels = torch.arange(rows).repeat_interleave(4)
     features = F.normalize(torch.randn(len(labels), dim, generator=generator), dim=1)
     recipe = BMW(BMWConfig(compat=compat), Images(len(labels)))
+    network = nn.Identity()
+    network.num_features = dim
+    recipe.build(network)
     recipe.begin_epoch(features, labels, epoch=0)
     indices = torch.randint(len(labels), (size,), generator=generator)
     x = torch.randn(size, dim, generator=generator)

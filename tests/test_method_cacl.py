@@ -11,11 +11,12 @@ from torch import nn
 import fastreid_u
 from fastreid_u.data import load_dataset
 from fastreid_u.data.transforms import Grey, Normalize
-from fastreid_u.methods import cacl, get_method
+from fastreid_u.labels import dbscan, refined
+from fastreid_u.methods import get_method
 from fastreid_u.methods.cacl import CACL, CACLConfig, SeesGrey, Step
-from fastreid_u.methods.spcl import own_classes
 from fastreid_u.models import build_model
 from fastreid_u.models.reid import ReIDModel
+from fastreid_u.ops.label_classes import own_classes
 from fastreid_u.recipe import Batch, Images
 
 
@@ -32,6 +33,7 @@ def unit(*shape, number):
 def recipe_with_memories(features, labels, **settings):
     recipe = CACL(CACLConfig(**settings), Images(len(features)))
     recipe.build(network(features.shape[1]))
+    recipe.images.readable = torch.isfinite(features).all(dim=1)
     recipe.features(lambda _: features, epoch=0)
     recipe.begin_epoch(features, labels, epoch=0)
     return recipe
@@ -45,7 +47,7 @@ def test_loss_gradients_and_memories_are_the_published_ones(golden, temp, moment
     recipe = recipe_with_memories(file.tensor("features_before"), labels, temp=temp, momentum=momentum)
     seen, other = (file.tensor(name) for name in ("inputs", "another_inputs"))
     x = Step(*(rows.clone().requires_grad_() for rows in (seen, other, seen)))
-    batch = Batch(views=(), indices=rows, targets=recipe.targets(labels)[rows])
+    batch = Batch(views=(), indices=rows, targets=recipe.begin_epoch(recipe.memory.features, labels, epoch=0)[rows])
     loss = recipe.loss(x, batch)
     loss.backward()
     recipe.update(Step(*(rows.detach() for rows in x)), batch)
@@ -58,7 +60,7 @@ def test_loss_gradients_and_memories_are_the_published_ones(golden, temp, moment
     ):
         np.testing.assert_allclose(gradient.numpy(), file[stored], rtol=1e-4, atol=2e-6)
     for name in ("memory", "grey_memory"):
-        after = recipe.networks[name].features[file.tensor("rows")].numpy()
+        after = getattr(recipe, name).features[file.tensor("rows")].numpy()
         np.testing.assert_allclose(after, file[f"features_after_rows_{own}"], rtol=0, atol=1e-6)
 
 
@@ -87,7 +89,7 @@ def test_each_branch_has_its_own_memory_and_goals():
     labels, indices = torch.tensor([0, 0, 0, 1, 1, 2]), torch.tensor([1, 3, 3, 5])
     images, greys = unit(6, 8, number=1), unit(6, 8, number=2)
     recipe = recipe_with_memories(images, labels, temp=0.2, momentum=0.3, focal_gamma=2.0)
-    recipe.networks["grey_memory"].features.copy_(greys)
+    recipe.grey_memory.features.copy_(greys)
     recipe.begin_epoch(images, labels, epoch=0)
     x = Step(*(unit(4, 8, number=n).requires_grad_() for n in (3, 4, 5)))
     batch = Batch(views=(), indices=indices, targets=labels[indices])
@@ -113,7 +115,7 @@ def test_each_branch_has_its_own_memory_and_goals():
         after = memory.clone()
         for row, feature in zip(indices.tolist(), features.detach(), strict=True):
             after[row] = F.normalize(0.3 * after[row] + 0.7 * feature, dim=0)
-        torch.testing.assert_close(recipe.networks[name].features, after)
+        torch.testing.assert_close(getattr(recipe, name).features, after)
 
 
 @pytest.mark.parametrize("name", ["n260_eps0.6_gap0.02", "n330_eps0.6_gap0.1"])
@@ -123,7 +125,7 @@ def test_refinement_is_the_published_one(golden, name, monkeypatch):
     count, eps, gap = params["N"], params["eps"], params["eps_gap"]
     stored = torch.stack([file.tensor("dbscan_normal"), file.tensor("dbscan_tight")])
     distances = torch.from_numpy(file.matrix("dist"))
-    refine = cacl.refine_clusters
+    refine = refined.refine_clusters
 
     def clusterings(features, *, eps, **rest):
         assert eps == [params["eps"], params["eps"] - params["eps_gap"]]
@@ -132,11 +134,11 @@ def test_refinement_is_the_published_one(golden, name, monkeypatch):
     def on_stored_distances(x, labels, tight, *, k1, k2, knn, **settings):
         return refine(None, labels, tight, graph=distances, **settings)
 
-    monkeypatch.setattr(cacl, "pseudo_labels", clusterings)
-    monkeypatch.setattr(cacl, "refine_clusters", on_stored_distances)
+    monkeypatch.setattr(dbscan, "pseudo_labels", clusterings)
+    monkeypatch.setattr(refined, "refine_clusters", on_stored_distances)
     recipe = CACL(CACLConfig(eps=eps, eps_gap=gap), Images(count))
-    labels = recipe.label(torch.randn(count, 4), epoch=0)
-    classes = own_classes(labels, torch.ones(count, dtype=torch.bool))
+    labels = recipe.labels(torch.randn(count, 4), epoch=0)
+    classes = own_classes(labels)
     expected = file.tensor("final_labels")
     together = torch.stack([classes, expected]).unique(dim=1)
     assert together.shape[1] == len(classes.unique()) == len(expected.unique())  # the same partition
@@ -154,11 +156,11 @@ def split_cluster():
 
 def test_refinements_differ_as_said(monkeypatch):
     labels = torch.stack([torch.zeros(20, dtype=torch.int64), torch.tensor([0] * 16 + [1] * 4)])
-    monkeypatch.setattr(cacl, "pseudo_labels", lambda *_, **__: labels)
+    monkeypatch.setattr(dbscan, "pseudo_labels", lambda *_, **__: labels)
     kept = {}
     for rule in ("official", "mean_to_cluster", "none"):
         recipe = CACL(CACLConfig(refinement=rule, k1=12, k2=3), Images(20))
-        kept[rule] = (recipe.label(split_cluster(), 0) >= 0).tolist()
+        kept[rule] = (recipe.labels(split_cluster(), 0) >= 0).tolist()
     assert kept["none"] == [True] * 20
     assert kept["official"] == [False] * 16 + [True] * 4  # the core dissolves, the stragglers stay
     assert kept["mean_to_cluster"] == [True] * 16 + [False] * 4
@@ -168,10 +170,10 @@ def test_refinement_measures_what_the_clustering_measured(clustered):
     """From features on, as in a run: the label step equals the ops put together by hand."""
     features = clustered(150, 24, number=5)
     recipe = CACL(CACLConfig(k1=12, k2=4, eps=0.6, eps_gap=0.15), Images(150))
-    found = recipe.label(features, epoch=0)
+    found = recipe.labels(features, epoch=0)
     labels, tight = fastreid_u.pseudo_labels(features, eps=[0.6, 0.6 - 0.15], k1=12, k2=4)
     graph = fastreid_u.jaccard_distance(features, k1=12, k2=4)
-    expected = cacl.refine_clusters(None, labels, tight, graph=graph, singletons=False)
+    expected = refined.refine_clusters(None, labels, tight, graph=graph, singletons=False)
     assert torch.equal(found, expected)
     assert (found != labels).any()
 
@@ -213,7 +215,7 @@ def test_the_grey_memory_starts_from_grey_images_or_as_published(seed):
                 return network.eval()(colour)
 
         recipe.features(extract, epoch=0)
-        same = torch.equal(recipe.networks["memory"].features, recipe.networks["grey_memory"].features)
+        same = torch.equal(recipe.memory.features, recipe.grey_memory.features)
         assert same is bool(settings)  # both networks start equal, so what differs is what they were shown
 
 
@@ -224,35 +226,34 @@ def test_rows_are_extracted_once_or_in_every_epoch(refresh):
     for epoch in (0, 1):
         recipe.features(lambda _, number=epoch: unit(4, 8, number=number), epoch)
     for name in ("memory", "grey_memory"):
-        assert torch.equal(recipe.networks[name].features, unit(4, 8, number=int(refresh)))
+        assert torch.equal(getattr(recipe, name).features, unit(4, 8, number=int(refresh)))
 
 
 def test_networks_share_no_weight_and_the_predictor_reads_the_pooled_feature():
     torch.manual_seed(0)
     recipe = CACL(CACLConfig(), Images(6))
     recipe.build(build_model("resnet10", pooling="avg", weights=None, seed=0))
-    networks = recipe.networks
-    model, grey = recipe.model.state_dict(), networks["grey"].state_dict()
+    model, grey = recipe.model.state_dict(), recipe.grey.state_dict()
     assert all(torch.equal(model[name], grey[name]) for name in model)  # the same start
-    assert not {p.data_ptr() for p in recipe.model.parameters()} & {p.data_ptr() for p in networks["grey"].parameters()}
-    assert not networks["predictor"].norm.bias.requires_grad
+    assert not {p.data_ptr() for p in recipe.model.parameters()} & {p.data_ptr() for p in recipe.grey.parameters()}
+    assert not recipe.predictor.norm.bias.requires_grad
     assert list(recipe.ranked()) == ["model"]
 
-    recipe.networks.train()
+    recipe.train()
     views = torch.randn(2, 6, 3, 32, 16)
     batch = Batch(views=tuple(views), indices=torch.arange(6), targets=torch.tensor([0, 0, 0, 1, 1, 1]))
     x = recipe.forward(batch)
     for rows in (x.colour, x.grey):
         torch.testing.assert_close(rows.norm(dim=1), torch.ones(6))
-    recipe.networks["memory"].features.copy_(x.colour.detach())
-    recipe.networks["grey_memory"].features.copy_(x.grey.detach())
+    recipe.memory.features.copy_(x.colour.detach())
+    recipe.grey_memory.features.copy_(x.grey.detach())
     recipe.begin_epoch(x.colour.detach(), batch.targets, epoch=0)
     recipe.loss(x, batch).backward()
-    trained = [name for name, p in networks.named_parameters() if p.requires_grad]
-    assert all(dict(networks.named_parameters())[name].grad is not None for name in trained)
+    trained = [name for name, p in recipe.named_parameters() if p.requires_grad]
+    assert all(dict(recipe.named_parameters())[name].grad is not None for name in trained)
     pooled = recipe.model.pool(recipe.model.feature_map(views[0]))
-    torch.testing.assert_close(x.predicted, networks["predictor"](pooled))
-    before = networks["predictor"].linear.weight.std().item()
+    torch.testing.assert_close(x.predicted, recipe.predictor(pooled))
+    before = recipe.predictor.linear.weight.std().item()
     assert before == pytest.approx((2 / recipe.model.num_features) ** 0.5, rel=0.02)  # kaiming, fan out
 
 
@@ -261,9 +262,10 @@ def test_single_images_and_unreadable_ones():
     features[5] = torch.nan
     labels = torch.tensor([0, 0, 0, 0, -1, -1, -1])
     recipe = recipe_with_memories(features, labels)
-    targets = recipe.targets(labels)
+    targets = recipe.begin_epoch(recipe.memory.features, labels, epoch=0)
     assert targets.tolist() == [0, 0, 0, 0, 1, -1, 2]
-    assert recipe.features(None, epoch=1).isnan().any(dim=1).tolist() == [False] * 5 + [True, False]
+    assert recipe.features(None, epoch=1).any(dim=1).tolist() == [True] * 5 + [False, True]
+    assert recipe.labels(recipe.memory.features, epoch=1)[5] == -1
     rows = torch.tensor([0, 4, 6])
     x = Step(*(features[rows] for _ in range(3)))
     assert torch.isfinite(recipe.loss(x, Batch(views=(), indices=rows, targets=targets[rows])))
@@ -294,8 +296,8 @@ def test_defaults_are_the_published_ones():
     assert (config.lr, config.weight_decay, config.step_size, config.seed) == (3.5e-4, 5e-4, 20, 111)
     assert (config.pooling_type, config.bn_group) == ("avg", None)
     assert get_method("cacl") is CACL
-    assert CACL.describe_labels(config).endswith("min_samples 4, refined by eps 0.58 (official)")
-    assert CACL.describe_labels(CACLConfig(refinement="none")).endswith("min_samples 4")
+    assert CACL(config, Images(4)).labels.describe().endswith("min_samples 4, refined by eps 0.58 (official)")
+    assert CACL(CACLConfig(refinement="none"), Images(4)).labels.describe().endswith("min_samples 4")
 
 
 def test_two_epochs(tiny_world, tmp_path):
@@ -306,9 +308,9 @@ def test_two_epochs(tiny_world, tmp_path):
     )  # fmt: skip
     assert all(np.isfinite(record["loss"]) and record["clusters"] > 1 for record in run.records)
     state = load_file(run.folder / "state.safetensors")
-    colour, grey = (state[f"networks.{name}.features"] for name in ("memory", "grey_memory"))
+    colour, grey = (state[f"recipe.{name}.features"] for name in ("memory", "grey_memory"))
     assert not torch.equal(colour, grey)
-    one, two = (state[f"networks.{name}.backbone.conv1.weight"] for name in ("model", "grey"))
+    one, two = (state[f"recipe.{name}.backbone.conv1.weight"] for name in ("model", "grey"))
     assert not torch.equal(one, two)
     saved = load_file(run.folder / "model_last.safetensors")
     assert torch.equal(saved["backbone.conv1.weight"], one)  # the colour network alone

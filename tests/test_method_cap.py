@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import fastreid_u
 from fastreid_u.data import load_dataset
@@ -18,13 +19,17 @@ SMALL = dict(
 )  # fmt: skip
 
 
-def recipe(camids, **settings):
+def recipe(camids, width=8, **settings):
     camids = torch.as_tensor(camids).long()
-    return CAP(CAPConfig(**settings), Images(len(camids), camids))
+    made = CAP(CAPConfig(**settings), Images(len(camids), camids))
+    network = nn.Identity()
+    network.num_features = width
+    made.build(network)
+    return made
 
 
-def batch(recipe, targets, rows):
-    return Batch((), rows, targets[rows], recipe.images.camids[rows])
+def batch(recipe, targets, rows, epoch=0):
+    return Batch((), rows, targets[rows], recipe.images.camids[rows], epoch=epoch)
 
 
 def step(recipe, x, seen):
@@ -48,17 +53,16 @@ def from_golden(golden, name):
     prototypes = torch.cat([stored.tensor(f"prototypes_cam{camid}") for camid in range(stored.meta["params"]["cams"])])
     row = {pair: i for i, pair in enumerate(proxies(labels, camids))}
     of = [row.get(pair, 0) for pair in zip(camids.tolist(), labels.tolist(), strict=True)]
-    return stored, recipe(camids, compat=True), prototypes[of], labels
+    return stored, recipe(camids, prototypes.shape[1], compat=True), prototypes[of], labels
 
 
 @pytest.mark.parametrize("name", ["cap_losses_many_proxies", "cap_losses_few_proxies"])
 @pytest.mark.parametrize(("epoch", "terms"), [(4, "intra"), (5, "intra_plus_inter")])
 def test_loss_gradient_and_memory_of_the_published_code(golden, name, epoch, terms):
     stored, cap, features, labels = from_golden(golden, name)
-    cap.begin_epoch(features, labels, epoch)
-    targets = cap.targets(labels)
+    targets = cap.begin_epoch(features, labels, epoch)
     for i, (x, rows) in enumerate(zip(stored.tensor("inputs"), stored.tensor("indexes"), strict=True)):
-        loss, grad = step(cap, x, batch(cap, targets, rows))
+        loss, grad = step(cap, x, batch(cap, targets, rows, epoch))
         torch.testing.assert_close(loss, stored.tensor(f"loss_{terms}")[i], rtol=1e-5, atol=1e-6)
         theirs = stored.tensor(f"grad_{terms}")[i]  # to the network's unit output; ours is behind one more scaling to 1
         theirs = theirs - (theirs * x).sum(1, keepdim=True) * x
@@ -71,8 +75,8 @@ def test_loss_gradient_and_memory_of_the_published_code(golden, name, epoch, ter
 def test_labels_and_proxies_of_the_published_code(golden):
     stored = golden("cap_grouping_n240_eps0.6")
     features = F.normalize(stored.tensor("features_raw"))
-    cap = recipe(stored["cams"], eps=0.6)
-    labels = cap.label(features, 0)
+    cap = recipe(stored["cams"], features.shape[1], eps=0.6)
+    labels = cap.labels(features, 0)
     assert torch.equal(labels, stored.tensor("labels"))
     cap.begin_epoch(features, labels, 0)
     for camid in range(5):
@@ -83,7 +87,7 @@ def test_labels_and_proxies_of_the_published_code(golden):
 
 def test_raw_features_are_averaged_as_unit_rows(golden):
     stored = golden("cap_grouping_n300_eps0.5")
-    cap = recipe(stored["cams"])
+    cap = recipe(stored["cams"], stored["features_raw"].shape[1])
     cap.begin_epoch(stored.tensor("features_raw"), stored.tensor("labels"), 0)
     theirs = torch.cat([stored.tensor(f"prototypes_cam{camid}") for camid in range(4)])
     torch.testing.assert_close(cap.memory.features, theirs, rtol=0, atol=1e-6)
@@ -127,15 +131,14 @@ def test_twenty_steps_equal_a_plain_restatement():
     weight = torch.randn(16, 24, generator=rng) / 5
     features = F.normalize(pixels @ weight.T)
 
-    cap = recipe(camids, inter_start=0)
+    cap = recipe(camids, 16, inter_start=0)
     ours, theirs = (weight.clone().requires_grad_() for _ in range(2))
     optimizers = [torch.optim.Adam([w], lr=1e-2, weight_decay=5e-4) for w in (ours, theirs)]
-    cap.begin_epoch(features, labels, 0)
+    targets = cap.begin_epoch(features, labels, 0)
     memory = {
         (camera, label): F.normalize(features[(labels == label) & (camids == camera)].mean(0), dim=0)
         for camera, label in proxies(labels, camids)
     }
-    targets = cap.targets(labels)
     order = torch.tensor(cap.batches(targets, 0))[:20]
     assert len(order) == 10  # an epoch has as many steps as the clustered images fill batches
     order = torch.cat([order, order.flip(0)])
@@ -186,8 +189,7 @@ def test_a_batch_holds_proxies():
     labels[:5] = -1
     camids = torch.arange(120) % 3
     cap = recipe(camids)
-    cap.begin_epoch(F.normalize(torch.randn(120, 8)), labels, 0)
-    targets = cap.targets(labels)
+    targets = cap.begin_epoch(F.normalize(torch.randn(120, 8)), labels, 0)
     assert torch.equal(targets < 0, labels < 0)
     stream = np.array(cap.batches(targets, 0)).ravel()
     assert len(stream) == 115 // 32 * 32
@@ -205,27 +207,26 @@ def test_camera_numbers_may_be_anything():
     losses = []
     for numbers in ([0, 1, 2], [3, 41, 1000]):
         cap = recipe(torch.tensor(numbers)[camids])
-        cap.begin_epoch(features, labels, 5)
-        targets = cap.targets(labels)
-        losses.append(cap.loss(features, batch(cap, targets, torch.arange(60))))
+        targets = cap.begin_epoch(features, labels, 5)
+        losses.append(cap.loss(features, batch(cap, targets, torch.arange(60), 5)))
     assert torch.equal(*losses)
 
 
 def test_a_camera_with_one_proxy_teaches_nothing_within_itself():
     features = F.normalize(torch.randn(8, 4))
-    cap = recipe([0] * 8)
-    cap.begin_epoch(features, torch.zeros(8, dtype=torch.int64), 0)
-    loss, grad = step(cap, features, batch(cap, cap.targets(torch.zeros(8, dtype=torch.int64)), torch.arange(8)))
+    cap = recipe([0] * 8, 4)
+    targets = cap.begin_epoch(features, torch.zeros(8, dtype=torch.int64), 0)
+    loss, grad = step(cap, features, batch(cap, targets, torch.arange(8)))
     assert loss == 0
     assert not grad.any()
 
 
 def test_a_proxy_of_one_image_is_drawn_four_times_and_few_proxies_repeat():
     labels, camids = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, -1]), [0, 0, 0, 1, 0, 0, 0, 0, 0]
-    cap = recipe(camids)
-    cap.begin_epoch(F.normalize(torch.randn(9, 4)), labels, 0)
+    cap = recipe(camids, 4)
+    targets = cap.begin_epoch(F.normalize(torch.randn(9, 4)), labels, 0)
     with pytest.warns(RuntimeWarning, match="too few clusters to fill a batch of 32"):
-        stream = np.array(cap.batches(cap.targets(labels), 0)).ravel()
+        stream = np.array(cap.batches(targets, 0)).ravel()
     assert len(stream) == 32  # fewer images than a batch still make a step
     assert [3, 3, 3, 3] in stream.reshape(-1, 4).tolist()
     assert 8 not in stream
@@ -236,10 +237,10 @@ def test_unreadable_images_sit_out():
     features[5] = torch.nan
     labels = torch.arange(12) % 2
     labels[5] = -1
-    cap = recipe([0, 1, 2] * 4)
-    cap.begin_epoch(features, labels, 0)
+    cap = recipe([0, 1, 2] * 4, 4)
+    targets = cap.begin_epoch(features, labels, 0)
     assert torch.isfinite(cap.memory.features).all()
-    assert cap.targets(labels)[5] == -1
+    assert targets[5] == -1
 
 
 def test_data_without_cameras_are_refused():

@@ -4,6 +4,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import fastreid_u
 from fastreid_u.data import load_dataset
@@ -29,8 +30,11 @@ def world(count=60, clusters=6, cameras=3, dim=16):
 
 def begun(recipe_class, features, labels, camids, epoch, **settings):
     recipe = recipe_class(recipe_class.Config(**settings), Images(len(labels), camids))
-    recipe.begin_epoch(features, labels, epoch)
-    return recipe, Batch((), torch.arange(len(labels)), recipe.targets(labels), camids)
+    network = nn.Identity()
+    network.num_features = features.shape[1]
+    recipe.build(network)
+    targets = recipe.begin_epoch(features, labels, epoch)
+    return recipe, Batch((), torch.arange(len(labels)), targets, camids, epoch=epoch)
 
 
 def step(recipe, x, batch):
@@ -61,7 +65,7 @@ def test_the_proxy_reading_has_caps_numbers(golden, name, epoch, terms):
     features = prototypes[[row.get(pair, 0) for pair in pairs]]
     recipe, _ = begun(CAPClusterContrastProxy, features, labels, camids, epoch, compat=True)
     for i, (x, rows) in enumerate(zip(stored.tensor("inputs"), stored.tensor("indexes"), strict=True)):
-        loss, grad = step(recipe, x, Batch((), rows, labels[rows], camids[rows]))
+        loss, grad = step(recipe, x, Batch((), rows, labels[rows], camids[rows], epoch=epoch))
         torch.testing.assert_close(loss, stored.tensor(f"loss_{terms}")[i], rtol=1e-5, atol=1e-6)
         theirs = stored.tensor(f"grad_{terms}")[i]
         torch.testing.assert_close(grad, theirs - (theirs * x).sum(1, keepdim=True) * x, rtol=1e-4, atol=2e-6)
@@ -74,8 +78,8 @@ def test_both_halves_add_up_and_both_memories_move():
     whole, batch = begun(CAPClusterContrast, features, labels, camids, 5, inter_weight=0.3, cluster_weight=2.0)
     clusters, _ = begun(ClusterContrast, features, labels, camids, 5)
     proxies, _ = begun(CAPClusterContrastProxy, features, labels, camids, 5, inter_weight=0.3)
-    within, _ = begun(CAPClusterContrastProxy, features, labels, camids, 4, inter_weight=0.3)
-    parts = [recipe.loss(features, batch) for recipe in (clusters, proxies, within)]
+    within, earlier = begun(CAPClusterContrastProxy, features, labels, camids, 4, inter_weight=0.3)
+    parts = [clusters.loss(features, batch), proxies.loss(features, batch), within.loss(features, earlier)]
     torch.testing.assert_close(whole.loss(features, batch), 2 * parts[0] + parts[1] - parts[2])
     before = whole.memory.features.clone(), whole.proxies.features.clone()
     whole.update(features, batch)
@@ -90,7 +94,7 @@ def test_the_loss_is_a_mean_over_images_or_as_published_a_sum_over_cameras():
 
     def of_camera(recipe, camid):
         own = camids == camid
-        return recipe.loss(features[own], Batch((), batch.indices[own], labels[own], camids[own]))
+        return recipe.loss(features[own], Batch((), batch.indices[own], labels[own], camids[own], epoch=5))
 
     each = torch.stack([of_camera(ours, camid) for camid in range(3)])
     torch.testing.assert_close(theirs.loss(features, batch), each.sum())

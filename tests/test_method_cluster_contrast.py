@@ -25,7 +25,9 @@ def batch_of(indices, labels):
 def network(dim=32):
     """Stands for a backbone: enough to have weights that move."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, dim))
+    made = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, dim))
+    made.num_features = dim
+    return made
 
 
 @pytest.mark.parametrize("use_hard", [False, True])
@@ -38,6 +40,7 @@ def test_twenty_steps_equal_a_plain_restatement(use_hard):
     ours, theirs = network(), network()
     config = ClusterContrastConfig(use_hard=use_hard, momentum=0.1, temp=0.05)
     recipe = ClusterContrast(config, Images(60))
+    recipe.build(ours)
     with torch.no_grad():
         features = F.normalize(ours(images), dim=1)
     recipe.begin_epoch(features, labels, epoch=0)
@@ -84,6 +87,7 @@ def test_the_recipe_repeats_a_stored_run_of_the_published_class(golden, momentum
     variant = f"{'hard' if use_hard else 'cm'}_m{momentum}"
     start = stored.tensor("features_before")
     recipe = ClusterContrast(ClusterContrastConfig(use_hard=use_hard, momentum=momentum), Images(len(start)))
+    recipe.build(network(start.shape[1]))
     recipe.begin_epoch(start, torch.arange(len(start)), epoch=0)  # clusters of one image: rows are these
     for step, (x, targets) in enumerate(zip(stored.tensor("inputs"), stored.tensor("targets"), strict=True)):
         batch = Batch(views=(), indices=targets, targets=targets)
@@ -101,6 +105,7 @@ def test_un_clustered_images_neither_start_a_row_nor_are_drawn():
     labels = torch.tensor([0, 0, 0, 0, -1, 1, 1, 1, 1, -1])
     features = F.normalize(torch.randn(10, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     recipe = ClusterContrast(ClusterContrastConfig(batch_size=8, num_instances=4, iters=3), Images(10))
+    recipe.build(network(8))
     recipe.begin_epoch(features, labels, epoch=0)
     expected = F.normalize(torch.stack([features[:4].mean(0), features[5:9].mean(0)]), dim=1)
     torch.testing.assert_close(recipe.memory.features, expected)

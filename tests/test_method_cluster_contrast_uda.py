@@ -10,6 +10,7 @@ from torch import nn
 
 import fastreid_u
 from fastreid_u.data import load_dataset
+from fastreid_u.labels.self_paced import SelfPacedLabels
 from fastreid_u.methods import get_method, spcl
 from fastreid_u.methods.cluster_contrast_uda import ClusterContrastUDA, ClusterContrastUDAConfig
 from fastreid_u.models.reid import ReIDModel
@@ -41,7 +42,7 @@ def recipe(**settings):
     backbone.num_features = WIDTH
     pids = torch.arange(PEOPLE).repeat_interleave(2)
     config = ClusterContrastUDAConfig(temp=0.1, **settings)
-    made = ClusterContrastUDA(config, Images(IMAGES), Images(len(pids), pids=pids))
+    made = ClusterContrastUDA(config, Images(IMAGES, source=Images(len(pids), pids=pids)))
     made.build(ReIDModel(backbone, nn.Identity(), arch="linear"))
     return made
 
@@ -51,8 +52,13 @@ ROWS = {"target": unit(IMAGES, WIDTH, number=1), "source": unit(2 * PEOPLE, WIDT
 
 def started(**settings):
     made = recipe(**settings)
-    made.begin_epoch(made.features(extractor(**ROWS), epoch=0), LABELS, epoch=0)
+    begin(made)
     return made
+
+
+def begin(made):
+    """Targets of a first epoch with ``LABELS``."""
+    return made.begin_epoch(made.features(extractor(**ROWS), epoch=0), LABELS, epoch=0)
 
 
 def step(targets):
@@ -129,10 +135,10 @@ def test_source_features_come_from_the_sources_norms_or_as_in_openunreid(compat)
 
 def test_unclustered_images_sit_out_or_have_a_row_each():
     dropped = started()
-    assert torch.equal(dropped.targets(LABELS), LABELS)
+    assert torch.equal(begin(dropped), LABELS)
     assert len(dropped.memory.features) == PEOPLE + 2
     kept = started(unclustered="row")
-    targets = kept.targets(LABELS)
+    targets = begin(kept)
     assert targets.tolist() == [0] * 5 + [1] * 5 + [2, 3]
     assert len(kept.memory.features) == PEOPLE + 4
     torch.testing.assert_close(kept.memory.features[-2:], ROWS["target"][-2:])
@@ -140,8 +146,9 @@ def test_unclustered_images_sit_out_or_have_a_row_each():
     holed = {**ROWS, "target": ROWS["target"].clone()}
     holed["target"][10] = torch.nan  # an image that cannot be read
     made = recipe(unclustered="row")
-    made.begin_epoch(made.features(extractor(**holed), epoch=0), LABELS, epoch=0)
-    assert made.targets(LABELS).tolist() == [0] * 5 + [1] * 5 + [-1, 2]
+    made.images.readable[10] = False
+    targets = made.begin_epoch(made.features(extractor(**holed), epoch=0), LABELS, epoch=0)
+    assert targets.tolist() == [0] * 5 + [1] * 5 + [-1, 2]
     assert torch.isfinite(made.memory.features).all()
 
 
@@ -150,14 +157,15 @@ def test_reliability_is_spcls(reliability, clustered):
     features = clustered(120, 16, number=3, spread=1.0)
     made = ClusterContrastUDA(
         ClusterContrastUDAConfig(reliability=reliability, k1=10, k2=4, eps=0.5, eps_gap=0.1),
-        Images(120), Images(2, pids=torch.tensor([0, 1])),
+        Images(120, source=Images(2, pids=torch.tensor([0, 1]))),
     )  # fmt: skip
-    labels = made.label(features, epoch=0)
+    labels = made.labels(features, epoch=0)
     plain = fastreid_u.pseudo_labels(features, eps=0.5, k1=10, k2=4)
-    trusted = spcl.SpCL(spcl.SpCLConfig(k1=10, k2=4, eps=0.5, eps_gap=0.1), Images(120)).label(features, epoch=0)
+    trusted = spcl.SpCL(spcl.SpCLConfig(k1=10, k2=4, eps=0.5, eps_gap=0.1), Images(120)).labels(features, epoch=0)
     assert not torch.equal(plain, trusted)
     assert torch.equal(labels, trusted if reliability else plain)
-    assert (made.threshold is not None) == reliability
+    assert isinstance(made.labels, SelfPacedLabels) == reliability
+    assert not reliability or made.labels.threshold is not None
 
 
 def test_settings_out_of_range_are_named():
@@ -177,9 +185,8 @@ def test_defaults():
     )  # fmt: skip
     assert ClusterContrastUDAConfig.for_dataset("market1501").iters == 400
     assert get_method("cluster_contrast_uda") is ClusterContrastUDA
-    assert ClusterContrastUDA.describe_labels(config).endswith("min_samples 4")
-    trusting = ClusterContrastUDAConfig(reliability=True)
-    assert ClusterContrastUDA.describe_labels(trusting).endswith("clusters that eps -+ 0.02 agree with")
+    assert recipe().labels.describe().endswith("min_samples 4")
+    assert recipe(reliability=True).labels.describe().endswith("clusters that eps -+ 0.02 agree with")
 
 
 def test_two_epochs_and_a_crash_between_them(tiny_world, tiny_source, tmp_path, power_cut):
@@ -196,5 +203,5 @@ def test_two_epochs_and_a_crash_between_them(tiny_world, tiny_source, tmp_path, 
         fastreid_u.train(dataset, logs_dir=tmp_path / "broken", **small)
     resumed = fastreid_u.train(dataset, logs_dir=tmp_path / "broken", resume=True, **small)
     ours, theirs = (load_file(run.folder / "state.safetensors") for run in (resumed, whole))
-    assert ours.keys() == theirs.keys() >= {"recipe.source_rows", "recipe.threshold"}
+    assert ours.keys() == theirs.keys() >= {"recipe.memory.features", "recipe.labels.bar"}
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -45,6 +45,7 @@ def recipe(count, camids=None, features=4, recipe_class=PPLR, **settings):
 def begun(rows, labels, epoch, camids=None, **settings):
     """A recipe that has begun ``epoch`` with ``rows``, (N, D) of the whole and of each of three parts."""
     pplr = recipe(len(labels), camids, rows[0].shape[1], **settings)
+    pplr.images.readable = torch.isfinite(rows[0]).all(dim=1)
     pplr.features(lambda network: torch.cat(rows, dim=1), epoch)
     pplr.begin_epoch(rows[0], labels, epoch)
     return pplr
@@ -53,7 +54,7 @@ def begun(rows, labels, epoch, camids=None, **settings):
 def worked(epoch, agreement, **settings):
     """Four clusters whose classifiers are the unit vectors, so that the rows of a batch are its logits."""
     pplr = begun([torch.eye(4)] * 4, torch.arange(4), epoch, **settings)
-    for weight in pplr.networks["classifiers"]:
+    for weight in pplr.classifiers:
         assert torch.equal(weight[:4], torch.eye(4))
     pplr.agreement = torch.tensor(agreement).expand(4, 3)
     return pplr
@@ -65,12 +66,16 @@ def of_one(logits):
 
 STUDENT = of_one([2.0, 1.0, 0.0, -1.0])
 PARTS = of_one([1.5, 1.0, 0.5, 0.0]), of_one([0.0, 2.0, 0.0, 0.0]), of_one([1.0, 1.0, 1.0, 1.0])
-ONE = Batch((), torch.tensor([0]), torch.tensor([0]))
+
+
+def one(epoch):
+    """The first image alone."""
+    return Batch((), torch.tensor([0]), torch.tensor([0]), epoch=epoch)
 
 
 def test_parts_refine_the_whole_as_worked_by_hand():
     agreement = [0.2, 0.6, 0.4]
-    got = worked(5, agreement).loss((STUDENT, *PARTS), ONE)
+    got = worked(5, agreement).loss((STUDENT, *PARTS), one(5))
     parts = 0.0
     for logits, agreed in zip(PARTS, agreement, strict=True):
         log_p = logits.log_softmax(1)[0]
@@ -80,7 +85,7 @@ def test_parts_refine_the_whole_as_worked_by_hand():
 
 @pytest.mark.parametrize(("epoch", "value"), [(4, 0.590190), (5, 0.525469)])
 def test_smoothing_of_the_parts_as_worked_by_hand(epoch, value):
-    got = worked(epoch, [0.25] * 3).loss((STUDENT,) * 4, ONE)
+    got = worked(epoch, [0.25] * 3).loss((STUDENT,) * 4, one(epoch))
     log_p = STUDENT.log_softmax(1)[0]
     target = 0.5 * torch.eye(4)[0] + 0.5 * log_p.exp()
     assert (got + (target * log_p).sum()).item() == pytest.approx(value, abs=2e-6)
@@ -149,13 +154,13 @@ def test_loss_and_gradients_equal_a_plain_restatement(epoch, camera_weight):
     agreement = pplr.agreement
     picked = torch.randperm(40, generator=generator)[:12]
     x = [3 * torch.randn(12, 6, generator=generator) for _ in range(4)]
-    batch = Batch((), picked, labels[picked], camids[picked])
+    batch = Batch((), picked, labels[picked], camids[picked], epoch=epoch)
 
     ours = [rows.clone().requires_grad_() for rows in x]
     loss = pplr.loss(tuple(ours), batch)
     loss.backward()
     theirs = [rows.double().requires_grad_() for rows in x]
-    weights = [w.detach()[:5].double().requires_grad_() for w in pplr.networks["classifiers"]]
+    weights = [w.detach()[:5].double().requires_grad_() for w in pplr.classifiers]
     proxies = [
         {
             (label, camid): F.normalize(own[(labels == label) & (camids == camid)].double().mean(0), dim=0)
@@ -173,7 +178,7 @@ def test_loss_and_gradients_equal_a_plain_restatement(epoch, camera_weight):
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-6)
-    for a, b in zip(pplr.networks["classifiers"], weights, strict=True):
+    for a, b in zip(pplr.classifiers, weights, strict=True):
         torch.testing.assert_close(a.grad[:5].double(), b.grad, rtol=1e-4, atol=1e-6)
         assert not a.grad[5:].any()
 
@@ -183,13 +188,13 @@ def test_classifiers_start_at_the_means_of_unit_rows_and_learn():
     rows = [F.normalize(torch.randn(30, 5, generator=generator)) for _ in range(4)]
     labels = torch.arange(30) % 4 - 1
     pplr = begun(rows, labels, 0)
-    for weight, own in zip(pplr.networks["classifiers"], rows, strict=True):
+    for weight, own in zip(pplr.classifiers, rows, strict=True):
         for cluster in range(3):
             torch.testing.assert_close(weight[cluster], F.normalize(own[labels == cluster].mean(0), dim=0))
         assert not weight[3:].any()
-    learned = {id(p) for p in pplr.parameters()}
-    assert all(id(w) in learned for w in pplr.networks["classifiers"])
-    assert all(id(neck.weight) in learned for neck in pplr.networks["part_necks"])
+    learned = {id(p) for p in pplr.parameters() if p.requires_grad}
+    assert all(id(w) in learned for w in pplr.classifiers)
+    assert all(id(neck.weight) in learned for neck in pplr.part_necks)
     assert list(pplr.ranked()) == ["model"]
 
 
@@ -217,20 +222,20 @@ def test_agreement_is_the_overlap_of_neighbours():
 def test_parts_are_stripes_with_a_neck_each():
     maps = torch.randn(6, 4, 24, 8, generator=torch.Generator().manual_seed(0))
     pplr = recipe(6)
-    pplr.networks.train()
+    pplr.train()
     whole, *parts = pplr.forward(Batch((maps,), torch.arange(6), torch.zeros(6)))
     torch.testing.assert_close(whole, F.batch_norm(maps.mean((2, 3)), None, None, training=True))
     for k, part in enumerate(parts):
         stripe = maps[:, :, 8 * k : 8 * k + 8].mean((2, 3))
         torch.testing.assert_close(part, F.batch_norm(stripe, None, None, training=True))
-        torch.testing.assert_close(pplr.networks["part_necks"][k].running_mean, 0.1 * stripe.mean(0))
-        assert not pplr.networks["part_necks"][k].bias.requires_grad
+        torch.testing.assert_close(pplr.part_necks[k].running_mean, 0.1 * stripe.mean(0))
+        assert not pplr.part_necks[k].bias.requires_grad
 
 
 def test_what_is_clustered_is_the_whole_in_eval_mode():
     maps = torch.randn(6, 4, 24, 8, generator=torch.Generator().manual_seed(0))
     pplr = recipe(6)
-    pplr.networks.train()
+    pplr.train()
     whole = pplr.features(lambda network: network.eval()(maps).detach(), 0)
     assert torch.equal(whole, pplr.model.eval()(maps))
     for k, part in enumerate(pplr.rows[1:]):
@@ -243,7 +248,7 @@ def test_part_necks_take_over_groups_and_calibration():
     model.bnneck.running_mean.fill_(2.0)
     pplr = PPLR(PPLRConfig(), Images(8))
     pplr.build(model)
-    for neck in pplr.networks["part_necks"]:
+    for neck in pplr.part_necks:
         assert (neck.group_size, neck.running_mean[0].item()) == (4, 2.0)
         assert neck.weight is not model.bnneck.weight
 
@@ -275,8 +280,8 @@ def test_camera_numbers_may_be_anything_and_one_camera_teaches_nothing():
     for numbers in ([0, 1, 2], [3, 41, 1000], [2, 2, 2]):
         own = torch.tensor(numbers)[camids]
         pplr = begun(rows, labels, 5, own, camera_weight=0.5)
-        losses.append(pplr.loss(x, Batch((), torch.arange(24), labels, own)).item())
-    plain = begun(rows, labels, 5).loss(x, Batch((), torch.arange(24), labels)).item()
+        losses.append(pplr.loss(x, Batch((), torch.arange(24), labels, own, epoch=5)).item())
+    plain = begun(rows, labels, 5).loss(x, Batch((), torch.arange(24), labels, epoch=5)).item()
     assert losses[0] == losses[1] > plain
     assert losses[2] == plain
 
@@ -311,7 +316,7 @@ def test_two_epochs(method, tiny_world, tmp_path):
     saved = load_file(run.folder / "model_last.safetensors")
     assert saved.keys() == build_model("resnet10", pooling="avg", weights=None).state_dict().keys()
     state = load_file(run.folder / "state.safetensors")
-    assert state["networks.classifiers.3"].shape == (72, 256)
+    assert state["recipe.classifiers.3"].shape == (72, 256)
 
 
 def test_classifiers_and_part_necks_survive_a_restart(tiny_world, tmp_path):

@@ -10,9 +10,11 @@ from torch import nn
 
 import fastreid_u
 from fastreid_u.data import load_dataset
-from fastreid_u.methods import get_method, spcl
+from fastreid_u.labels import dbscan
+from fastreid_u.methods import get_method
 from fastreid_u.methods.spcl import SpCL, SpCLConfig
 from fastreid_u.models.reid import ReIDModel
+from fastreid_u.ops.label_classes import own_classes
 from fastreid_u.recipe import Batch, Images
 
 HYBRID = ["plain", "repeated_indices", "unnormalised", "unused_labels"]
@@ -30,6 +32,7 @@ def network(width=16, inputs=12):
 def recipe_with_memory(features, camids=None, **settings):
     recipe = SpCL(SpCLConfig(**settings), Images(len(features), camids))
     recipe.build(network(features.shape[1]))
+    recipe.images.readable = torch.isfinite(features).all(dim=1)
     recipe.features(lambda _: features, epoch=0)
     return recipe
 
@@ -103,16 +106,16 @@ def test_clusters_are_chosen_as_published_and_the_bar_stays(golden, name, monkey
             assert rest == {"min_samples": 4, "k1": params["k1"], "k2": params["k2"], "group": None}
             return stored
 
-        monkeypatch.setattr(spcl, "pseudo_labels", clusterings)
-        labels = recipe.label(torch.zeros(params["N"], 2), epoch)
-        classes = spcl.own_classes(labels, torch.ones(params["N"], dtype=torch.bool))
+        monkeypatch.setattr(dbscan, "pseudo_labels", clusterings)
+        labels = recipe.labels(torch.zeros(params["N"], 2), epoch)
+        classes = own_classes(labels)
         expected = file.tensor(f"final_labels_epoch{epoch}")
         together = torch.stack([classes, expected]).unique(dim=1)
         assert together.shape[1] == len(classes.unique()) == len(expected.unique())  # the same partition
-        assert 1 - recipe.threshold == pytest.approx(float(file[f"indep_threshold_epoch{epoch}"]), abs=1e-6)
-        state = recipe.state()  # as a resumed run has it
+        assert 1 - recipe.labels.threshold == pytest.approx(float(file[f"indep_threshold_epoch{epoch}"]), abs=1e-6)
+        state = recipe.state_dict()  # as a resumed run has it
         recipe = SpCL(recipe.config, recipe.images)
-        recipe.load_state(state)
+        recipe.load_state_dict(state)
 
 
 def test_twenty_steps_of_the_published_algorithm(clustered):
@@ -131,11 +134,10 @@ def test_twenty_steps_of_the_published_algorithm(clustered):
     for epoch in (0, 1):
         features = recipe.features(extract, epoch)
         torch.testing.assert_close(features, memory, atol=1e-5, rtol=0)
-        labels = recipe.label(features, epoch)
+        labels = recipe.labels(features, epoch)
         assert 1 < labels.max() < 20
         assert (labels < 0).any()
-        recipe.begin_epoch(features, labels, epoch)
-        classes = recipe.targets(labels)
+        classes = recipe.begin_epoch(features, labels, epoch)
         recipe.model.train(), model.train()
         for rows in torch.tensor(recipe.batches(classes, epoch)[:10]):
             x = recipe.forward(batch(rows, (images[rows],)))
@@ -154,9 +156,8 @@ def test_twenty_steps_of_the_published_algorithm(clustered):
 def test_unclustered_images_are_classes_of_one_and_shown_once():
     recipe = recipe_with_memory(F.normalize(torch.randn(9, 4)), batch_size=4, num_instances=4, iters=0)
     labels = torch.tensor([0, 0, 0, 0, -1, 1, -1, 1, -1])
-    targets = recipe.targets(labels)
+    targets = recipe.begin_epoch(recipe.memory.features, labels, epoch=0)
     assert targets.tolist() == [0, 0, 0, 0, 2, 1, 3, 1, 4]
-    recipe.begin_epoch(recipe.memory.features, labels, epoch=0)
     shown = recipe.batches(targets, epoch=0)
     assert [len(batch) for batch in shown] == [4, 4]  # 4 + 4 + 1 + 1 + 1, without the last batch that is not full
     once = recipe_with_memory(F.normalize(torch.randn(9, 4)), batch_size=1, num_instances=1, iters=0)
@@ -166,7 +167,7 @@ def test_unclustered_images_are_classes_of_one_and_shown_once():
 def test_small_and_few_clusters_fill_a_batch_by_repetition():
     features = F.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
     recipe = recipe_with_memory(features, batch_size=16, num_instances=4, iters=2)
-    targets = recipe.targets(torch.tensor([0, 0, 1, 1, -1, -1]))
+    targets = recipe.begin_epoch(features, torch.tensor([0, 0, 1, 1, -1, -1]), epoch=0)
     with pytest.warns(RuntimeWarning, match="too few clusters to fill a batch of 16"):
         shown = recipe.batches(targets, epoch=0)
     assert [len(batch) for batch in shown] == [16, 16]
@@ -178,10 +179,10 @@ def test_images_that_cannot_be_read_are_in_no_class():
     features[2] = torch.nan
     recipe = recipe_with_memory(features)
     again = recipe.features(None, epoch=1)
-    assert torch.equal(again.isnan().any(dim=1), torch.arange(6) == 2)
+    assert torch.equal(again.any(dim=1), torch.arange(6) != 2)
+    assert recipe.labels(again, epoch=1)[2] == -1
     labels = torch.tensor([0, 0, -1, -1, 0, 0])
-    assert recipe.targets(labels).tolist() == [0, 0, -1, 1, 0, 0]
-    recipe.begin_epoch(again, labels, epoch=1)
+    assert recipe.begin_epoch(again, labels, epoch=1).tolist() == [0, 0, -1, 1, 0, 0]
     rows = torch.tensor([0, 3])
     assert torch.isfinite(recipe.loss(features[rows], batch(rows)))
 
@@ -197,13 +198,13 @@ def test_rows_are_extracted_once_or_in_every_epoch():
 def test_no_cluster_in_the_first_epoch_leaves_the_bar_to_the_next():
     recipe = SpCL(SpCLConfig(k1=8, k2=1), Images(40))
     scattered = F.normalize(torch.randn(40, 64, generator=torch.Generator().manual_seed(0)))
-    assert (recipe.label(scattered, epoch=0) == -1).all()
-    assert recipe.threshold is None
-    assert recipe.state() == {}
-    recipe.load_state({})
+    assert (recipe.labels(scattered, epoch=0) == -1).all()
+    assert recipe.labels.threshold is None
+    recipe.load_state_dict(recipe.state_dict())
+    assert recipe.labels.threshold is None
     tight = scattered[torch.arange(40) % 5]
-    assert len(recipe.label(tight, epoch=1).unique()) == 5
-    assert recipe.threshold == 1.0
+    assert len(recipe.labels(tight, epoch=1).unique()) == 5
+    assert recipe.labels.threshold == 1.0
 
 
 @pytest.mark.parametrize(
@@ -229,7 +230,11 @@ def test_defaults_are_the_published_ones():
     assert config.pooling_type == "avg"
     assert {SpCLConfig.for_dataset(name).iters for name in ("msmt17", "veri", "vehicleid", "vehiclex")} == {800}
     assert get_method("spcl") is SpCL
-    assert SpCL.describe_labels(config).endswith("eps 0.6, min_samples 4, clusters that eps -+ 0.02 agree with")
+    assert (
+        SpCL(config, Images(4))
+        .labels.describe()
+        .endswith("eps 0.6, min_samples 4, clusters that eps -+ 0.02 agree with")
+    )
 
 
 SMALL = dict(
@@ -250,7 +255,7 @@ def test_two_epochs_and_a_crash_between_them(tiny_world, tmp_path, power_cut):
         fastreid_u.train(dataset, logs_dir=tmp_path / "broken", **SMALL)
     resumed = fastreid_u.train(dataset, logs_dir=tmp_path / "broken", resume=True, **SMALL)
     ours, theirs = (load_file(run.folder / "state.safetensors") for run in (resumed, whole))
-    assert ours.keys() == theirs.keys() >= {"networks.memory.features", "recipe.threshold"}
+    assert ours.keys() == theirs.keys() >= {"recipe.memory.features", "recipe.labels.bar"}
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     saved = load_file(resumed.folder / "model_last.safetensors")
     assert not any("memory" in name for name in saved)  # the network alone

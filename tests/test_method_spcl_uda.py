@@ -33,10 +33,11 @@ def unit(*shape, number=0):
 def recipe(**settings):
     """Five source people of three images each, the last of which nobody can read; 14 target images in 2 clusters."""
     pids = torch.arange(PEOPLE).repeat_interleave(3)
-    made = SpCLUDA(SpCLUDAConfig(temp=0.1, **settings), Images(IMAGES), Images(len(pids), pids=pids))
+    made = SpCLUDA(SpCLUDAConfig(temp=0.1, **settings), Images(IMAGES, source=Images(len(pids), pids=pids)))
     made.build(network())
     rows = {"target": unit(IMAGES, WIDTH, number=1), "source": unit(3 * PEOPLE, WIDTH, number=2)}
     rows["source"][-1] = torch.nan
+    made.images.source.readable[-1] = False
     features = made.features(lambda _, of="target": rows[of], epoch=0)
     labels = torch.tensor([0] * 5 + [1] * 6 + [-1] * 3)
     made.begin_epoch(features, labels, epoch=0)
@@ -121,32 +122,34 @@ def test_the_memory_starts_at_identity_means_and_images():
     torch.testing.assert_close(made.memory.features[:PEOPLE], means)
     torch.testing.assert_close(made.memory.features[PEOPLE:], rows["target"])
     assert made.memory.labels.tolist() == [*range(PEOPLE), *[5] * 5, *[6] * 6, 7, 8, 9]
-    assert made.targets(labels).tolist() == [0] * 5 + [1] * 6 + [2, 3, 4]
+    assert made.begin_epoch(made.memory.features, labels, 0).tolist() == [0] * 5 + [1] * 6 + [2, 3, 4]
     again = made.features(None, epoch=1)
     torch.testing.assert_close(again, rows["target"])
 
 
 def test_people_and_images_nobody_could_read():
     pids = torch.tensor([0, 0, 1, 1, 2, 2])
-    made = SpCLUDA(SpCLUDAConfig(), Images(4), Images(6, pids=pids))
+    made = SpCLUDA(SpCLUDAConfig(), Images(4, source=Images(6, pids=pids)))
     made.build(network())
     rows = {"target": unit(4, WIDTH), "source": unit(6, WIDTH)}
     rows["source"][2:] = torch.nan  # persons 1 and 2
     rows["target"][3] = torch.nan
+    made.images.source.readable[2:] = False
+    made.images.readable[3] = False
     features = made.features(lambda _, of="target": rows[of], epoch=0)
     labels = torch.tensor([0, 0, 0, -1])
-    made.begin_epoch(features, labels, epoch=0)
+    targets = made.begin_epoch(features, labels, epoch=0)
     assert not made.memory.features[1:3].any()
-    assert made.targets(labels).tolist() == [0, 0, 0, -1]
+    assert targets.tolist() == [0, 0, 0, -1]
     source = Batch(views=(), indices=torch.tensor([0, 1]), targets=torch.tensor([0, 0]))
     batch = Batch(views=(), indices=torch.tensor([0, 1]), targets=torch.tensor([0, 0]), source=source)
     assert torch.isfinite(made.loss((features[:2], rows["source"][:2]), batch))
 
 
 def test_each_domain_has_its_norms_and_the_target_is_evaluated():
-    made = SpCLUDA(SpCLUDAConfig(), Images(4), Images(4, pids=torch.tensor([0, 0, 1, 1])))
+    made = SpCLUDA(SpCLUDAConfig(), Images(4, source=Images(4, pids=torch.tensor([0, 0, 1, 1]))))
     made.build(build_model("resnet10", pooling="avg", weights=None, bn_group=4, seed=0))
-    made.networks.train()
+    made.train()
     images = torch.randn(2, 8, 3, 32, 16)
     source = Batch(views=(images[1] + 3,), indices=torch.arange(8), targets=torch.zeros(8, dtype=torch.int64))
     batch = Batch(views=(images[0],), indices=torch.arange(8), targets=torch.zeros(8, dtype=torch.int64), source=source)
@@ -184,7 +187,7 @@ def test_without_a_source_it_says_so(tiny_world, tmp_path):
     with pytest.raises(ValueError, match="source must hold other images than the set to learn"):
         fastreid_u.train(dataset, method="spcl_uda", source=str(tiny_world), logs_dir=tmp_path / "run", quiet=True)
     with pytest.raises(ValueError, match="method 'spcl_uda' needs source, a labelled data set to learn from, got none"):
-        SpCLUDA(SpCLUDAConfig(), Images(4), Images(4))
+        SpCLUDA(SpCLUDAConfig(), Images(4, source=Images(4)))
     assert not (tmp_path / "run").exists()
 
 
@@ -196,9 +199,9 @@ def test_two_epochs(tiny_world, tiny_source, tmp_path):
     )  # fmt: skip
     assert all(np.isfinite(record["loss"]) and record["clusters"] > 1 for record in run.records)
     state = load_file(run.folder / "state.safetensors")
-    assert len(state["networks.memory.features"]) == 6 + 72
+    assert len(state["recipe.memory.features"]) == 6 + 72
     assert not torch.equal(
-        state["networks.model.bnneck.source.running_mean"], state["networks.model.bnneck.target.running_mean"]
+        state["recipe.model.bnneck.source.running_mean"], state["recipe.model.bnneck.target.running_mean"]
     )
     plain, _ = fastreid_u.load_model(run.folder)
-    assert torch.equal(plain.bnneck.running_mean, state["networks.model.bnneck.target.running_mean"])
+    assert torch.equal(plain.bnneck.running_mean, state["recipe.model.bnneck.target.running_mean"])

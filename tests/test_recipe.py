@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 
 import fastreid_u
+from fastreid_u.config import Config
+from fastreid_u.labels.generator import center_per_camera
 from fastreid_u.methods import get_method
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
-from fastreid_u.recipe import Images, balanced_batches, center_per_camera
+from fastreid_u.recipe import Images, Paper, Recipe, balanced_batches
 
 
 def people(ids=8, per_camera=4, cameras=2, shift=0.0, dim=32):
@@ -29,9 +31,9 @@ def people(ids=8, per_camera=4, cameras=2, shift=0.0, dim=32):
 def test_centring_removes_what_a_camera_adds():
     features, pids, camids = people(shift=3.0)
     config = ClusterContrastConfig(k1=8, k2=3, eps=0.5)
-    plain = ClusterContrast(config, Images(len(camids), camids)).label(features, epoch=0)
+    plain = ClusterContrast(config, Images(len(camids), camids)).labels(features, epoch=0)
     centred_config = ClusterContrastConfig(k1=8, k2=3, eps=0.5, center_per_camera=True)
-    centred = ClusterContrast(centred_config, Images(len(camids), camids)).label(features, epoch=0)
+    centred = ClusterContrast(centred_config, Images(len(camids), camids)).labels(features, epoch=0)
     assert torch.equal(centred, pids)  # one cluster per identity, numbered by first image
     mixed = [len(set(plain[pids == pid].tolist())) for pid in range(8)]
     assert max(mixed) > 1  # without it, cameras split identities
@@ -53,7 +55,8 @@ def test_unreadable_rows_are_unclustered_and_disturb_nobody():
     config = ClusterContrastConfig(k1=8, k2=3)
     holed = torch.cat([features, torch.full((2, features.shape[1]), torch.nan)])
     images = Images(len(holed), torch.cat([camids, torch.tensor([0, 1])]))
-    labels = ClusterContrast(config, images).label(holed, epoch=0)
+    images.readable[-2:] = False
+    labels = ClusterContrast(config, images).labels(holed, epoch=0)
     assert torch.equal(labels[:-2], pids)
     assert labels[-2:].tolist() == [-1, -1]
 
@@ -97,7 +100,7 @@ def test_methods_is_a_list_and_a_package():
 def test_every_method_is_what_it_is_listed_as_and_documented(name):
     recipe = get_method(name)
     assert recipe.name == name
-    assert recipe.title
+    assert recipe.paper.title
     for dataset in ("", "market1501", "synthetic"):
         config = recipe.Config.for_dataset(dataset)
         assert all(field.metadata["help"] and field.metadata["source"] for field in dataclasses.fields(config))
@@ -115,22 +118,47 @@ def test_an_unknown_method_lists_the_known():
 
 @pytest.mark.parametrize(("ready", "ranks", "group"), [(False, 1, None), (True, 1, None), (True, 2, "world")])
 def test_labels_are_shared_out_where_there_are_several_ranks(monkeypatch, ready, ranks, group):
-    import fastreid_u.methods.cacl as cacl
-    import fastreid_u.methods.spcl as spcl
-    import fastreid_u.ops.pseudo_labels as op
+    from fastreid_u.labels import dbscan
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: ready)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
-    real, asked = op.pseudo_labels, []
+    real, asked = dbscan.pseudo_labels, []
 
     def alone(*given, group=None, **settings):
         asked.append(group)
         return real(*given, **settings)
 
-    for module in (op, spcl, cacl):
-        monkeypatch.setattr(module, "pseudo_labels", alone)
+    monkeypatch.setattr(dbscan, "pseudo_labels", alone)
     features, _, camids = people()
     for name in ("cluster_contrast", "spcl", "cacl"):
         method = get_method(name)
-        method(method.Config(k1=8, k2=3), Images(len(features), camids)).cluster(features, epoch=0)
+        method(method.Config(k1=8, k2=3), Images(len(features), camids)).labels.cluster(features, epoch=0)
     assert asked == [group] * 3
+
+
+def test_a_subclass_is_its_authors_design_unless_it_names_a_paper():
+    class Mine(get_method("ice")):
+        name = "mine"
+
+    assert (Mine.paper.title, Mine.paper.published) == ("mine", False)
+    assert Mine.paper.compat  # the code that it inherits still asks for it
+    assert get_method("ice").paper == Paper("ICE", compat=True)
+
+
+def test_an_author_must_know_fifteen_names():
+    """Whatever a recipe offers beyond nn.Module, the attributes that it has once it is built included."""
+
+    class Plain(Recipe):
+        name = "plain"
+
+        def begin_epoch(self, features, labels, epoch):
+            return labels
+
+        def loss(self, outputs, batch):
+            return outputs.sum()
+
+    plain = Plain(Config(), Images(4))
+    plain.build(torch.nn.Identity())
+    offered = {*dir(Recipe), *Recipe.__annotations__, *vars(plain), *dict(plain.named_children())}
+    names = {name for name in offered if not name.startswith("_") and not hasattr(torch.nn.Module(), name)}
+    assert len(names) <= 15, sorted(names)

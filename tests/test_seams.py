@@ -17,9 +17,11 @@ from fastreid_u._toml import load_toml
 from fastreid_u.config import option
 from fastreid_u.data import load_dataset, test_transform
 from fastreid_u.engine import optimizer
+from fastreid_u.labels.dbscan import DBSCANLabels
 from fastreid_u.methods import get_method
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.models.domains import domain, single_domain, split_domains
+from fastreid_u.recipe import Paper
 
 SMALL = dict(
     height=64, width=32, arch="resnet10", weights=None, bn_group=None, batch_size=16, num_instances=4, iters=3,
@@ -33,56 +35,51 @@ class GreedyConfig(ClusterContrastConfig):
 
 
 class Greedy(ClusterContrast):
-    """Two views, an averaged teacher that is clustered and ranked, two domains, a schedule, a counter to keep."""
+    """Two views, a teacher that is clustered and ranked, two domains, a schedule, terms of the loss, a counter."""
 
-    name, title, Config = "greedy", "Everything at once", GreedyConfig
-    uses_source = True
+    name, paper, Config = "greedy", Paper("Everything at once", published=False), GreedyConfig
     seen: ClassVar[list] = []
+
+    def __init__(self, config, images):
+        super().__init__(config, images)
+        self.labels = DBSCANLabels(config, images, lambda epoch: config.eps - 0.1 * epoch)
 
     def build(self, model):
         split_domains(model)
         super().build(model)
-        self.networks["teacher"] = copy.deepcopy(model).requires_grad_(False)
-        self.steps = torch.zeros((), dtype=torch.int64)
+        self.teacher = copy.deepcopy(model).requires_grad_(False)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def ranked(self):
-        return {"model": single_domain(self.model), "teacher": single_domain(self.networks["teacher"])}
+        return {"model": single_domain(self.model), "teacher": single_domain(self.teacher)}
 
     def views(self):
         return (*super().views(), test_transform(self.config.height, self.config.width))
 
     def features(self, extract, epoch):
-        self.source_rows = extract(self.networks["teacher"], of="source")
-        return extract(self.networks["teacher"])
-
-    def eps(self, epoch):
-        return self.config.eps - 0.1 * epoch
+        self.source_rows = extract(self.teacher, of="source")
+        return extract(self.teacher)
 
     def forward(self, batch):
         with domain(self.model, "source"):
             labelled = self.model(batch.source.images)
         return self.model(batch.images), labelled
 
-    def loss(self, x, batch):
-        type(self).seen.append((len(batch.views), tuple(batch.images.shape), batch.camids, batch.source))
-        own, labelled = x
+    def loss(self, outputs, batch):
+        type(self).seen.append((len(batch.views), tuple(batch.images.shape), batch.camids, batch.source, batch.epoch))
+        own, labelled = outputs
         rows = F.normalize(self.source_rows, dim=1)
-        return super().loss(own, batch) + F.cross_entropy(labelled @ rows.T, batch.source.indices)
+        return {
+            "clusters": super().loss(own, batch),
+            "source": F.cross_entropy(labelled @ rows.T, batch.source.indices),
+        }
 
-    def update(self, x, batch):
-        assert not x[0].requires_grad
-        super().update(x[0], batch)
-
-    def after_step(self):
+    def update(self, outputs, batch):
+        assert not outputs[0].requires_grad
+        super().update(outputs[0], batch)
         self.steps += 1
-        for ours, theirs in zip(self.networks["teacher"].parameters(), self.model.parameters(), strict=True):
+        for ours, theirs in zip(self.teacher.parameters(), self.model.parameters(), strict=True):
             ours.lerp_(theirs, 0.1)
-
-    def state(self):
-        return {"steps": self.steps}
-
-    def load_state(self, state):
-        self.steps = state["steps"]
 
 
 def run(world, source, folder, **changes):
@@ -98,7 +95,8 @@ def finished(tiny_world, tiny_source, tmp_path_factory):
 
 def test_a_step_sees_all_views_cameras_and_labelled_images(finished):
     assert len(Greedy.seen) == 6
-    for views, shape, camids, source in Greedy.seen:
+    assert [epoch for *_, epoch in Greedy.seen] == [0] * 3 + [1] * 3
+    for views, shape, camids, source, _ in Greedy.seen:
         assert (views, shape) == (2, (16, 3, 64, 32))
         assert set(camids.tolist()) <= {0, 1, 2}
         assert len(source.views) == 2
@@ -120,7 +118,7 @@ def test_teacher_second_domain_and_counter_survive_a_crash(finished, tiny_world,
     resumed = run(tiny_world, tiny_source, tmp_path, resume=True)
     ours, theirs = (load_file(r.folder / "state.safetensors") for r in (resumed, finished))
     assert ours.keys() == theirs.keys()
-    assert any(name.startswith("networks.teacher.") for name in ours)
+    assert any(name.startswith("recipe.teacher.") for name in ours)
     assert any(".source." in name for name in ours)
     assert ours["recipe.steps"].item() == 6
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -137,13 +135,8 @@ def test_a_source_is_asked_for_by_name(tiny_world, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_method_may_have_dials_for_its_source(tiny_world, tmp_path, monkeypatch):
-    """What the user gives of ``source_data`` comes over them."""
-
-    class Dialled(Greedy):
-        name, title = "dialled", "With a source of its own"
-        source_dials: ClassVar = {"synthetic": {"seed": 7, "cameras": 3}}
-
+def test_a_rendered_source_has_other_people_unless_its_dials_are_given(tiny_world, tmp_path, monkeypatch):
+    """What the user gives of ``source_data`` comes over the seed of the source."""
     asked = []
 
     def load(name, root, **dials):
@@ -152,17 +145,21 @@ def test_a_method_may_have_dials_for_its_source(tiny_world, tmp_path, monkeypatc
 
     dataset = load_dataset("market1501", tiny_world)
     monkeypatch.setattr("fastreid_u.data.load_dataset", load)
-    for source_data in (None, {"cameras": 2}):
+    for source_data in (None, {"cameras": 2}, {"seed": 7}):
         with pytest.raises(FileNotFoundError, match="nothing is rendered"):
             fastreid_u.train(
-                dataset, logs_dir=tmp_path, method=Dialled, source="synthetic", source_data=source_data, **SMALL
+                dataset, logs_dir=tmp_path, method=Greedy, source="synthetic", source_data=source_data, **SMALL
             )
-    assert asked == [("synthetic", {"seed": 7, "cameras": 3}), ("synthetic", {"seed": 7, "cameras": 2})]
+    assert asked == [("synthetic", dials) for dials in ({"seed": 50}, {"seed": 50, "cameras": 2}, {"seed": 7})]
 
 
 def test_a_method_that_needs_cameras_says_so_before_any_work(plant, tmp_path):
     class Cameras(ClusterContrast):
-        name, title, needs_cameras = "cameras", "Needs cameras", True
+        name = "cameras"
+
+        def __init__(self, config, images):
+            super().__init__(config, images)
+            images.require_cameras(self.name)
 
     folder = plant("crops", "a.jpg", "b.jpg")
     with pytest.raises(ValueError, match="method 'cameras' needs images of two cameras or more"):
@@ -170,6 +167,18 @@ def test_a_method_that_needs_cameras_says_so_before_any_work(plant, tmp_path):
             str(folder), logs_dir=tmp_path / "run", method=Cameras, **{**SMALL, "center_per_camera": False}
         )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_method_that_returns_no_targets_is_named(tiny_world, tmp_path):
+    class Forgetful(ClusterContrast):
+        name = "forgetful"
+
+        def begin_epoch(self, features, labels, epoch):
+            super().begin_epoch(features, labels, epoch)
+
+    dataset = load_dataset("market1501", tiny_world)
+    with pytest.raises(TypeError, match=r"begin_epoch of 'forgetful' must return \(N,\) targets, got None"):
+        fastreid_u.train(dataset, logs_dir=tmp_path, method=Forgetful, **SMALL)
 
 
 def test_warm_up_is_linear_then_drops():
@@ -198,10 +207,10 @@ class ScaledConfig(ClusterContrastConfig):
     scale: float = option(0.5, "factor on the loss")
 
 class Scaled(ClusterContrast):
-    name, title, Config = "scaled", "Scaled loss", ScaledConfig
+    name, Config = "scaled", ScaledConfig
 
-    def loss(self, x, batch):
-        return self.config.scale * super().loss(x, batch)
+    def loss(self, outputs, batch):
+        return self.config.scale * super().loss(outputs, batch)
 """
 
 

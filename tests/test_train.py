@@ -225,9 +225,11 @@ def test_all_noise_is_a_named_error(tiny_world, tmp_path):
 
 
 def test_one_cluster_warns_and_goes_on(tiny_world, tmp_path, monkeypatch):
-    from fastreid_u.recipe import Recipe
+    from fastreid_u.labels.generator import LabelGenerator
 
-    monkeypatch.setattr(Recipe, "label", lambda self, features, epoch: torch.zeros(len(features), dtype=torch.int64))
+    monkeypatch.setattr(
+        LabelGenerator, "forward", lambda self, features, epoch: torch.zeros(len(features), dtype=torch.int64)
+    )
     result = run(tiny_world, tmp_path, epochs=1, quiet=False)
     assert result.last["clusters"] == 1
     assert result.last["loss"] == pytest.approx(0.0, abs=1e-6)
@@ -235,21 +237,21 @@ def test_one_cluster_warns_and_goes_on(tiny_world, tmp_path, monkeypatch):
 
 
 def test_fewer_clusters_than_a_batch_needs_warns_once_and_goes_on(tiny_world, tmp_path, monkeypatch):
-    from fastreid_u.recipe import Recipe
+    from fastreid_u.labels.generator import LabelGenerator
 
     def two_clusters(self, features, epoch):
         return (torch.arange(len(features)) // 4).clamp(max=1)
 
-    monkeypatch.setattr(Recipe, "label", two_clusters)
+    monkeypatch.setattr(LabelGenerator, "forward", two_clusters)
     result = run(tiny_world, tmp_path, quiet=False, batch_size=32)
     assert result.last["clusters"] == 2
     assert (tmp_path / "log.txt").read_text().count("identities repeat within a batch") == 1
 
 
 def test_clusters_of_one_image_train(tiny_world, tmp_path, monkeypatch):
-    from fastreid_u.recipe import Recipe
+    from fastreid_u.labels.generator import LabelGenerator
 
-    monkeypatch.setattr(Recipe, "label", lambda self, features, epoch: torch.arange(len(features)))
+    monkeypatch.setattr(LabelGenerator, "forward", lambda self, features, epoch: torch.arange(len(features)))
     assert np.isfinite(run(tiny_world, tmp_path, epochs=1, iters=2).last["loss"])
 
 

@@ -23,10 +23,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 import fastreid_u
+from fastreid_u.config import Config
 from fastreid_u.data import ReIDDataset, load_dataset
 from fastreid_u.data.synthetic import SyntheticConfig
+from fastreid_u.labels.generator import LabelGenerator
 from fastreid_u.methods.cluster_contrast import ClusterContrast
-from fastreid_u.recipe import Recipe
+from fastreid_u.recipe import Images, Recipe
 
 STRIPES = 8
 
@@ -90,13 +92,27 @@ def supervised(dataset: ReIDDataset, method: type[Recipe]) -> type[Recipe]:
     """``method`` with the true identities in place of clusters."""
 
     class Supervised(method):
-        name, title = "supervised", "Supervised reference"
+        name = "supervised"
 
-        def label(self, features: torch.Tensor, epoch: int) -> torch.Tensor:
-            pids = torch.tensor([sample.pid for sample in dataset.train])
-            return pids.unique(return_inverse=True)[1].to(features.device)
+        def __init__(self, config: Config, images: Images) -> None:
+            super().__init__(config, images)
+            self.labels = TrueIdentities(config, images, dataset)
 
     return Supervised
+
+
+class TrueIdentities(LabelGenerator):
+    """Labels that are known, of ``dataset``'s training images."""
+
+    def __init__(self, config: Config, images: Images, dataset: ReIDDataset) -> None:
+        super().__init__(config, images)
+        self.pids = torch.tensor([sample.pid for sample in dataset.train]).unique(return_inverse=True)[1]
+
+    def cluster(self, features: torch.Tensor, epoch: int) -> torch.Tensor:
+        return self.pids[self.images.readable].to(features.device)
+
+    def describe(self) -> str:
+        return "true identities"
 
 
 def score(dataset: ReIDDataset, query: np.ndarray, gallery: np.ndarray) -> tuple[float, float]:

@@ -11,4 +11,4 @@ def methods(words: list[str]) -> None:
     from fastreid_u.methods import get_method, method_names
 
     for name in method_names():
-        print(f"{name:<24} {get_method(name).title}")
+        print(f"{name:<24} {get_method(name).paper.title}")

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 # A resumed run may be given these anew; anything else would make it another experiment.
 _RESUMABLE = {"epochs", "workers", "cache_images", "print_freq", "eval_step", "eval_batch_size"}
 
+# A rendered source has other people and cameras than the rendered set to learn, unless its dials are given.
+_SOURCE_DIALS: Mapping[str, Mapping[str, Any]] = {"synthetic": {"seed": 50}}
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -130,8 +133,8 @@ def experiment_of(arguments: Arguments, stored: Mapping[str, Any] | None = None)
         if root is None:
             root, source_root = stored_root(name, run["root"]), stored_root(source or "", run.get("source_root"))
     source_data = dict(arguments.source_data or {})
-    if recipe_class.uses_source and source is not None:
-        source_data = {**recipe_class.source_dials.get(known_name(source), {}), **source_data}
+    if source is not None:
+        source_data = {**_SOURCE_DIALS.get(known_name(source), {}), **source_data}
     data = dict(arguments.data or {})
     return Experiment(recipe_class, config, dataset, name, root, source_root, data, source_data, run)
 
@@ -146,6 +149,23 @@ def absolute_name(argument: str, value: object, root: str | os.PathLike | None) 
     text = os.fspath(value)
     places = (Path(text).expanduser(), data_root(root) / text) if text and not known_name(text) else ()
     return known_name(text) or next((os.path.abspath(place) for place in places if place.exists()), text)
+
+
+def stored_method(stored: Mapping[str, Any]) -> str:
+    """The method of a run's settings, where it is one of ours.
+
+    A file or module that settings name is never imported: the folder may come from someone else.
+
+    Raises:
+        ValueError: it is not one of ours, so the caller has to give it again.
+    """
+    method = stored["run"]["method"]
+    if method not in method_names():
+        raise ValueError(
+            "train: method must be given again, as FILE.py:CLASS or the class, for a run of one's own method "
+            f"({method!r}), got None"
+        )
+    return method
 
 
 def stored_root(name: str, root: str | None) -> str | None:

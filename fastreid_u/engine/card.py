@@ -33,6 +33,7 @@ class RecipeCard:
         method, config: the method and its settings.
         dataset: name of the set to learn.
         model: the network's description, as ``ReIDModel.describe`` gives it.
+        labels: the label generator's, of ``LabelGenerator.describe``.
         device: where it runs.
         selects: how ``model_best`` is chosen.
     """
@@ -41,6 +42,7 @@ class RecipeCard:
     config: Config
     dataset: str
     model: Mapping[str, Any]
+    labels: str
     device: str
     selects: str
 
@@ -48,10 +50,10 @@ class RecipeCard:
         """The card, a line of text each."""
         method, config, model = self.method, self.config, self.model
         return [
-            f"{method.title} on {self.dataset}, seed {config.seed}, {self.device}",
+            f"{method.paper.title} on {self.dataset}, seed {config.seed}, {self.device}",
             f"  network     {model['arch']}, {model['parameters'] / 1e6:.1f} M parameters, "
             f"{model['num_features']} features, pooling {model['pooling']}, weights {model['weights']}",
-            f"  labels      {method.describe_labels(config)}, per-camera centring "
+            f"  labels      {self.labels}, per-camera centring "
             + ("ON (ours, not in the published recipe)" if config.center_per_camera else "off"),
             f"  batch       {config.batch_size} = {config.batch_size // config.num_instances} clusters "
             f"x {config.num_instances} images, BatchNorm over {config.bn_group or config.batch_size}",
@@ -61,7 +63,7 @@ class RecipeCard:
         ]
 
     def _compat(self) -> list[str]:
-        if self.method.has_compat:
+        if self.method.paper.compat:
             how = "on: as" if self.config.compat else "off: not always as"
             return [f"  compat      {how} published code, docs/quirks.md"]
         return ["  compat      on, which changes nothing in this method"] if self.config.compat else []
@@ -72,7 +74,7 @@ class RecipeCard:
         theirs = self.method.Config.for_dataset("" if rendered else self.dataset)
         names = [field.name for field in dataclasses.fields(ours) if field.name not in _MACHINE]
         names = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
-        published = self.method.is_published()
+        published = self.method.paper.published
         recipe, whose = ("the published recipe", "published") if published else ("the method's own defaults", "default")
         if not names:
             return [f"  same settings as {recipe}"]
@@ -88,9 +90,9 @@ def model_selection(recipe: Recipe, split: Split | None) -> str:
     if split is None:
         return "nothing to evaluate on, so no model_best"
     text = f"model_best is chosen on the {split.place}"
-    if split.queries is None or not recipe.is_published():
+    if split.queries is None or not recipe.paper.published:
         return text
-    return f"{text}, as published" if recipe.published_model == "best" else f"{text}; published: the last epoch"
+    return f"{text}, as published" if recipe.paper.model == "best" else f"{text}; published: the last epoch"
 
 
 _COLUMNS = (

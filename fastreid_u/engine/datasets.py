@@ -33,9 +33,11 @@ class Datasets:
     source: "ReIDDataset | None"
     fingerprint: str
 
-    def images(self) -> tuple[Images, Images | None]:
+    def images(self) -> Images:
         """What a recipe may know of the target, and of the source with its identities."""
-        return _images(self.target), _images(self.source, identities=True) if self.source else None
+        images = _images(self.target)
+        images.source = _images(self.source, identities=True) if self.source else None
+        return images
 
 
 def load_datasets(experiment: Experiment, display: Display) -> Datasets:
@@ -93,7 +95,7 @@ def _load(
 def _load_source(experiment: Experiment, display: Display) -> "ReIDDataset | None":
     """The labelled set of a method that uses one, without images whose identity is unknown."""
     method = experiment.recipe_class
-    if not method.uses_source:
+    if not hasattr(experiment.config, "source"):
         if experiment.source_data:
             raise ValueError(
                 f"train: source_data must be left out for method {method.name!r}, got {dict(experiment.source_data)}"

@@ -3,6 +3,8 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import reduce
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from fastreid_u.engine.optimizer import learning_rate
 from fastreid_u.ops.device_flag import raise_flagged
 from fastreid_u.ranks import gather_batch
-from fastreid_u.recipe import Batch, balanced_batches
+from fastreid_u.recipe import Batch, Images, balanced_batches
 
 if TYPE_CHECKING:
     from fastreid_u.data import Loaded
@@ -34,25 +36,25 @@ def fit_epoch(session: "Session", epoch: int, targets: Tensor) -> float:
         optimizer.state.clear()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, epoch)
-    recipe.networks.train()
+    recipe.train()
     total = torch.zeros((), device=machine.device)
     steps = 0
     batches = recipe.batches(targets.cpu(), epoch)
     with machine.display.phase(f"epoch {epoch}", len(batches), unit="steps") as advance:
         for batch in _loaded(session, batches, targets, epoch):
             with machine.precision():
-                outputs = recipe.forward(batch)
+                outputs = recipe(batch)
             outputs, batch = gather_batch(_each(outputs, Tensor.float), batch)
-            loss = recipe.loss(outputs, batch)
+            loss = _total(recipe.loss(outputs, batch))
             total += loss.detach()
             steps += 1
             if machine.device.type == "cpu" or steps % config.print_freq == 0:
                 _require_finite(total, epoch, steps)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            recipe.update(_each(outputs, Tensor.detach), batch)
             optimizer.step()
-            recipe.after_step()
+            with torch.no_grad():
+                recipe.update(_each(outputs, Tensor.detach), batch)
 
             advance(1, note=f"loss {total.item() / steps:.3f}" if steps % config.print_freq == 0 else "")
     _require_finite(total, epoch, steps)
@@ -64,31 +66,34 @@ def _loaded(session: "Session", batches: Sequence[Sequence[int]], targets: Tenso
 
     A step whose images, or whose source images, are all unreadable is left out.
     """
-    recipe, device = session.recipe, session.machine.device
+    recipe, images, device = session.recipe, session.recipe.images, session.machine.device
     seed = (recipe.config.seed, epoch)
     source = repeat(None)
     if session.source is not None:
-        own = balanced_batches(recipe.source, recipe.source.pids, recipe.config, epoch, len(batches))
+        own = balanced_batches(images.source, images.source.pids, recipe.config, epoch, len(batches))
         source = session.source.train_batches(own, (*seed, 1))
     target = session.target.train_batches(batches, seed)
     for loaded, labelled in zip(target, source):  # noqa: B905 - repeat(None) has no end
         if len(loaded.indices) and (labelled is None or len(labelled.indices)):
-            extra = None if labelled is None else _on_device(labelled, recipe.source.pids, recipe.source.camids, device)
-            yield _on_device(loaded, targets, recipe.images.camids, device, extra)
+            batch = _on_device(loaded, images, targets, device)
+            extra = None if labelled is None else _on_device(labelled, images.source, images.source.pids, device)
+            yield replace(batch, source=extra, epoch=epoch)
 
 
-def _on_device(
-    loaded: "Loaded", targets: Tensor, camids: Tensor | None, device: torch.device, source: Batch | None = None
-) -> Batch:
-    """A loaded batch copied to ``device``, with the ``targets`` and ``camids`` of its rows."""
+def _on_device(loaded: "Loaded", images: Images, targets: Tensor, device: torch.device) -> Batch:
+    """A loaded batch of ``images`` copied to ``device``, with the ``targets`` and cameras of its rows."""
     views = loaded.images if isinstance(loaded.images, tuple) else (loaded.images,)
     return Batch(
         views=tuple(view.to(device, non_blocking=True) for view in views),
         indices=loaded.indices.to(device),
         targets=targets[loaded.indices.to(targets.device)].to(device),
-        camids=None if camids is None else camids[loaded.indices].to(device),
-        source=source,
+        camids=None if images.camids is None else images.camids[loaded.indices].to(device),
     )
+
+
+def _total(loss: Tensor | dict[str, Tensor]) -> Tensor:
+    """The loss, or the sum of its named terms, from the first to the last."""
+    return loss if isinstance(loss, Tensor) else reduce(torch.add, loss.values())
 
 
 def _each(outputs: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -46,12 +46,14 @@ class State(NamedTuple):
     Attributes:
         epoch: the last finished epoch.
         fingerprint: of the training images, as ``fingerprint`` in datasets.py makes it.
-        tensors: networks, optimiser, labels and the recipe's own, by name.
+        tensors: the recipe's, the optimiser's, labels, and which images could be read, by name.
+        layout: of the version that wrote it.
     """
 
     epoch: int
     fingerprint: str
     tensors: dict[str, Tensor]
+    layout: int = LAYOUT
 
 
 class RunFolder:
@@ -156,7 +158,7 @@ class RunFolder:
         """
         tensors, about = read_described(self.state_file)
         require_readable("train", self.path, about["schema"])
-        return State(about["epoch"], about["data"], tensors)
+        return State(about["epoch"], about["data"], tensors, about["schema"])
 
     # Whether a run may begin here
 

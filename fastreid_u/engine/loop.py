@@ -39,13 +39,15 @@ def run_epochs(session: Session) -> None:
         with _timed(seconds, "extract"):
             features = s.recipe.features(s.extract, epoch)
         with _timed(seconds, "label"), display.phase("label", len(features)) as advance:
-            labels = s.recipe.label(features, epoch)
+            labels = s.recipe.labels(features, epoch)
             advance(len(features))
         health = check_labels(s, labels.cpu().numpy(), epoch)
 
         with _timed(seconds, "fit"):
-            s.recipe.begin_epoch(features, labels, epoch)
-            loss = fit_epoch(s, epoch, s.recipe.targets(labels))
+            targets = s.recipe.begin_epoch(features, labels, epoch)
+            if not isinstance(targets, torch.Tensor):
+                raise TypeError(f"train: begin_epoch of {s.recipe.name!r} must return (N,) targets, got {targets!r}")
+            loss = fit_epoch(s, epoch, targets)
         with _timed(seconds, "evaluate"):
             due = (epoch + 1) % config.eval_step == 0 or epoch == config.epochs - 1
             ranking, network = _ranking(s) if due else ({}, next(iter(s.recipe.ranked().values())))
@@ -87,14 +89,14 @@ def check_labels(s: Session, labels: np.ndarray, epoch: int) -> dict[str, Any]:
     health = label_health(labels, s.labels, pids)
     if health["clusters"] == 0:
         raise NoClustersError(
-            f"epoch {epoch}: all {len(labels)} images are un-clustered at {recipe.label_settings(epoch)}. "
-            f"{recipe.if_none_cluster}, in another run"
+            f"epoch {epoch}: all {len(labels)} images are un-clustered at {recipe.labels.settings(epoch)}. "
+            f"{recipe.labels.advice.no_cluster}, in another run"
             + ("" if epoch == 0 else "; the finished epochs of this one are saved")
         )
     if health["clusters"] == 1:
         s.machine.display.line(
             f"warning: epoch {epoch}: one cluster holds all clustered images, so its labels tell nobody apart. "
-            f"{recipe.if_all_cluster} (now {recipe.label_settings(epoch)})"
+            f"{recipe.labels.advice.one_cluster} (now {recipe.labels.settings(epoch)})"
             + (" or try center_per_camera=True" if target.has_cameras and not recipe.config.center_per_camera else "")
         )
     return health
@@ -113,7 +115,7 @@ def save_epoch(s: Session, record: dict[str, Any], network: nn.Module) -> None:
     s.folder.save_epoch(record, network, about, current_state(s, record["epoch"]))
     people = len({sample.pid for sample in target.train if sample.pid >= 0}) if target.has_pids else None
     place = {"ranked_on": s.test.split.place} if s.test else {}
-    title = f"{recipe.title} on {target.name}"
+    title = f"{recipe.paper.title} on {target.name}"
     draw_curves(s.folder.records, s.folder.curves, title, true_clusters=people, **place)
     s.machine.display.line(table_row(record))
 

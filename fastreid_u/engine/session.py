@@ -15,6 +15,7 @@ from fastreid_u.engine.device import Machine
 from fastreid_u.engine.evaluate import SplitImages, test_split
 from fastreid_u.engine.folder import RunFolder, State
 from fastreid_u.engine.image_set import ImageSet, Reading
+from fastreid_u.engine.layout_3 import from_layout_3
 from fastreid_u.engine.optimizer import make_optimizer
 from fastreid_u.recipe import Recipe
 
@@ -51,8 +52,16 @@ class Session:
     labels: np.ndarray | None = None
 
     def extract(self, network: nn.Module, *, of: str = "target") -> Tensor:
-        """``recipe.Extract``: features of all "target" or all "source" images, unaugmented."""
-        return (self.source if of == "source" else self.target).features(network)
+        """``recipe.Extract``: features of all "target" or all "source" images, unaugmented.
+
+        Which of them could be read is from then on in ``recipe.images``.
+        """
+        images, about = self.target, self.recipe.images
+        if of == "source":
+            images, about = self.source, about.source
+        features = images.features(network)
+        about.readable = torch.isfinite(features).all(dim=1).cpu()
+        return features
 
     def close(self) -> None:
         """End the worker processes, which would last as long as an exception that refers to this session."""
@@ -127,16 +136,15 @@ def start_networks(session: Session, model: "ReIDModel", *, calibrate: bool) -> 
         with machine.precision():
             calibrate_batchnorm(model, islice(batches, config.calibrate_bn))
     recipe.build(model)
-    recipe.networks.to(machine.device)
-    session.optimizer = make_optimizer(recipe.parameters(), config)
+    recipe.to(machine.device)
+    session.optimizer = make_optimizer([weight for weight in recipe.parameters() if weight.requires_grad], config)
 
 
 def current_state(session: Session, epoch: int) -> State:
     """All that the run needs to go on after ``epoch``."""
     recipe = session.recipe
-    tensors = {f"networks.{name}": tensor for name, tensor in recipe.networks.state_dict().items()}
-    tensors |= {f"recipe.{name}": tensor for name, tensor in recipe.state().items()}
-    tensors["labels"] = torch.from_numpy(session.labels)
+    tensors = {f"recipe.{name}": tensor for name, tensor in recipe.state_dict().items()}
+    tensors |= {"labels": torch.from_numpy(session.labels), "readable": recipe.images.readable}
     for index, moments in session.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
     return State(epoch, session.datasets.fingerprint, tensors)
@@ -156,7 +164,7 @@ def restore(session: Session) -> None:
             f"images, the run has {expected}"
             + (", with other names, sizes, identities or cameras" if expected == count else "")
         )
-    _load_tensors(session, state.tensors)
+    _load_tensors(session, from_layout_3(state.tensors, session.recipe) if state.layout == 3 else state.tensors)
     session.start = state.epoch + 1
     session.folder.go_on_after(state.epoch)
     session.machine.display.line(f"resumed after epoch {state.epoch}")
@@ -164,17 +172,17 @@ def restore(session: Session) -> None:
 
 def _load_tensors(session: Session, tensors: dict[str, Tensor]) -> None:
     """Take back the tensors of ``current_state``."""
-    groups: dict[str, dict[str, Tensor]] = {"networks": {}, "recipe": {}}
+    recipe_state: dict[str, Tensor] = {}
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         group, _, rest = name.partition(".")
         if group == "optimizer":
             index, _, key = rest.partition(".")
             moments.setdefault(int(index), {})[key] = tensor
-        elif group in groups:
-            groups[group][rest] = tensor
+        elif group == "recipe":
+            recipe_state[rest] = tensor
     optimizer = session.optimizer
-    session.recipe.networks.load_state_dict(groups["networks"])
+    session.recipe.load_state_dict(recipe_state)
+    session.recipe.images.readable = tensors["readable"]
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    session.recipe.load_state(groups["recipe"])
     session.labels = tensors["labels"].numpy()

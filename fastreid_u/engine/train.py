@@ -110,7 +110,7 @@ def train(
         display = Display(quiet=quiet)
         machine = Machine(device, uses_bfloat16(experiment.config.amp, device), display)
         datasets = load_datasets(experiment, display)
-        recipe = experiment.recipe_class(experiment.config, *datasets.images())
+        recipe = experiment.recipe_class(experiment.config, datasets.images())
         model = build_network(experiment.config, device, trained=resume)
 
         free_name = f"{datasets.target.name}-{recipe.name}"
@@ -157,7 +157,7 @@ def _introduce(session: Session, model: "ReIDModel", experiment: Experiment) -> 
     display.line()
     selects = model_selection(recipe, session.test.split if session.test else None)
     name, device = experiment.name or datasets.target.name, str(session.machine.device)
-    card = RecipeCard(type(recipe), recipe.config, name, model.describe(), device, selects)
+    card = RecipeCard(type(recipe), recipe.config, name, model.describe(), recipe.labels.describe(), device, selects)
     for line in [*card.lines(), f"  run folder  {session.folder}", ""]:
         display.line(line)
 

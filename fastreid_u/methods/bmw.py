@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from fastreid_u.config import NOT_NEGATIVE, RENDERED, Rule, changed, option
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
+from fastreid_u.recipe import Paper
 
 LOG = "published Market-1501 log (79c75fd)"
 CODE = "published code (79c75fd)"
@@ -41,9 +42,8 @@ class BMWConfig(ClusterContrastConfig):
 
 class BMW(ClusterContrast):
     name = "bmw"
-    title = "BMW"
+    paper = Paper("BMW", compat=True)
     Config = BMWConfig
-    has_compat = True
 
     def update_rule(self) -> dict[str, Any]:
         # Published code moves one row after the other, so that a row may be pushed from one that has moved already.

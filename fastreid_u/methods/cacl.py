@@ -16,15 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastreid_u.config import IN_UNIT, NOT_NEGATIVE, POSITIVE, RENDERED, Config, Rule, changed, option
+from fastreid_u.labels.refined import RefinedLabels
 from fastreid_u.memory import InstanceMemory
-from fastreid_u.methods.spcl import own_classes
 from fastreid_u.models import set_bn_group
 from fastreid_u.ops.cosine_align import cosine_align
-from fastreid_u.ops.knn import knn
-from fastreid_u.ops.pseudo_labels import pseudo_labels
-from fastreid_u.ops.refine_clusters import refine_clusters
-from fastreid_u.ranks import label_group
-from fastreid_u.recipe import Batch, Extract, Recipe
+from fastreid_u.ops.label_classes import own_classes
+from fastreid_u.recipe import Batch, Extract, Images, Paper, Recipe
 
 if TYPE_CHECKING:
     from fastreid_u.data import View
@@ -123,25 +120,22 @@ class CACL(Recipe):
     """One memory per network; the colour network's is clustered, and that network is the result."""
 
     name = "cacl"
-    title = "CACL"
+    paper = Paper("CACL", compat=True)
     Config = CACLConfig
-    has_compat = True
 
-    @classmethod
-    def describe_labels(cls, config: CACLConfig) -> str:
-        tight = f", refined by eps {config.eps - config.eps_gap:g} ({config.refinement})"
-        return super().describe_labels(config) + ("" if config.refinement == "none" else tight)
+    def __init__(self, config: CACLConfig, images: Images) -> None:
+        super().__init__(config, images)
+        self.labels = RefinedLabels(config, images)
 
     def build(self, model: "ReIDModel") -> None:
         super().build(model)
         c = self.config
-        self.networks["grey"] = copy.deepcopy(model)
-        self.networks["predictor"] = Predictor(model.num_features, c.seed)
-        set_bn_group(self.networks["predictor"], c.bn_group, c.bn_running)
-        for name in ("memory", "grey_memory"):
-            self.networks[name] = InstanceMemory(
-                model.num_features, self.images.count, c.temp, c.momentum, normalize=False
-            )
+        self.grey = copy.deepcopy(model)
+        self.predictor = Predictor(model.num_features, c.seed)
+        set_bn_group(self.predictor, c.bn_group, c.bn_running)
+        self.memory, self.grey_memory = (
+            InstanceMemory(model.num_features, self.images.count, c.temp, c.momentum, normalize=False) for _ in range(2)
+        )
 
     def views(self) -> "tuple[View, ...]":
         from fastreid_u.data import train_transform
@@ -151,52 +145,37 @@ class CACL(Recipe):
         return tuple(train_transform(c.height, c.width, grey=grey, **shared) for grey in (0.0, float(c.grey)))
 
     def features(self, extract: Extract, epoch: int) -> Tensor:
+        """The colour network's memory; zeros for an image that could not be read."""
         from fastreid_u.data.transforms import PIXEL_NORMS
 
-        rows = self.networks["memory"].features
+        rows = self.memory.features
         if epoch == 0 or self.config.refresh:
-            grey = self.networks["grey"]
+            grey = self.grey
             if self.config.grey and not self.config.compat:  # published code starts the grey memory from colour images
                 grey = SeesGrey(grey, PIXEL_NORMS[self.config.pixel_norm]).to(rows.device)
             rows.copy_(extract(self.model).nan_to_num(0.0))
-            self.networks["grey_memory"].features.copy_(extract(grey).nan_to_num(0.0))
-        return rows.where(self.readable[:, None], torch.nan)
+            self.grey_memory.features.copy_(extract(grey).nan_to_num(0.0))
+        return rows
 
-    @property
-    def readable(self) -> Tensor:
-        """(N,) bool: an image that could not be read has zeros for a row."""
-        return self.networks["memory"].features.any(dim=1)
-
-    def cluster(self, features: Tensor, epoch: int) -> Tensor:
-        c, eps = self.config, self.eps(epoch)
-        settings = {"k1": c.k1, "k2": c.k2, "knn": knn(features, min(c.k1, len(features)))}
-        labels, tight = pseudo_labels(
-            features, eps=[eps, eps - c.eps_gap], min_samples=c.min_samples, group=label_group(), **settings
-        )
-        return refine_clusters(features, labels, tight, rule=c.refinement, ratio=c.ratio, singletons=False, **settings)
-
-    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> None:
-        for name in ("memory", "grey_memory"):
-            self.networks[name].set_labels(self.targets(labels))
-
-    def targets(self, labels: Tensor) -> Tensor:
-        return own_classes(labels, self.readable)
+    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> Tensor:
+        classes = own_classes(labels, self.images.readable.to(labels.device))
+        self.memory.set_labels(classes)
+        self.grey_memory.set_labels(classes)
+        return classes
 
     def forward(self, batch: Batch) -> Step:
         colour, grey = batch.views
         pooled = self.model.pool(self.model.feature_map(colour))
-        return Step(
-            F.normalize(self.model.neck(pooled)), self.networks["predictor"](pooled), self.networks["grey"](grey)
-        )
+        return Step(F.normalize(self.model.neck(pooled)), self.predictor(pooled), self.grey(grey))
 
-    def loss(self, x: Step, batch: Batch) -> Tensor:
-        c, grey_memory = self.config, self.networks["grey_memory"]
-        own = self.networks["memory"].loss(x.colour, batch.indices, focal=c.focal_gamma)
-        other = grey_memory.loss(x.grey, batch.indices, focal=c.focal_gamma)
-        same_image = cosine_align(x.predicted, x.grey)
-        same_cluster = cosine_align(x.predicted, grey_memory.cluster_means, batch.targets)
+    def loss(self, outputs: Step, batch: Batch) -> Tensor:
+        c = self.config
+        own = self.memory.loss(outputs.colour, batch.indices, focal=c.focal_gamma)
+        other = self.grey_memory.loss(outputs.grey, batch.indices, focal=c.focal_gamma)
+        same_image = cosine_align(outputs.predicted, outputs.grey)
+        same_cluster = cosine_align(outputs.predicted, self.grey_memory.cluster_means, batch.targets)
         return own + other + c.pair_weight * same_image + c.cluster_weight * same_cluster
 
-    def update(self, x: Step, batch: Batch) -> None:
-        self.networks["memory"].update_(x.colour, batch.indices)
-        self.networks["grey_memory"].update_(x.grey, batch.indices)
+    def update(self, outputs: Step, batch: Batch) -> None:
+        self.memory.update_(outputs.colour, batch.indices)
+        self.grey_memory.update_(outputs.grey, batch.indices)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from fastreid_u.config import IN_UNIT, NOT_NEGATIVE, POSITIVE, RENDERED, Config, at_least, changed, option
 from fastreid_u.memory import ProxyMemory
-from fastreid_u.recipe import Batch, Recipe
+from fastreid_u.recipe import Batch, Images, Paper, Recipe
 
 if TYPE_CHECKING:
     from fastreid_u.data import View
+    from fastreid_u.models import ReIDModel
 
 CODE = "published code (4a04fef)"
 
@@ -55,11 +56,20 @@ class CAPConfig(Config):
 
 class CAP(Recipe):
     name = "cap"
-    title = "CAP"
+    paper = Paper("CAP", model="last", compat=True)
     Config = CAPConfig
-    has_compat = True
-    published_model = "last"
-    needs_cameras = True
+
+    def __init__(self, config: CAPConfig, images: Images) -> None:
+        super().__init__(config, images)
+        images.require_cameras(self.name)
+
+    def build(self, model: "ReIDModel") -> None:
+        super().build(model)
+        c = self.config
+        self.memory = ProxyMemory(
+            model.num_features, 0, c.temp, c.momentum, hard_negatives=c.hard_negatives, reduction="camera",
+            compat=c.compat,
+        )  # fmt: skip
 
     def views(self) -> "tuple[View, ...]":
         from fastreid_u.data import train_transform
@@ -71,23 +81,10 @@ class CAP(Recipe):
         )  # fmt: skip
         return (view,)
 
-    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> None:
-        c = self.config
+    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> Tensor:
+        """What is drawn, and what is learned, are proxies: targets are rows of the memory."""
         kept = labels >= 0
-        self.memory = ProxyMemory.from_features(
-            features[kept],
-            labels[kept],
-            self.images.camids.to(labels.device)[kept],
-            temp=c.temp,
-            momentum=c.momentum,
-            inter_weight=c.inter_weight if epoch >= c.inter_start else 0.0,
-            hard_negatives=c.hard_negatives,
-            reduction="camera",
-            compat=c.compat,
-        )
-
-    def targets(self, labels: Tensor) -> Tensor:
-        """Rows of the memory: what is drawn, and what is learned, are proxies."""
+        self.memory.restart(features[kept], labels[kept], self.images.camids.to(labels.device)[kept])
         return self.memory.rows(labels, self.images.camids)
 
     def batches(self, labels: Tensor, epoch: int) -> list[list[int]]:
@@ -98,8 +95,9 @@ class CAP(Recipe):
         iters = c.iters or max(1, int((labels >= 0).sum()) // c.batch_size)
         return iterations(sampler, iters, c.batch_size)
 
-    def loss(self, x: Tensor, batch: Batch) -> Tensor:
-        return self.memory.loss(x, batch.targets)
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        self.memory.inter_weight = self.config.inter_weight if batch.epoch >= self.config.inter_start else 0.0
+        return self.memory.loss(outputs, batch.targets)
 
-    def update(self, x: Tensor, batch: Batch) -> None:
-        self.memory.update_(x, batch.targets)
+    def update(self, outputs: Tensor, batch: Batch) -> None:
+        self.memory.update_(outputs, batch.targets)

@@ -8,14 +8,17 @@ cameras. ``cap_cluster_contrast_proxy`` is the more literal one, without the mem
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from fastreid_u.config import IN_UNIT, NOT_NEGATIVE, POSITIVE, at_least, option
 from fastreid_u.memory import ProxyMemory
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
-from fastreid_u.recipe import Batch
+from fastreid_u.recipe import Batch, Images, Paper
+
+if TYPE_CHECKING:
+    from fastreid_u.models import ReIDModel
 
 CAP_CODE = "CAP, published code (4a04fef)"
 
@@ -58,37 +61,35 @@ class CAPClusterContrastConfig(ClusterContrastConfig):
 
 class CAPClusterContrast(ClusterContrast):
     name = "cap_cluster_contrast"
-    title = "CAP + Cluster Contrast"
+    paper = Paper("CAP + Cluster Contrast", published=False, compat=True)
     Config = CAPClusterContrastConfig
-    published = False
-    has_compat = True
-    needs_cameras = True
 
-    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> None:
+    def __init__(self, config: CAPClusterContrastConfig, images: Images) -> None:
+        super().__init__(config, images)
+        images.require_cameras(self.name)
+
+    def build(self, model: "ReIDModel") -> None:
+        super().build(model)
         c = self.config
-        if c.cluster_weight > 0:
-            super().begin_epoch(features, labels, epoch)
-        kept = labels >= 0
-        self.proxies = ProxyMemory.from_features(
-            features[kept],
-            labels[kept],
-            self.images.camids.to(labels.device)[kept],
-            temp=c.proxy_temp,
-            momentum=c.proxy_momentum,
-            intra_weight=c.intra_weight,
-            inter_weight=c.inter_weight if epoch >= c.inter_start else 0.0,
-            hard_negatives=c.hard_negatives,
-            reduction="camera" if c.compat else "mean",
-            compat=c.compat,
-        )
+        self.proxies = ProxyMemory(
+            model.num_features, 0, c.proxy_temp, c.proxy_momentum, intra_weight=c.intra_weight,
+            hard_negatives=c.hard_negatives, reduction="camera" if c.compat else "mean", compat=c.compat,
+        )  # fmt: skip
 
-    def loss(self, x: Tensor, batch: Batch) -> Tensor:
-        loss = self.proxies.loss(x, self.proxies.rows(batch.targets, batch.camids))
-        if self.config.cluster_weight > 0:
-            loss = loss + self.config.cluster_weight * super().loss(x, batch)
+    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> Tensor:
+        kept = labels >= 0
+        self.proxies.restart(features[kept], labels[kept], self.images.camids.to(labels.device)[kept])
+        return super().begin_epoch(features, labels, epoch) if self.config.cluster_weight > 0 else labels
+
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        c = self.config
+        self.proxies.inter_weight = c.inter_weight if batch.epoch >= c.inter_start else 0.0
+        loss = self.proxies.loss(outputs, self.proxies.rows(batch.targets, batch.camids))
+        if c.cluster_weight > 0:
+            loss = loss + c.cluster_weight * super().loss(outputs, batch)
         return loss
 
-    def update(self, x: Tensor, batch: Batch) -> None:
+    def update(self, outputs: Tensor, batch: Batch) -> None:
         if self.config.cluster_weight > 0:
-            super().update(x, batch)
-        self.proxies.update_(x, self.proxies.rows(batch.targets, batch.camids))
+            super().update(outputs, batch)
+        self.proxies.update_(outputs, self.proxies.rows(batch.targets, batch.camids))

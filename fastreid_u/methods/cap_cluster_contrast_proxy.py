@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from fastreid_u.config import changed
 from fastreid_u.methods.cap_cluster_contrast import CAP_CODE, CAPClusterContrast, CAPClusterContrastConfig
+from fastreid_u.recipe import Paper
 
 _OF_CLUSTERS = ("temp", "momentum", "use_hard")
 
@@ -41,5 +42,5 @@ class CAPClusterContrastProxyConfig(CAPClusterContrastConfig):
 
 class CAPClusterContrastProxy(CAPClusterContrast):
     name = "cap_cluster_contrast_proxy"
-    title = "CAP + Cluster Contrast (proxies only)"
+    paper = Paper("CAP + Cluster Contrast (proxies only)", published=False, compat=True)
     Config = CAPClusterContrastProxyConfig

@@ -8,14 +8,17 @@ the same stage of training, however rarely a member is drawn.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from fastreid_u.config import IN_UNIT, POSITIVE, RENDERED, Config, changed, option
 from fastreid_u.memory import ClusterMemory
 from fastreid_u.ops.centroids import cluster_centroids
-from fastreid_u.recipe import Batch, Recipe
+from fastreid_u.recipe import Batch, Paper, Recipe
+
+if TYPE_CHECKING:
+    from fastreid_u.models import ReIDModel
 
 PAPER = "Cluster Contrast, arXiv 2103.11568 v3"
 COMMANDS = "published training commands (57b62e9)"
@@ -46,28 +49,28 @@ class ClusterContrastConfig(Config):
 
 class ClusterContrast(Recipe):
     name = "cluster_contrast"
-    title = "Cluster Contrast"
+    paper = Paper("Cluster Contrast")
     Config = ClusterContrastConfig
 
-    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> None:
+    def build(self, model: "ReIDModel") -> None:
+        super().build(model)
+        self.memory = ClusterMemory(model.num_features, 0, self.config.temp, self.config.momentum, **self.update_rule())
+
+    def update_rule(self) -> dict[str, Any]:
+        """How the memory's rows move: further settings of ``ClusterMemory``."""
+        return {"use_hard": self.config.use_hard}
+
+    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> Tensor:
         kept = labels >= 0
-        self.memory = ClusterMemory.from_centroids(
-            self.prototypes(features[kept], labels[kept], epoch),
-            temp=self.config.temp,
-            momentum=self.config.momentum,
-            **self.update_rule(),
-        )
+        self.memory.restart(self.prototypes(features[kept], labels[kept], epoch))
+        return labels
 
     def prototypes(self, features: Tensor, labels: Tensor, epoch: int) -> Tensor:
         """Where the C rows start: (C, D) from ``features`` (n, D) of clusters ``labels`` (n,) 0 .. C - 1."""
         return cluster_centroids(features, labels)
 
-    def update_rule(self) -> dict[str, Any]:
-        """What ``ClusterMemory`` is told of how its rows move."""
-        return {"use_hard": self.config.use_hard}
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return self.memory.loss(outputs, batch.targets)
 
-    def loss(self, x: Tensor, batch: Batch) -> Tensor:
-        return self.memory.loss(x, batch.targets)
-
-    def update(self, x: Tensor, batch: Batch) -> None:
-        self.memory.update_(x, batch.targets)
+    def update(self, outputs: Tensor, batch: Batch) -> None:
+        self.memory.update_(outputs, batch.targets)

@@ -9,13 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from fastreid_u import _env
 from fastreid_u.config import RENDERED, Rule, at_least, changed, option
+from fastreid_u.labels.infomap import InfomapLabels
 from fastreid_u.methods.cluster_contrast import COMMANDS, ClusterContrast, ClusterContrastConfig
-from fastreid_u.ops.infomap_labels import infomap_labels
-from fastreid_u.recipe import Images
+from fastreid_u.recipe import Images, Paper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,23 +37,11 @@ class ClusterContrastInfomapConfig(ClusterContrastConfig):
 
 class ClusterContrastInfomap(ClusterContrast):
     name = "cluster_contrast_infomap"
-    title = "Cluster Contrast, Infomap labels"
+    paper = Paper("Cluster Contrast, Infomap labels")
     Config = ClusterContrastInfomapConfig
-    if_none_cluster = "Lower min_similarity or min_size, raise k1, or start from better weights"
-    if_all_cluster = "Raise min_similarity or lower k1"
 
-    def __init__(self, config: ClusterContrastInfomapConfig, images: Images, source: Images | None = None) -> None:
-        super().__init__(config, images, source)
+    def __init__(self, config: ClusterContrastInfomapConfig, images: Images) -> None:
+        super().__init__(config, images)
         if not _env.infomap().present:  # now, rather than after the first extraction
             raise RuntimeError(f"train: infomap must be installed for {self.name}, got none: {_env.infomap().detail}")
-
-    @classmethod
-    def describe_labels(cls, config: ClusterContrastInfomapConfig) -> str:
-        return f"Infomap, k1 {config.k1}, min_similarity {config.min_similarity}, min_size {config.min_size}"
-
-    def label_settings(self, epoch: int) -> str:
-        return self.describe_labels(self.config)
-
-    def cluster(self, features: Tensor, epoch: int) -> Tensor:
-        c = self.config
-        return infomap_labels(features, k1=c.k1, min_similarity=c.min_similarity, min_size=c.min_size)
+        self.labels = InfomapLabels(config, images)

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from fastreid_u.config import IN_UNIT, changed, option
-from fastreid_u.memory import ClusterMemory
+from fastreid_u.labels.self_paced import SelfPacedLabels
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.methods.spcl import PAPER as SPCL
-from fastreid_u.methods.spcl import SelfPaced, own_classes, require_paces
+from fastreid_u.methods.spcl import require_paces
 from fastreid_u.methods.spcl_uda import TwoDomains
 from fastreid_u.ops.centroids import cluster_centroids
-from fastreid_u.recipe import Batch, Extract, Recipe
+from fastreid_u.ops.label_classes import own_classes
+from fastreid_u.recipe import Batch, Extract, Images, Paper
 
 APPENDIX = "Cluster Contrast, appendix"
 SUPER_STRONG = "OpenUnReID's super-strong baseline has the other choice"
@@ -70,57 +71,41 @@ class ClusterContrastUDAConfig(ClusterContrastConfig):
             require_paces(self)
 
 
-class ClusterContrastUDA(TwoDomains, SelfPaced, ClusterContrast):
+class ClusterContrastUDA(TwoDomains, ClusterContrast):
     """Rows 0 .. P - 1 of the memory are source identities, then come target clusters, then single target images."""
 
     name = "cluster_contrast_uda"
-    title = "SpCL + Cluster Contrast, domain adaptive"
+    paper = Paper("SpCL + Cluster Contrast, domain adaptive", published=False, compat=True)
     Config = ClusterContrastUDAConfig
-    published = False
-    has_compat = True
 
-    @classmethod
-    def describe_labels(cls, config: ClusterContrastUDAConfig) -> str:
-        return super().describe_labels(config) if config.reliability else Recipe.describe_labels(config)
+    def __init__(self, config: ClusterContrastUDAConfig, images: Images) -> None:
+        super().__init__(config, images)
+        if config.reliability:
+            self.labels = SelfPacedLabels(config, images)
 
     def features(self, extract: Extract, epoch: int) -> Tensor:
+        self.source_rows = self.memory.features[: self.people]  # as their images have moved them
         if epoch == 0 or self.config.source_refresh == "every_epoch":
             bn = "target" if self.config.compat else "source"  # OpenUnReID extracts with the target's statistics
             self.source_rows = self.source_centroids(extract, bn)
         return extract(self.model)
 
-    def cluster(self, features: Tensor, epoch: int) -> Tensor:
-        if self.config.reliability:
-            return super().cluster(features, epoch)
-        return Recipe.cluster(self, features, epoch)
+    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> Tensor:
+        if self.config.unclustered == "row":
+            labels = own_classes(labels, self.images.readable.to(labels.device))
+        kept = labels >= 0
+        self.memory.restart(torch.cat([self.source_rows, cluster_centroids(features[kept], labels[kept])]))
+        del self.source_rows
+        return labels
 
-    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> None:
-        c = self.config
-        self.readable = torch.isfinite(features).all(dim=1)
-        targets = self.targets(labels)
-        kept = targets >= 0
-        rows = torch.cat([self.source_rows.to(features.device), cluster_centroids(features[kept], targets[kept])])
-        self.memory = ClusterMemory.from_centroids(rows, temp=c.temp, momentum=c.momentum, use_hard=c.use_hard)
-        self.source_rows = self.memory.features[: self.people]  # a view: it follows the memory's updates
-
-    def targets(self, labels: Tensor) -> Tensor:
-        return own_classes(labels, self.readable) if self.config.unclustered == "row" else labels
-
-    def loss(self, x: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-        own, labelled = x
+    def loss(self, outputs: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        own, labelled = outputs
         epsilon = 1e-6 if self.config.softmax == "epsilon" else 0.0
         return self.memory.loss(own, batch.targets + self.people, epsilon=epsilon) + self.memory.loss(
             labelled, batch.source.targets, epsilon=epsilon
         )
 
-    def update(self, x: tuple[Tensor, Tensor], batch: Batch) -> None:
-        own, labelled = x
+    def update(self, outputs: tuple[Tensor, Tensor], batch: Batch) -> None:
+        own, labelled = outputs
         self.memory.update_(labelled, batch.source.targets)
         self.memory.update_(own, batch.targets + self.people)
-
-    def state(self) -> dict[str, Tensor]:
-        return {**super().state(), "source_rows": self.source_rows.clone()}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        super().load_state(state)
-        self.source_rows = state["source_rows"]

@@ -21,7 +21,7 @@ from fastreid_u.config import IN_UNIT, NOT_NEGATIVE, POSITIVE, RENDERED, Rule, a
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.ops.segment_attention import segment_attention
 from fastreid_u.ops.segments import segment_sum
-from fastreid_u.recipe import Batch
+from fastreid_u.recipe import Batch, Paper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,37 +75,34 @@ class Aggregation(nn.Module):
 
 class CSAHPS(ClusterContrast):
     name = "csa_hps"
-    title = "CSA + HPS (our design)"
+    paper = Paper("CSA + HPS (our design)", published=False)
     Config = CSAHPSConfig
-    published = False
 
     def build(self, model: nn.Module) -> None:
         super().build(model)
-        self.networks["aggregation"] = Aggregation(model.num_features, self.config.heads, self.config.saa_scale)
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]  # the attention has its own optimiser
+        # Frozen for the optimiser of the network: the attention has its own.
+        self.aggregation = Aggregation(model.num_features, self.config.heads, self.config.saa_scale).requires_grad_(
+            False
+        )
 
     def prototypes(self, features: Tensor, labels: Tensor, epoch: int) -> Tensor:
-        config, aggregation = self.config, self.networks["aggregation"]
+        c = self.config
         train_aggregation(
-            aggregation, features, labels, steps=config.saa_steps, lr=config.saa_lr, noise=config.saa_noise,
-            temperature=config.temp, seed=(config.seed, epoch),
+            self.aggregation, features, labels, steps=c.saa_steps, lr=c.saa_lr, noise=c.saa_noise, temperature=c.temp,
+            seed=(c.seed, epoch),
         )  # fmt: skip
-        with torch.no_grad():
-            return aggregation(features, labels)
+        return self.aggregation(features, labels)
 
     def update_rule(self) -> dict[str, Any]:
         return {"rule": {"dispersed": "index"}.get(self.config.update_rule, self.config.update_rule)}
 
-    def update(self, x: Tensor, batch: Batch) -> None:
+    def update(self, outputs: Tensor, batch: Batch) -> None:
         if self.config.update_rule != "dispersed":
-            super().update(x, batch)
+            super().update(outputs, batch)
             return
-        with torch.no_grad():
-            received = self.networks["aggregation"].received(x, batch.targets).mean(dim=1)
+        received = self.aggregation.received(outputs, batch.targets).mean(dim=1)
         index = least_attended(received, batch.targets, len(self.memory.features))
-        self.memory.update_(x, batch.targets, index=index)
+        self.memory.update_(outputs, batch.targets, index=index)
 
 
 def least_attended(received: Tensor, targets: Tensor, classes: int) -> Tensor:
@@ -140,7 +137,7 @@ def train_aggregation(
 
     A step draws ``clusters`` clusters and ``members`` images of each, with replacement where there are fewer; the first
     half, ``noise`` of it replaced by images of other clusters, makes a prototype, which the second half must pick
-    among all prototypes. Nothing is done with fewer than two clusters.
+    among all prototypes. Nothing is done with fewer than two clusters. The attention is frozen afterwards.
     """
     order = labels.cpu().argsort(stable=True).numpy()
     groups = np.split(order, np.flatnonzero(np.diff(labels.cpu().numpy()[order])) + 1)
@@ -149,6 +146,7 @@ def train_aggregation(
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.Adam(aggregation.parameters(), lr=lr)
     half = members // 2
+    aggregation.requires_grad_(True)
     for _ in range(steps):
         drawn = rng.choice(len(groups), min(clusters, len(groups)), replace=False)
         images = np.stack([rng.choice(groups[c], members, replace=len(groups[c]) < members) for c in drawn])
@@ -162,3 +160,4 @@ def train_aggregation(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+    aggregation.requires_grad_(False)

@@ -12,15 +12,17 @@ import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastreid_u.config import IN_UNIT, POSITIVE, RENDERED, Rule, at_least, changed, option
+from fastreid_u.labels.dbscan import DBSCANLabels
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.ops.ema_update import ema_update_
-from fastreid_u.recipe import Batch
+from fastreid_u.recipe import Batch, Images, Paper
 
 COMMANDS = "published training commands (102d8ef)"
 CODE = "published code (102d8ef)"
@@ -100,50 +102,52 @@ def teacher_momentum(step: int, limit: float) -> float:
 
 class DCCC(ClusterContrast):
     name = "dccc"
-    title = "DCCC"
+    paper = Paper("DCCC")
     Config = DCCCConfig
+
+    def __init__(self, config: DCCCConfig, images: Images) -> None:
+        super().__init__(config, images)
+        self.labels = DBSCANLabels(config, images, partial(scheduled_eps, config))
 
     def build(self, model: nn.Module) -> None:
         super().build(model)
         self.steps = 0
-        if self.config.teacher_weight:
-            self.networks["teacher"] = copy.deepcopy(model).requires_grad_(False)
+        self.teacher = copy.deepcopy(model).requires_grad_(False) if self.config.teacher_weight else None
 
     def ranked(self) -> Mapping[str, nn.Module]:
-        return dict(self.networks)
+        return {"model": self.model} | ({"teacher": self.teacher} if self.teacher else {})
 
     def views(self) -> tuple:
         return super().views() * (2 if self.config.teacher_weight else 1)
 
-    def eps(self, epoch: int) -> float:
-        return scheduled_eps(self.config, epoch)
-
     def forward(self, batch: Batch) -> tuple[Tensor, ...]:
-        if not self.config.teacher_weight:
+        if not self.teacher:
             return (self.model(batch.images),)
         with torch.no_grad():  # in training mode: its BatchNorm has statistics of its own, of the second view
-            teacher = self.networks["teacher"](batch.views[1])
+            teacher = self.teacher(batch.views[1])
         return self.model(batch.images), teacher
 
     def update_rule(self) -> dict[str, Any]:
         weighted = self.config.update_rule == "weighted"
         return {"rule": self.config.update_rule, "weight_temperature": self.config.tau_w if weighted else None}
 
-    def loss(self, x: tuple[Tensor, ...], batch: Batch) -> Tensor:
-        student, *teacher = x
+    def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
+        student, *teacher = outputs
         soft = {"teacher": teacher[0], "teacher_weight": self.config.teacher_weight} if teacher else {}
         return self.memory.loss(student, batch.targets, **soft)
 
-    def update(self, x: tuple[Tensor, ...], batch: Batch) -> None:
-        super().update(x[0], batch)
+    def update(self, outputs: tuple[Tensor, ...], batch: Batch) -> None:
+        super().update(outputs[0], batch)
+        self.follow()
 
-    def after_step(self) -> None:
-        if self.config.teacher_weight:
-            ema_update_(self.networks["teacher"], self.model, teacher_momentum(self.steps, self.config.ema))
+    def follow(self) -> None:
+        """Move the teacher after the network."""
+        if self.teacher:
+            ema_update_(self.teacher, self.model, teacher_momentum(self.steps, self.config.ema))
         self.steps += 1
 
-    def state(self) -> dict[str, Tensor]:
-        return {"steps": torch.tensor(self.steps)}
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.steps)
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self.steps = int(state["steps"])
+    def set_extra_state(self, state: Tensor) -> None:
+        self.steps = int(state)

@@ -12,19 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastreid_u.config import IN_UNIT, NOT_NEGATIVE, POSITIVE, RENDERED, Config, at_least, changed, option
+from fastreid_u.draws import Draws
 from fastreid_u.memory import ProxyMemory
 from fastreid_u.ops.centroids import cluster_centroids
 from fastreid_u.ops.cluster_nce import cluster_nce
 from fastreid_u.ops.consistency_kl import consistency_kl
 from fastreid_u.ops.ema_update import ema_update_
 from fastreid_u.ops.hard_instance_nce import hard_instance_nce
-from fastreid_u.recipe import Batch, Extract, Images, Recipe
+from fastreid_u.recipe import Batch, Extract, Images, Paper, Recipe
 
 if TYPE_CHECKING:
     from fastreid_u.data import View
@@ -66,24 +66,28 @@ class ICEConfig(Config):
 
 
 class ICE(Recipe):
-    name = "ice"
-    title = "ICE"
-    Config = ICEConfig
-    has_compat = True
+    """``teacher`` is the average of the network over the steps so far: it is clustered, ranked and saved."""
 
-    def __init__(self, config: ICEConfig, images: Images, source: Images | None = None) -> None:
-        super().__init__(config, images, source)
-        if config.camera_weight > 0 and images.camids is None:
-            raise ValueError("train: method 'ice' needs images of two cameras or more, or camera_weight=0")
+    name = "ice"
+    paper = Paper("ICE", compat=True)
+    Config = ICEConfig
+
+    def __init__(self, config: ICEConfig, images: Images) -> None:
+        super().__init__(config, images)
+        if config.camera_weight > 0:
+            images.require_cameras(self.name, unless="camera_weight=0")
 
     def build(self, model: "ReIDModel") -> None:
+        """Beside the networks the means of the clusters, and one proxy per cluster and camera: fixed for an epoch."""
         super().build(model)
-        self.networks["teacher"] = copy.deepcopy(model).requires_grad_(False)
-
-    @property
-    def teacher(self) -> "ReIDModel":
-        """The average of the network over the steps so far: what is clustered, ranked and saved."""
-        return self.networks["teacher"]
+        c = self.config
+        self.teacher = copy.deepcopy(model).requires_grad_(False)
+        self.shuffler = Draws()
+        self.register_buffer("centres", torch.zeros(0, model.num_features))
+        self.proxies = ProxyMemory(
+            model.num_features, 0, c.camera_temp, intra_weight=0.0, inter_weight=c.camera_weight,
+            hard_negatives=c.hard_negatives, reduction="camera", compat=c.compat,
+        ) if c.camera_weight > 0 else None  # fmt: skip
 
     def ranked(self) -> dict[str, nn.Module]:
         return {"teacher": self.teacher}
@@ -100,27 +104,15 @@ class ICE(Recipe):
     def features(self, extract: Extract, epoch: int) -> Tensor:
         return extract(self.teacher)
 
-    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> None:
-        """Means of the clusters, and one proxy per cluster and camera: both stay as they are all epoch."""
-        c = self.config
+    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> Tensor:
         kept = labels >= 0
         self.centres = cluster_centroids(features[kept], labels[kept], normalize=False)
-        self.shuffler = np.random.default_rng((c.seed, epoch, 2))
-        self.proxies = None
-        if c.camera_weight > 0:
-            self.proxies = ProxyMemory.from_features(
-                features[kept],
-                labels[kept],
-                self.images.camids.to(labels.device)[kept],
-                temp=c.camera_temp,
-                intra_weight=0.0,
-                inter_weight=c.camera_weight,
-                hard_negatives=c.hard_negatives,
-                reduction="camera",
-                compat=c.compat,
-            )
-            if c.compat:  # the published code scales the columns of the matrix, not its rows
+        self.shuffler.restart((self.config.seed, epoch, 2))
+        if self.proxies is not None:
+            self.proxies.restart(features[kept], labels[kept], self.images.camids.to(labels.device)[kept])
+            if self.config.compat:  # the published code scales the columns of the matrix, not its rows
                 self.proxies.features.copy_(F.normalize(self.proxies.features, dim=0))
+        return labels
 
     def batches(self, labels: Tensor, epoch: int) -> list[list[int]]:
         from fastreid_u.data.samplers import MoreCamera, iterations
@@ -136,7 +128,7 @@ class ICE(Recipe):
         first, second, weak = batch.views
         student = _before_scaling(self.model, first)
         # Another order of the rows for the teacher, so that its BatchNorm groups are not those of the student.
-        order = torch.from_numpy(self.shuffler.permutation(len(first))).to(first.device)
+        order = self.shuffler.permutation(len(first)).to(first.device)
         back = order.argsort()
         with torch.no_grad():
             if self.config.compat:  # published code looks at this view too; only BatchNorm's averages notice
@@ -144,9 +136,9 @@ class ICE(Recipe):
             second, weak = (_before_scaling(self.teacher, view[order])[back] for view in (second, weak))
         return student, second, weak
 
-    def loss(self, x: tuple[Tensor, Tensor, Tensor], batch: Batch) -> Tensor:
+    def loss(self, outputs: tuple[Tensor, Tensor, Tensor], batch: Batch) -> Tensor:
         c = self.config
-        student, second, weak = x
+        student, second, weak = outputs
         clusters = cluster_nce(
             student, batch.targets, self.centres, temperature=c.temp, normalize=False, smoothing=c.smoothing
         )
@@ -157,7 +149,7 @@ class ICE(Recipe):
             loss = loss + self.proxies.loss(student, self.proxies.rows(batch.targets, batch.camids))
         return loss
 
-    def after_step(self) -> None:
+    def update(self, outputs: tuple[Tensor, Tensor, Tensor], batch: Batch) -> None:
         ema_update_(self.teacher, self.model, self.config.alpha)
 
 

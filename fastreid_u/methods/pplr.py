@@ -24,7 +24,7 @@ from fastreid_u.ops.centroids import cluster_centroids
 from fastreid_u.ops.cluster_nce import cluster_nce
 from fastreid_u.ops.knn import knn
 from fastreid_u.ops.neighbour_overlap import neighbour_overlap
-from fastreid_u.recipe import Batch, Extract, Images, Recipe
+from fastreid_u.recipe import Batch, Extract, Images, Paper, Recipe
 
 if TYPE_CHECKING:
     from fastreid_u.models import ReIDModel
@@ -66,73 +66,82 @@ class PPLRConfig(Config):
 
 class PPLR(Recipe):
     name = "pplr"
-    title = "PPLR"
+    paper = Paper("PPLR")
     Config = PPLRConfig
 
-    def __init__(self, config: PPLRConfig, images: Images, source: Images | None = None) -> None:
-        super().__init__(config, images, source)
-        if config.camera_weight > 0 and images.camids is None:
-            raise ValueError(f"train: method {self.name!r} needs images of two cameras or more, or camera_weight=0")
+    def __init__(self, config: PPLRConfig, images: Images) -> None:
+        super().__init__(config, images)
+        if config.camera_weight > 0:
+            images.require_cameras(self.name, unless="camera_weight=0")
 
     def build(self, model: "ReIDModel") -> None:
-        """Beside the network a neck for each part, and a classifier without bias for the whole and for each part."""
+        """Beside the network a neck for each part; a classifier without bias, and proxies, for whole and parts."""
         super().build(model)
-        parts, rows = self.config.parts, min(self.config.max_clusters, self.images.count)
+        c, rows = self.config, min(self.config.max_clusters, self.images.count)
         # Copies of the network's neck: as fresh as it is, or as well calibrated.
-        self.networks["part_necks"] = nn.ModuleList(copy.deepcopy(model.bnneck) for _ in range(parts))
-        weights = (nn.Parameter(torch.zeros(rows, model.num_features)) for _ in range(1 + parts))
-        self.networks["classifiers"] = nn.ParameterList(weights)
+        self.part_necks = nn.ModuleList(copy.deepcopy(model.bnneck) for _ in range(c.parts))
+        weights = (nn.Parameter(torch.zeros(rows, model.num_features)) for _ in range(1 + c.parts))
+        self.classifiers = nn.ParameterList(weights)
+        self.clusters = 0  # how many rows of the classifiers are in use
+        self.register_buffer("agreement", torch.zeros(self.images.count, c.parts))
+        shares = [c.camera_weight] + [c.camera_weight / c.parts] * c.parts
+        self.proxies = nn.ModuleList(
+            ProxyMemory(
+                model.num_features, 0, c.camera_temp, intra_weight=0.0, inter_weight=share,
+                hard_negatives=c.hard_negatives, positives="other_cameras",
+            )
+            for share in shares if share > 0
+        )  # fmt: skip
 
     # Once an epoch
 
     def features(self, extract: Extract, epoch: int) -> Tensor:
-        rows = extract(_WholeAndParts(self.model, self.networks["part_necks"]))
+        rows = extract(_WholeAndParts(self.model, self.part_necks))
         self.rows = rows.chunk(1 + self.config.parts, dim=1)  # of the whole, then of each part, of unit length each
         return self.rows[0]
 
-    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> None:
-        c = self.config
+    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> Tensor:
         kept = labels >= 0
         self.clusters = int(labels.max()) + 1
-        rows = len(self.networks["classifiers"][0])
-        if self.clusters > rows:
-            raise ValueError(f"pplr: max_clusters must hold the {self.clusters} clusters of epoch {epoch}, got {rows}")
+        if self.clusters > len(self.classifiers[0]):
+            raise ValueError(
+                f"pplr: max_clusters must hold the {self.clusters} clusters of epoch {epoch}, "
+                f"got {len(self.classifiers[0])}"
+            )
         with torch.no_grad():
-            for weight, own in zip(self.networks["classifiers"], self.rows, strict=True):
+            for weight, own in zip(self.classifiers, self.rows, strict=True):
                 weight[: self.clusters] = cluster_centroids(own[kept], labels[kept])
         self.agreement = self.agree()
-        self.refined = epoch >= c.aals_start
-        self.proxies = []
-        if c.camera_weight > 0:
-            camids = self.images.camids.to(labels.device)[kept]
-            shares = [c.camera_weight] + [c.camera_weight / c.parts] * c.parts
-            self.proxies = [
-                ProxyMemory.from_features(
-                    own[kept], labels[kept], camids, temp=c.camera_temp, intra_weight=0.0, inter_weight=share,
-                    hard_negatives=c.hard_negatives, positives="other_cameras",
-                )
-                for own, share in zip(self.rows, shares, strict=True)
-            ]  # fmt: skip
+        for proxies, own in zip(self.proxies, self.rows):  # noqa: B905 - there are none without cameras
+            proxies.restart(own[kept], labels[kept], self.images.camids.to(labels.device)[kept])
         del self.rows
+        return labels
 
     def agree(self) -> Tensor:
         """(N, parts) in [0, 1]: overlap of each image's nearest neighbours in each part with those of the whole."""
-        readable = torch.isfinite(self.rows[0]).all(dim=1)
+        readable = self.images.readable.to(self.rows[0].device)
         lists = [knn(own[readable], self.config.agreement_k + 1)[1][:, 1:] for own in self.rows]
         agreement = torch.zeros(len(readable), self.config.parts, device=readable.device)
         agreement[readable] = torch.stack([neighbour_overlap(lists[0], part) for part in lists[1:]], dim=1)
         return agreement
 
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.clusters)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.clusters = int(state)
+
     # A step
 
     def forward(self, batch: Batch) -> tuple[Tensor, ...]:
         """(B, D) of the whole and of each part, as the necks give them, not of unit length."""
-        return whole_and_parts(self.model, self.networks["part_necks"], batch.images)
+        return whole_and_parts(self.model, self.part_necks, batch.images)
 
-    def loss(self, x: tuple[Tensor, ...], batch: Batch) -> Tensor:
+    def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
         c = self.config
-        whole, *parts = x
-        weights = [weight[: self.clusters] for weight in self.networks["classifiers"]]
+        whole, *parts = outputs
+        refined = batch.epoch >= c.aals_start
+        weights = [weight[: self.clusters] for weight in self.classifiers]
         agreement = self.agreement[batch.indices]
         classify = {"temperature": 1.0, "normalize": False}
 
@@ -144,15 +153,14 @@ class PPLR(Recipe):
         ) + batch_hard_triplet(whole, batch.targets)
 
         for part, weight, agreed in zip(parts, weights[1:], agreement.unbind(dim=1), strict=True):
-            smoothing = 1 - agreed if self.refined else c.smoothing
+            smoothing = 1 - agreed if refined else c.smoothing
             own = cluster_nce(part, batch.targets, weight, smoothing=smoothing, **classify)
-            if self.refined:  # published as a divergence from the uniform distribution, which is less by its entropy
+            if refined:  # published as a divergence from the uniform distribution, which is less by its entropy
                 own = own - smoothing.mean() * math.log(self.clusters)
             loss = loss + own / c.parts
 
-        if self.proxies:
-            for proxies, rows in zip(self.proxies, x, strict=True):
-                loss = loss + proxies.loss(rows, proxies.rows(batch.targets, batch.camids))
+        for proxies, rows in zip(self.proxies, outputs):  # noqa: B905 - there are none without cameras
+            loss = loss + proxies.loss(rows, proxies.rows(batch.targets, batch.camids))
         return loss
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from fastreid_u.config import changed
 from fastreid_u.methods.pplr import CODE, PPLR, PPLRConfig
+from fastreid_u.recipe import Paper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,5 +28,5 @@ class PPLRCameraConfig(PPLRConfig):
 
 class PPLRCamera(PPLR):
     name = "pplr_camera"
-    title = "PPLR with cameras"
+    paper = Paper("PPLR with cameras")
     Config = PPLRCameraConfig

@@ -11,15 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from fastreid_u.config import IN_UNIT, POSITIVE, RENDERED, Config, changed, option
+from fastreid_u.labels.self_paced import SelfPacedLabels
 from fastreid_u.memory import InstanceMemory
-from fastreid_u.ops.pseudo_labels import pseudo_labels
-from fastreid_u.ops.reliable_clusters import reliable_clusters
-from fastreid_u.ranks import label_group
-from fastreid_u.recipe import Batch, Extract, Recipe
+from fastreid_u.ops.label_classes import own_classes
+from fastreid_u.recipe import Batch, Extract, Images, Paper, Recipe
 
 if TYPE_CHECKING:
     from fastreid_u.models import ReIDModel
@@ -59,83 +57,48 @@ class SpCLConfig(Config):
 
 
 def require_paces(config: Config) -> None:
-    """The rule between fields that ``SelfPaced`` reads of a config."""
+    """The rule between fields that ``SelfPacedLabels`` reads of a config."""
     if not 0 <= config.eps_gap < min(config.eps, 1 - config.eps):
         raise ValueError(f"config: eps_gap must keep eps -+ eps_gap within (0, 1), got {config.eps_gap!r}")
 
 
-class SelfPaced(Recipe):
-    """The part that chooses clusters; the bar they must pass is set once and kept with the run."""
-
-    threshold: float | None = None  # least independence of a cluster, from the first epoch that has clusters
-
-    @classmethod
-    def describe_labels(cls, config: Config) -> str:
-        return f"{super().describe_labels(config)}, clusters that eps -+ {config.eps_gap} agree with"
-
-    def cluster(self, features: Tensor, epoch: int) -> Tensor:
-        c, eps = self.config, self.eps(epoch)
-        found = reliable_clusters(
-            *pseudo_labels(
-                features, eps=[eps, eps - c.eps_gap, eps + c.eps_gap], min_samples=c.min_samples, k1=c.k1, k2=c.k2,
-                group=label_group(),
-            ),
-            threshold=self.threshold, keep=c.keep, singletons=False,
-        )  # fmt: skip
-        self.threshold = found.threshold
-        return found.labels
-
-    def state(self) -> dict[str, Tensor]:
-        return {} if self.threshold is None else {"threshold": torch.tensor(self.threshold, dtype=torch.float64)}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self.threshold = state["threshold"].item() if "threshold" in state else None
-
-
-class SpCL(SelfPaced):
+class SpCL(Recipe):
     """The memory outlives the epochs and is what gets clustered; unless ``refresh``, features are extracted once."""
 
     name = "spcl"
-    title = "SpCL"
+    paper = Paper("SpCL")
     Config = SpCLConfig
+
+    def __init__(self, config: SpCLConfig, images: Images) -> None:
+        super().__init__(config, images)
+        self.labels = SelfPacedLabels(config, images)
 
     @property
     def sources(self) -> int:
         """Rows of the memory that come before those of the images."""
         return 0
 
-    @property
-    def memory(self) -> InstanceMemory:
-        """One row per image; zeros for an image that could not be read, which no class has."""
-        return self.networks["memory"]
-
     def build(self, model: "ReIDModel") -> None:
+        """Beside the network a memory with a row per image: zeros for one that could not be read."""
         super().build(model)
         c, rows = self.config, self.sources + self.images.count
-        self.networks["memory"] = InstanceMemory(
+        self.memory = InstanceMemory(
             model.num_features, rows, c.temp, c.momentum, num_source_classes=self.sources, normalize=False
         )
 
     def features(self, extract: Extract, epoch: int) -> Tensor:
-        images = self.memory.features[self.sources :]
+        rows = self.memory.features[self.sources :]
         if epoch == 0 or self.config.refresh:
-            images.copy_(extract(self.model).nan_to_num(0.0))
-        return images.where(images.any(dim=1, keepdim=True), torch.nan)
+            rows.copy_(extract(self.model).nan_to_num(0.0))
+        return rows
 
-    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> None:
-        self.memory.set_labels(self.targets(labels))
+    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> Tensor:
+        classes = own_classes(labels, self.images.readable.to(labels.device))
+        self.memory.set_labels(classes)
+        return classes
 
-    def targets(self, labels: Tensor) -> Tensor:
-        return own_classes(labels, self.memory.features[self.sources :].any(dim=1))
+    def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return self.memory.loss(outputs, batch.indices)
 
-    def loss(self, x: Tensor, batch: Batch) -> Tensor:
-        return self.memory.loss(x, batch.indices)
-
-    def update(self, x: Tensor, batch: Batch) -> None:
-        self.memory.update_(x, batch.indices)
-
-
-def own_classes(labels: Tensor, readable: Tensor) -> Tensor:
-    """``labels`` (N,) with a class of its own for every un-clustered image that is ``readable`` (N,)."""
-    alone = (labels < 0) & readable
-    return torch.where(alone, labels.max() + alone.cumsum(0), labels)
+    def update(self, outputs: Tensor, batch: Batch) -> None:
+        self.memory.update_(outputs, batch.indices)

@@ -18,7 +18,7 @@ from fastreid_u.methods.spcl import CODE, SpCL, SpCLConfig
 from fastreid_u.models.domains import domain, single_domain, split_domains
 from fastreid_u.ops.centroids import cluster_centroids
 from fastreid_u.ops.momentum_update import momentum_update_
-from fastreid_u.recipe import Batch, Extract, Recipe
+from fastreid_u.recipe import Batch, Extract, Paper, Recipe
 
 if TYPE_CHECKING:
     from fastreid_u.models import ReIDModel
@@ -27,14 +27,10 @@ if TYPE_CHECKING:
 class TwoDomains(Recipe):
     """The network with two BatchNorms for each one, and its forward on a batch of both domains."""
 
-    uses_source = True
-
-    source_dials: ClassVar[Mapping[str, Mapping[str, Any]]] = {"synthetic": {"seed": 50}}  # other people and cameras
-
     @cached_property
     def people(self) -> int:
         """P, how many identities the source has."""
-        return int(self.source.pids.max()) + 1
+        return int(self.images.source.pids.max()) + 1
 
     def build(self, model: "ReIDModel") -> None:
         split_domains(model)
@@ -53,8 +49,8 @@ class TwoDomains(Recipe):
         """(P, D) unit means of the source identities' features; zeros where no image of one could be read."""
         with domain(self.model, bn):
             rows = extract(self.model, of="source")
-        pids = self.source.pids.to(rows.device)
-        readable = torch.isfinite(rows).all(dim=1)
+        pids = self.images.source.pids.to(rows.device)
+        readable = self.images.source.readable.to(rows.device)
         centroids = rows.new_zeros(self.people, rows.shape[1])
         found = cluster_centroids(rows[readable], pids[readable])
         centroids[: len(found)] = found
@@ -77,9 +73,8 @@ class SpCLUDA(TwoDomains, SpCL):
     """Rows 0 .. P - 1 of the memory are the source's identities, the others the target's images."""
 
     name = "spcl_uda"
-    title = "SpCL, domain adaptive"
+    paper = Paper("SpCL, domain adaptive", compat=True)
     Config = SpCLUDAConfig
-    has_compat = True
 
     def build(self, model: "ReIDModel") -> None:
         super().build(model)
@@ -96,15 +91,15 @@ class SpCLUDA(TwoDomains, SpCL):
             self.memory.features[: self.people] = self.source_centroids(extract)
         return super().features(extract, epoch)
 
-    def loss(self, x: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
-        own, labelled = x
+    def loss(self, outputs: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        own, labelled = outputs
         rows, identities = batch.indices + self.people, batch.source.targets
         if self.config.compat:
             return self.memory.loss(own, rows) + self._loss_after_target(labelled, identities, own, rows)
         return self.memory.loss(own, rows) + self.memory.loss(labelled, identities)
 
-    def update(self, x: tuple[Tensor, Tensor], batch: Batch) -> None:
-        own, labelled = x
+    def update(self, outputs: tuple[Tensor, Tensor], batch: Batch) -> None:
+        own, labelled = outputs
         self.memory.update_(own, batch.indices + self.people)
         self.memory.update_(labelled, batch.source.targets)
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from fastreid_u.config import RENDERED, changed
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
-from fastreid_u.recipe import Images
+from fastreid_u.recipe import Images, Paper
 
 SCRIPTS = "published fine-tuning scripts (fc39e88)"
 _UNSET = "person"
@@ -46,11 +46,11 @@ class ViTClusterContrastConfig(ClusterContrastConfig):
 
 class ViTClusterContrast(ClusterContrast):
     name = "vit_cluster_contrast"
-    title = "Cluster Contrast on a ViT"
+    paper = Paper("Cluster Contrast on a ViT")
     Config = ViTClusterContrastConfig
 
-    def __init__(self, config: ViTClusterContrastConfig, images: Images, source: Images | None = None) -> None:
-        super().__init__(config, images, source)
+    def __init__(self, config: ViTClusterContrastConfig, images: Images) -> None:
+        super().__init__(config, images)
         if config.weights == _UNSET:
             raise ValueError(
                 "train: weights must name a file of person-pretrained weights for vit_cluster_contrast (they are not "

@@ -78,6 +78,16 @@ def load_model(
     return model.eval(), about
 
 
+def refuse_import(op: str, path: Path, method: Any) -> None:
+    """``train`` stores the name of a method; a file or module to import in its place was written by someone else.
+
+    Raises:
+        ValueError: ``method`` is no name; the message begins with ``op`` and names the file at ``path``.
+    """
+    if not isinstance(method, str) or ":" in method:
+        raise ValueError(f"{op}: {path} must hold the name of a method, as train wrote it, got {method!r}")
+
+
 def run_path(op: str, run: str | os.PathLike) -> Path:
     """``run`` as a path, "~" being the user's home.
 

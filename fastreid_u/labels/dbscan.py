@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DBSCAN on the Jaccard distance of k-reciprocal neighbours, the labels of most methods of the family."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fastreid_u.config import Config
+from fastreid_u.images import Images
+from fastreid_u.labels.generator import Advice, LabelGenerator
+from fastreid_u.ops.pseudo_labels import pseudo_labels
+from fastreid_u.ranks import label_group
+
+
+class DBSCANLabels(LabelGenerator):
+    """Reads ``k1``, ``k2``, ``eps`` and ``min_samples`` of the config.
+
+    Args:
+        config, images: of ``LabelGenerator``.
+        schedule: the radius of an epoch, where it changes; default ``config.eps`` in all epochs.
+    """
+
+    advice: ClassVar[Advice] = Advice(
+        "Raise eps, lower min_samples or k1, or start from better weights", one_cluster="Lower eps"
+    )
+
+    def __init__(self, config: Config, images: Images, schedule: Callable[[int], float] | None = None) -> None:
+        super().__init__(config, images)
+        self.schedule = schedule
+
+    def eps(self, epoch: int) -> float:
+        """DBSCAN's radius in ``epoch``."""
+        return self.config.eps if self.schedule is None else self.schedule(epoch)
+
+    def cluster(self, features: Tensor, epoch: int) -> Tensor:
+        return self.clusterings(features, self.eps(epoch))
+
+    def clusterings(self, features: Tensor, eps: float | Sequence[float], **settings: Any) -> Tensor:
+        """Labels (n,) of ``features`` (n, D), or (len(eps), n) of several radii; ``settings`` as in the op."""
+        c = self.config
+        return pseudo_labels(
+            features, eps=eps, min_samples=c.min_samples, k1=c.k1, k2=c.k2, group=label_group(), **settings
+        )
+
+    def describe(self) -> str:
+        c = self.config
+        return f"k1 {c.k1}, k2 {c.k2}, eps {c.eps}, min_samples {c.min_samples}"
+
+    def settings(self, epoch: int) -> str:
+        return f"eps {self.eps(epoch)}, min_samples {self.config.min_samples}, k1 {self.config.k1}"

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every label generator does around its clustering: leaves out unreadable images, and centres cameras."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastreid_u.config import Config
+from fastreid_u.images import Images
+
+
+class Advice(NamedTuple):
+    """What to try where labels teach nothing; sentences without a full stop."""
+
+    no_cluster: str
+    one_cluster: str
+
+
+class LabelGenerator(nn.Module, ABC):
+    """Makes the pseudo-labels of an epoch. A subclass defines ``cluster``, ``describe`` and ``advice``.
+
+    Args:
+        config: the run's settings; a generator reads those that it needs.
+        images: the set to be labelled.
+
+    What a generator keeps from epoch to epoch is a buffer, so that it is saved and restored with the recipe.
+    """
+
+    advice: ClassVar[Advice]
+
+    def __init__(self, config: Config, images: Images) -> None:
+        super().__init__()
+        self.config = config
+        self.images = images
+
+    def forward(self, features: Tensor, epoch: int) -> Tensor:
+        """Labels (N,) int64, -1 or 0 .. C - 1, of ``features`` (N, D); unreadable images stay un-clustered."""
+        readable, camids = self.images.readable, self.images.camids
+        used = features[readable.to(features.device)]
+        if self.config.center_per_camera and camids is not None:
+            used = center_per_camera(used, camids[readable].to(used.device))
+        labels = torch.full((len(features),), -1, dtype=torch.int64, device=features.device)
+        labels[readable.to(features.device)] = self.cluster(used, epoch)
+        return labels
+
+    @abstractmethod
+    def cluster(self, features: Tensor, epoch: int) -> Tensor:
+        """Labels (n,) int64, -1 or 0 .. C - 1, of ``features`` (n, D), the rows of readable images."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """How labels are made, for the recipe card."""
+
+    def settings(self, epoch: int) -> str:
+        """The settings that decided the labels of ``epoch``, for errors and warnings."""
+        return self.describe()
+
+
+def center_per_camera(features: Tensor, camids: Tensor) -> Tensor:
+    """``features`` (N, D) minus the mean of their camera's rows, rescaled to unit length.
+
+    What a camera adds to all its images alike (colour cast, background) is removed, so that clusters need not be
+    cameras. Assumes that cameras see a similar mix of people; where they do not, what those people share goes too.
+    """
+    centered = features.clone()
+    for camid in camids.unique():
+        rows = camids == camid
+        centered[rows] -= features[rows].mean(dim=0)
+    return F.normalize(centered, dim=1)
