@@ -78,7 +78,7 @@ def test_probes_are_asked_once() -> None:
 
 def test_python_m_prints_the_table(tmp_path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "fastreid_u"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "fastreid_u"], cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     for row in _env.capabilities():

@@ -64,7 +64,7 @@ def call(
         env=clean | environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == 0 or not check, f"{command}\n{done.stdout}\n{done.stderr}"
