@@ -163,6 +163,7 @@ def triton():
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.mark.filterwarnings("ignore:op. numba is not installed, running the slow reference:RuntimeWarning")
 def test_auto_takes_the_fastest_that_can_run():
     assert dispatch.choose("op", CPU, "auto", {"reference": reference, "numba": numba, "triton": triton}) is numba
     assert dispatch.choose("op", CUDA, "auto", {"reference": reference, "numba": numba, "triton": triton}) is triton

@@ -233,6 +233,7 @@ def test_one_cluster_warns_and_goes_on(tiny_world, tmp_path, monkeypatch):
     assert "one cluster holds all clustered images" in (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.filterwarnings("default:too few clusters to fill a batch of:RuntimeWarning")
 def test_fewer_clusters_than_a_batch_needs_warns_once_and_goes_on(tiny_world, tmp_path, monkeypatch):
     from fastreid_u.recipe import Recipe
 
