@@ -19,6 +19,8 @@ def main(argv: list[str]) -> int:
     print(f"fastreid_u {__version__}")
     for row in rows:
         print(f"  {'yes' if row.present else 'no ':3}  {row.name:{width}}  {row.detail}")
+    if newer := _env.newer_than_tested():
+        print(f"  newer than tested: {', '.join(newer)}")
     return 0
 
 
