@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -147,6 +148,53 @@ def capabilities() -> tuple[Capability, ...]:
     """Every probe, in the order of the table that ``python -m fastreid_u`` prints."""
     probes = (python, torch_build, gpu, core, core_cuda, nvcc, triton, numba, torchvision, cupy, faiss, infomap, timm)
     return tuple(probe() for probe in probes)
+
+
+def newer_than_tested() -> tuple[str, ...]:
+    """Packages that fastreid_u needs or can use, installed in a newer version than the suite was last run with.
+
+    Returns:
+        ("numpy 2.5.0 (tested 2.4.6)", ...) by name; empty if none is newer.
+    """
+    tested = _tested_versions()
+    found = []
+    for name in sorted(tested.keys() & {"triton", *_declared()}):
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if _release(installed) > _release(tested[name]):
+            found.append(f"{name} {installed} (tested {tested[name]})")
+    return tuple(found)
+
+
+def _tested_versions() -> dict[str, str]:
+    """``constraints.txt``: beside this file where fastreid_u is installed, above it in a source checkout."""
+    here = Path(__file__).parent
+    for path in (here / "constraints.txt", here.parent / "constraints.txt"):
+        if path.is_file():
+            pins = [line.split("==") for line in path.read_text(encoding="utf-8").splitlines() if "==" in line]
+            return {_normal(name): version for name, version in pins}
+    return {}
+
+
+def _declared() -> set[str]:
+    """Names of the packages that fastreid_u's metadata asks for, extras included; none where it is not installed."""
+    try:
+        lines = importlib.metadata.requires("fastreid-u") or []
+    except importlib.metadata.PackageNotFoundError:
+        return set()
+    return {_normal(re.match(r"[\w.-]+", line)[0]) for line in lines}
+
+
+def _normal(name: str) -> str:
+    """A package's name as registries compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers of a version before any letter or sign: (2, 14, 1) of "2.14.1+cu130"."""
+    return tuple(int(number) for number in re.match(r"[\d.]*", version)[0].split(".") if number)
 
 
 def _package(name: str, module: str, missing: str) -> Capability:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -71,12 +73,67 @@ def poison(monkeypatch):
     def poisoned(make):
         def made(*args, **kwargs):
             fresh = make(*args, **kwargs)
+            if fresh.is_meta:  # there is no memory to fill
+                return fresh
             return fresh.fill_(torch.nan if fresh.is_floating_point() else -7 if fresh.dtype != torch.bool else True)
 
         return made
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+class TorchCalls(TorchDispatchMode):
+    """What torch's own operators do inside the block, whatever Python function of torch led to them.
+
+    Attributes:
+        bytes: storage that they made; ``largest`` of one tensor.
+        computed: names of those that compute or fill: on a GPU each is a launch. Views and empty memory are none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.largest = 0
+        self.computed: list[str] = []
+        self._storages = {}  # kept, so that none is made anew at an address that was counted
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self._new(args, kwargs)
+        result = operator(*args, **(kwargs or {}))
+        for size in self._new(result):
+            self.bytes += size
+            self.largest = max(self.largest, size)
+        name = operator.name()
+        if not operator.is_view and "empty" not in name:
+            self.computed.append(name)
+        return result
+
+    def _new(self, *trees) -> list[int]:
+        """Sizes of the storages that were not there before."""
+        found = [leaf.untyped_storage() for leaf in tree_leaves(trees) if isinstance(leaf, torch.Tensor)]
+        new = {storage._cdata: storage for storage in found if storage._cdata not in self._storages}
+        self._storages |= new
+        return [storage.nbytes() for storage in new.values()]
+
+
+@pytest.fixture
+def torch_calls():
+    """``with torch_calls() as calls:`` what torch runs and allocates there."""
+    return TorchCalls
+
+
+@pytest.fixture
+def exact_sums():
+    """``exact_sums(*tensors)``: what a test of bits multiplies. On a GPU, as given; interpreted, multiples of 1/16.
+
+    Triton's interpreter leaves products to NumPy, whose BLAS adds the terms of a row in an order that depends on the
+    row's place and on the processor. Multiples of 1/16 within 1 have products that any order adds to the same float32.
+    """
+
+    def rounded(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        return [t if torch.cuda.is_available() else (16 * t).round().clamp(-16, 16) / 16 for t in tensors]
+
+    return rounded
 
 
 @pytest.fixture

@@ -164,6 +164,7 @@ def triton():
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.mark.filterwarnings("ignore:op. .*running the slow reference:RuntimeWarning")
 def test_auto_takes_the_fastest_that_can_run(monkeypatch):
     runs = {"reference": reference, "numba": numba, "triton": triton}
     assert dispatch.choose("op", CPU, "auto", **runs) is numba

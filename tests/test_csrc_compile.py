@@ -7,6 +7,7 @@ What a build without nvcc would launch is recorded on a CPU: names of kernels, a
 import contextlib
 import ctypes
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -219,9 +220,10 @@ def test_compiles_by_nvcc_and_does_not_spill(architecture, tmp_path, record_prop
     csrc = Path(__file__).parents[1] / "csrc"
     if not csrc.is_dir():
         pytest.skip("needs a source checkout around it")
-    command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-DFASTREID_U_WITH_CUDA", "-c"]
+    nvcc = os.environ.get("CUDACXX") or "nvcc"
+    command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-DFASTREID_U_WITH_CUDA", "-c"]
     done = subprocess.run(
-        [*command, csrc / "on_cuda.cu", "-o", tmp_path / "core.o"], capture_output=True, text=True, timeout=300
+        [*command, csrc / "on_cuda.cu", "-o", tmp_path / "core.o"], capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr
     rows = usage(done.stderr)

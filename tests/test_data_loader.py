@@ -92,7 +92,7 @@ print(sum(len(batch.indices) for batch in loader), "images")
 def test_a_script_without_a_guard_may_have_workers(samples, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     words = [sys.executable, tmp_path / "script.py", *(sample.path for sample in samples[:4])]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert done.stdout == "4 images\n", done.stderr
 
 

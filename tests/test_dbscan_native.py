@@ -21,7 +21,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     target = tmp_path_factory.mktemp("native") / "test_dbscan"
     flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", f"-fsanitize={sanitizer}"]
     command = [COMPILER, *flags, "-fno-sanitize-recover=all", str(SOURCE), "-o", str(target)]
-    built = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    built = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     if "cannot find" in built.stderr and "san" in built.stderr:
         pytest.skip(f"{COMPILER} has no -fsanitize={sanitizer}: {built.stderr.splitlines()[0]}")
     assert built.returncode == 0, built.stderr
@@ -29,7 +29,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def run(target: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([str(target), *arguments], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([str(target), *arguments], capture_output=True, text=True, timeout=1200, check=False)
     if "unexpected memory mapping" in done.stderr:
         pytest.skip(f"the sanitizer cannot map its memory on this kernel: {done.stderr.splitlines()[0]}")
     return done

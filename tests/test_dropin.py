@@ -54,7 +54,7 @@ def alone(path: Path, code: str, folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", LOAD + code],
         env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=folder,
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
 
 

@@ -71,6 +71,30 @@ def test_broken_nvcc_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "does not run" in row.detail
 
 
+def test_what_is_newer_than_tested_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    tested = {"numpy": "2.4.6", "torch": "2.14.1", "triton": "3.8.0", "click": "8.0.0", "timm": "1.0.9"}
+    monkeypatch.setattr(_env, "_tested_versions", lambda: tested)
+    installed = {"numpy": "2.10.0", "torch": "2.14.1+cu130", "triton": "3.7.9", "click": "9", "timm": "1.0.10rc1"}
+    monkeypatch.setattr("importlib.metadata.version", lambda name: installed[name])
+    assert _env.newer_than_tested() == ("numpy 2.10.0 (tested 2.4.6)", "timm 1.0.10rc1 (tested 1.0.9)")
+    monkeypatch.setattr(_env, "_tested_versions", dict)
+    assert _env.newer_than_tested() == ()
+
+
+def test_a_newer_version_shows_in_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    from fastreid_u.cli import main
+
+    for newer, shown in (((), False), (("numpy 3.0 (tested 2.4.6)",), True)):
+        monkeypatch.setattr(_env, "newer_than_tested", lambda newer=newer: newer)
+        assert main([]) == 0
+        assert ("newer than tested: numpy 3.0 (tested 2.4.6)" in capsys.readouterr().out) is shown
+
+
+def test_the_tested_versions_are_known_to_the_installed_package() -> None:
+    tested = _env._tested_versions()
+    assert {"torch", "triton", "numpy", "numba", "scikit-learn"} <= tested.keys()
+
+
 def test_probes_are_asked_once() -> None:
     assert _env.gpu() is _env.gpu()
     assert _env.nvcc() is _env.nvcc()
@@ -78,7 +102,7 @@ def test_probes_are_asked_once() -> None:
 
 def test_python_m_prints_the_table(tmp_path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "fastreid_u"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "fastreid_u"], cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     for row in _env.capabilities():

@@ -15,7 +15,7 @@ LATER = ["triton", "torchvision", "rich", "sklearn", "scipy", "matplotlib", "num
 def python(code: str, folder: os.PathLike) -> str:
     """Standard output of a fresh interpreter."""
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -34,13 +34,16 @@ print(sorted(name for name in {LATER} if name in new), sorted(name for name in n
 
 
 def test_is_quick(tmp_path) -> None:
+    """In processor time as a share of torch's own import: neither a slow machine nor a busy one changes that much."""
     code = """
-import time, torch
-start = time.perf_counter()
+import time
+begin = time.process_time()
+import torch
+between = time.process_time()
 import fastreid_u
-print(time.perf_counter() - start)
+print((time.process_time() - between) / (between - begin))
 """
-    assert min(float(python(code, tmp_path)) for _ in range(3)) < 0.2
+    assert min(float(python(code, tmp_path)) for _ in range(3)) < 0.1
 
 
 def test_the_ops_need_no_display(tmp_path) -> None:

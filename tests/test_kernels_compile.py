@@ -35,7 +35,7 @@ def compiled(capability: int, **tiles) -> list[dict]:
     result = subprocess.run(
         [sys.executable, __file__, str(capability), json.dumps(tiles)],
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)

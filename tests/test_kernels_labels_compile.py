@@ -59,7 +59,7 @@ def compiled(capability: int, kernels: list, **options) -> list[dict]:
     result = subprocess.run(
         [sys.executable, __file__, str(capability), json.dumps(kernels), json.dumps(options)],
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)

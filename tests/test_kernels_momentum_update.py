@@ -306,9 +306,9 @@ def test_rejects(change, error, message):
 
 
 @pytest.mark.parametrize("rule", update.RULES)
-def test_one_launch_and_nothing_read_back(monkeypatch, rule):
+def test_one_launch_and_nothing_read_back(monkeypatch, torch_calls, rule):
     """Meta tensors refuse every read by the host; "push" looks for the other rows in a launch of its own."""
-    launched, scratch, empty = [], [], torch.empty
+    launched = []
 
     class Counted:
         def __init__(self, name):
@@ -317,10 +317,6 @@ def test_one_launch_and_nothing_read_back(monkeypatch, rule):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: launched.append(self.name)
 
-    def counted(*args, **kwargs):
-        scratch.append(empty(*args, **kwargs).nbytes)
-        return empty(*args, **kwargs)
-
     for name in [name for name in vars(update) if name.endswith("_kernel")]:
         monkeypatch.setattr(update, name, Counted(name))
     x, memory = torch.zeros(256, 2048, device="meta"), torch.zeros(700, 2048, device="meta")
@@ -328,9 +324,9 @@ def test_one_launch_and_nothing_read_back(monkeypatch, rule):
     settings = {"weight_temperature": 0.1, "index": ids, "found_inf": torch.zeros(1, device="meta")}
     if rule == "row":
         settings |= {"labels": ids, "cluster_sizes": ids, "cluster_means": torch.zeros(700, 2048, device="meta")}
-    monkeypatch.setattr(torch, "empty", counted)
-    monkeypatch.delattr(torch, "zeros")  # it would be a launch that is not counted
-    update.momentum_update_(memory, x, targets, rule=rule, **settings)
+    with torch_calls() as calls:
+        update.momentum_update_(memory, x, targets, rule=rule, **settings)
     kernel = "_row_update_kernel" if rule == "row" else "_momentum_update_kernel"
     assert launched == (["_nearest_other_kernel", kernel] if rule == "push" else [kernel])
-    assert sum(scratch) == (4 * 256 * 2048 + 8 * 256 * 22 if rule == "push" else 0)
+    assert calls.computed == []  # each would be one more launch
+    assert calls.bytes == (4 * 256 * 2048 + 8 * 256 * 22 if rule == "push" else 0)

@@ -245,8 +245,10 @@ def test_zero_rows_strides_and_mixed_dtypes():
     torch.testing.assert_close(coarse, kernels.proxy_nce(x, y, a, memory, *of_proxy, **ALL), rtol=1e-2, atol=1e-2)
 
 
-def test_bits_of_a_sample_do_not_depend_on_its_company():
-    x, y, a, *rest = batch(9)
+def test_bits_of_a_sample_do_not_depend_on_its_company(exact_sums):
+    x, y, a, memory, *of_proxy = batch(9)
+    x, memory = exact_sums(x, memory)
+    rest = memory, *of_proxy
     for settings in (LIST, ALL):
         each = kernels.proxy_nce(x, y, a, *rest, reduction="none", **settings)
         alone = kernels.proxy_nce(x[5:7], y[5:7], a[5:7], *rest, reduction="none", **settings)
@@ -333,26 +335,21 @@ class Counter:
 
 
 @pytest.mark.parametrize(("settings", "launches"), [({}, 3), ({"scope": "camera"}, 3)])
-def test_launches_and_scratch_of_a_step(monkeypatch, settings, launches):
+def test_launches_and_scratch_of_a_step(monkeypatch, torch_calls, settings, launches):
     """Meta tensors refuse every read by the host. Beside these launches torch sums the batch."""
-    counter, scratch = Counter(), []
+    counter = Counter()
     for module in (kernels.forward, kernels.backward):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, counter)
-    empty = torch.empty
-
-    def counted(*args, **kwargs):
-        made = empty(*args, **kwargs)
-        scratch.append(made.numel() * made.element_size())
-        return made
-
-    monkeypatch.setattr(torch, "empty", counted)
     b, q, d = 256, 3300, 2048
     x, memory = torch.zeros(b, d, device="meta", requires_grad=True), torch.zeros(q, d, device="meta")
     of_sample, of_proxy = (torch.zeros(n, dtype=torch.int64, device="meta") for n in (b, q))
-    kernels.proxy_nce(x, of_sample, of_sample, memory, of_proxy, of_proxy, **settings).backward()
+    upstream = torch.zeros((), device="meta")
+    with torch_calls() as calls:
+        kernels.proxy_nce(x, of_sample, of_sample, memory, of_proxy, of_proxy, **settings).backward(upstream)
     assert counter.launches == launches
-    assert sum(scratch) <= 4 * b * q + 4 * b * (50 + 8) + 4 * b * d  # the logits once, the list, the gradient
+    assert calls.computed == ["aten::sum"]
+    assert calls.bytes <= 4 * b * q + 4 * b * (50 + 8) + 4 * b * d + 4  # the logits once, list, gradient, and the sum
 
 
 @pytest.mark.gpu

@@ -98,8 +98,9 @@ def test_nce_classes_split_over_programs(monkeypatch):
     check_nce(x, targets, memory)
 
 
-def test_nce_lean_in_blocks(monkeypatch):
+def test_nce_lean_in_blocks(monkeypatch, exact_sums):
     x, targets, memory = batch(6, 300, 9)
+    x, memory = exact_sums(x, memory)
     stored = loss_and_gradients(nce.cluster_nce, x, targets, memory, lean=False)
     monkeypatch.setattr(nce.backward, "LEAN_BYTES", 4 * 6 * 128)
     lean = loss_and_gradients(nce.cluster_nce, x, targets, memory, lean=True)
@@ -107,8 +108,9 @@ def test_nce_lean_in_blocks(monkeypatch):
     torch.testing.assert_close(lean[1:], stored[1:], rtol=1e-5, atol=1e-6)
 
 
-def test_nce_bits_of_a_sample_do_not_depend_on_its_company():
+def test_nce_bits_of_a_sample_do_not_depend_on_its_company(exact_sums):
     x, targets, memory = batch(70, 40, 33)
+    x, memory = exact_sums(x, memory)
     each = nce.cluster_nce(x, targets, memory, reduction="none")
     order = torch.randperm(70, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     assert torch.equal(nce.cluster_nce(x[order], targets[order], memory, reduction="none"), each[order])
@@ -226,30 +228,23 @@ class Counter:
 
 
 @pytest.fixture
-def step_on_meta(monkeypatch):
+def step_on_meta(monkeypatch, torch_calls):
     """``run(b, c, d)``: launches and bytes of scratch of one step. Meta tensors refuse every read by the host."""
 
     def run(b, c, d):
-        counter, scratch = Counter(), []
+        counter = Counter()
         for module in (nce.logits, nce.loss, nce.backward, update):
             for name in vars(module):
                 if name.endswith("_kernel"):
                     monkeypatch.setattr(module, name, counter)
-        empty = torch.empty
-
-        def counted(*args, **kwargs):
-            made = empty(*args, **kwargs)
-            scratch.append(made.nbytes)
-            return made
-
         x = torch.zeros(b, d, device="meta", requires_grad=True)
         targets, memory = torch.zeros(b, dtype=torch.int64, device="meta"), torch.zeros(c, d, device="meta")
         found_inf, upstream = torch.zeros(1, device="meta"), torch.zeros((), device="meta")
-        monkeypatch.setattr(torch, "empty", counted)
-        monkeypatch.delattr(torch, "zeros")  # it would be a launch that is not counted
-        nce.cluster_nce(x, targets, memory).backward(upstream)
-        update.momentum_update_(memory, x.detach(), targets, found_inf=found_inf)
-        return counter.launches, sum(scratch) - x.nbytes  # less the gradient
+        with torch_calls() as calls:
+            nce.cluster_nce(x, targets, memory).backward(upstream)
+            update.momentum_update_(memory, x.detach(), targets, found_inf=found_inf)
+        assert calls.computed == []  # each would be one more launch
+        return counter.launches, calls.bytes - x.nbytes  # less the gradient
 
     return run
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason=
 LOOK = """
 import importlib.metadata as metadata, json, torch
 import fastreid_u, fastreid_u.kernels
-from fastreid_u import _ext
+from fastreid_u import _env, _ext
 from fastreid_u.ops import _compiled
 about = metadata.metadata("fastreid-u")
 line = torch.tensor([0.0, 0.1, 0.2, 5.0])
@@ -42,6 +43,7 @@ print(json.dumps({
     "kernels": list(fastreid_u.kernels.__path__),
     "kernels_file": getattr(fastreid_u.kernels, "__file__", None),
     "cuda_source": sorted(path.name for path in _compiled.source_folder().iterdir()),
+    "tested": _env._tested_versions(),
     "labels": fastreid_u.dbscan((line[:, None] - line).abs(), 0.15, 2, backend="cpp").tolist(),
     "version": fastreid_u.__version__,
     "license": about["License-Expression"],
@@ -64,7 +66,7 @@ def call(
         env=clean | environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == 0 or not check, f"{command}\n{done.stdout}\n{done.stderr}"
@@ -82,7 +84,8 @@ def environment(folder: Path) -> Path:
     """A new virtual environment that sees the packages of this one; returns its interpreter."""
     venv.create(folder, with_pip=False, symlinks=True)
     own = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
-    (own / "outer.pth").write_text("\n".join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}) + "\n")
+    outer = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (own / "outer.pth").write_text("\n".join(outer) + "\n")
     return folder / "bin" / "python"
 
 
@@ -108,6 +111,7 @@ def require_sound(seen: dict, python: Path) -> None:
     assert seen["kernels_file"] is None, "kernels/ must stay a namespace package"
     assert seen["labels"] == [0, 0, 0, -1]
     assert seen["cuda_source"] == device_source(), "CuPy compiles what lies next to the module"
+    assert seen["tested"] == pins()
     assert seen["license"] == "Apache-2.0"
     assert seen["python"] == ">=3.11"
     assert seen["readme"] == "text/markdown"
@@ -115,6 +119,11 @@ def require_sound(seen: dict, python: Path) -> None:
     assert seen["scripts"] == ["fastreid_u.cli:main"]
     declared = next(line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("version"))
     assert f'"{seen["version"]}"' in declared
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().replace("_", "-").lower().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +244,39 @@ def test_an_unknown_setting_is_refused(tmp_path: Path) -> None:
     done = configure(tmp_path, "MAYBE")
     assert done.returncode != 0
     assert "FASTREID_U_CUDA must be AUTO, ON or OFF, got MAYBE" in done.stderr
+
+
+def test_every_declared_package_has_a_tested_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    for requirement in declared:
+        name, least = re.fullmatch(r"([\w.-]+)(?:>=([\d.]+))?", requirement).groups()
+        assert _env._release(pins()[name]) >= _env._release(least or "0"), requirement
+    first = (ROOT / "constraints.txt").read_text().splitlines()[0]
+    assert re.search(r"last run with: \d{4}-\d\d-\d\d, Python 3\.\d+", first)
+
+
+def test_make_installs_the_tested_versions_and_pip_alone_need_not() -> None:
+    def recipe(target: str) -> str:
+        return call("make", "--always-make", "--dry-run", target).stdout
+
+    assert all("pip install --quiet -c constraints.txt -e" in recipe(target) for target in ("demo", "test"))
+    assert "-c constraints.txt" not in recipe("test-newest")
+    assert "constraints.txt" not in (ROOT / "pyproject.toml").read_text()
+
+
+def test_ci_runs_both_passes_and_either_fails_it(tmp_path: Path) -> None:
+    """With a ``make`` that only takes notes, and fails where it is told to."""
+    (tmp_path / "make").write_text('#!/bin/sh\necho "asked for $1"\ntest "$1" != "$FAILING"\n')
+    (tmp_path / "make").chmod(0o755)
+    shutil.copytree(ROOT / ".ci", tmp_path / "tree" / ".ci")
+    for failing, shown in (("", "none"), ("test", "tested"), ("test-newest", "newest")):
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        done = call(tmp_path / "tree" / ".ci" / "run", cwd=tmp_path, check=False, PATH=path, FAILING=failing)
+        assert (done.returncode == 0) is (failing == "")
+        lines = done.stdout.splitlines()
+        assert [line for line in lines if not line.startswith("====")] == ["asked for test", "asked for test-newest"]
+        assert lines[-1] == f"==== failed passes: {shown}"
 
 
 def test_linter_is_pinned_alike() -> None:

@@ -214,6 +214,7 @@ def test_numba_update_matches_the_reference(b, c, d, dtype, rule):
     assert (found.double() - truth).abs().max() <= 2 * (same.double() - truth).abs().max() + slack
 
 
+@pytest.mark.filterwarnings("ignore:momentum_update_. numba has no torch.*, running the slow reference:RuntimeWarning")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_dtypes_that_numba_lacks_run_on_the_reference(dtype):
     x, targets, memory = batch(device="cpu")

@@ -114,7 +114,7 @@ def test_a_killed_process_loses_no_finished_epoch(finished, tiny_world, tmp_path
     )
     process = subprocess.Popen([sys.executable, "-c", program])
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600  # a busy machine is slow to start
         while not (folder / "state.safetensors").exists():
             assert process.poll() is None, "the run ended before it was killed"
             assert time.monotonic() < deadline
@@ -236,6 +236,7 @@ def test_one_cluster_warns_and_goes_on(tiny_world, tmp_path, monkeypatch):
     assert "one cluster holds all clustered images" in (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.filterwarnings("default:too few clusters to fill a batch of:RuntimeWarning")
 def test_fewer_clusters_than_a_batch_needs_warns_once_and_goes_on(tiny_world, tmp_path, monkeypatch):
     from fastreid_u.labels.generator import LabelGenerator
 
