@@ -5,7 +5,7 @@ from fastreid_u import __version__, _env
 
 
 def capability_table() -> str:
-    """A line per capability: whether it is there, its name, its version or the reason why not; then what is untested."""
+    """A line per capability: whether it is there, its name, its version or why not; then what is newer than tested."""
     rows = _env.capabilities()
     width = max(len(row.name) for row in rows)
     lines = [f"  {'yes' if row.present else 'no ':3}  {row.name:{width}}  {row.detail}" for row in rows]
