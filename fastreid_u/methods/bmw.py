@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import nn
+
 from fastreid_u.config import NOT_NEGATIVE, RENDERED, Rule, changed, option
+from fastreid_u.memory import ClusterMemory
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.recipe import Paper
 
@@ -45,7 +48,9 @@ class BMW(ClusterContrast):
     paper = Paper("BMW", compat=True)
     Config = BMWConfig
 
-    def update_rule(self) -> dict[str, Any]:
+    def build(self, model: nn.Module) -> None:
+        super().build(model)
+        c = self.config
         # Published code moves one row after the other, so that a row may be pushed from one that has moved already.
-        rule = "push_sequential" if self.config.compat else "push"
-        return {"rule": rule, "push_weight": self.config.push_weight}
+        rule = "push_sequential" if c.compat else "push"
+        self.memory = ClusterMemory(model.num_features, 0, c.temp, c.momentum, rule=rule, push_weight=c.push_weight)

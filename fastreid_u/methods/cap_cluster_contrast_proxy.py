@@ -21,8 +21,7 @@ class CAPClusterContrastProxyConfig(CAPClusterContrastConfig):
     cluster_weight = changed(0.0)
     intra_weight = changed(1.0, "factor of the loss within cameras", source=CAP_CODE)
 
-    PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        **CAPClusterContrastConfig.PER_DATASET,
+    PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = CAPClusterContrastConfig.PER_DATASET | {
         "synthetic": {
             name: value
             for name, value in CAPClusterContrastConfig.PER_DATASET["synthetic"].items()

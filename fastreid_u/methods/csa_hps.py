@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastreid_u.config import IN_UNIT, NOT_NEGATIVE, POSITIVE, RENDERED, Rule, at_least, changed, option
+from fastreid_u.memory import ClusterMemory
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.ops.segment_attention import segment_attention
 from fastreid_u.ops.segments import segment_sum
@@ -80,21 +81,21 @@ class CSAHPS(ClusterContrast):
 
     def build(self, model: nn.Module) -> None:
         super().build(model)
-        # Frozen for the optimiser of the network: the attention has its own.
-        self.aggregation = Aggregation(model.num_features, self.config.heads, self.config.saa_scale).requires_grad_(
-            False
-        )
-
-    def prototypes(self, features: Tensor, labels: Tensor, epoch: int) -> Tensor:
         c = self.config
+        rule = "index" if c.update_rule == "dispersed" else c.update_rule
+        self.memory = ClusterMemory(model.num_features, 0, c.temp, c.momentum, rule=rule)
+        self.aggregation = Aggregation(model.num_features, c.heads, c.saa_scale)
+        self.aggregation.requires_grad_(False)  # it has an optimiser of its own
+
+    def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> Tensor:
+        c, kept = self.config, labels >= 0
+        rows, clusters = features[kept], labels[kept]
         train_aggregation(
-            self.aggregation, features, labels, steps=c.saa_steps, lr=c.saa_lr, noise=c.saa_noise, temperature=c.temp,
+            self.aggregation, rows, clusters, steps=c.saa_steps, lr=c.saa_lr, noise=c.saa_noise, temperature=c.temp,
             seed=(c.seed, epoch),
         )  # fmt: skip
-        return self.aggregation(features, labels)
-
-    def update_rule(self) -> dict[str, Any]:
-        return {"rule": {"dispersed": "index"}.get(self.config.update_rule, self.config.update_rule)}
+        self.memory.restart(self.aggregation(rows, clusters))
+        return labels
 
     def update(self, outputs: Tensor, batch: Batch) -> None:
         if self.config.update_rule != "dispersed":

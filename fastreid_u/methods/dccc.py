@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastreid_u.config import IN_UNIT, POSITIVE, RENDERED, Rule, at_least, changed, option
 from fastreid_u.labels.dbscan import DBSCANLabels
+from fastreid_u.memory import ClusterMemory
 from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.ops.ema_update import ema_update_
 from fastreid_u.recipe import Batch, Images, Paper
@@ -111,8 +112,11 @@ class DCCC(ClusterContrast):
 
     def build(self, model: nn.Module) -> None:
         super().build(model)
+        c = self.config
+        rule, tau = c.update_rule, c.tau_w if c.update_rule == "weighted" else None
+        self.memory = ClusterMemory(model.num_features, 0, c.temp, c.momentum, rule=rule, weight_temperature=tau)
         self.steps = 0
-        self.teacher = copy.deepcopy(model).requires_grad_(False) if self.config.teacher_weight else None
+        self.teacher = copy.deepcopy(model).requires_grad_(False) if c.teacher_weight else None
 
     def ranked(self) -> Mapping[str, nn.Module]:
         return {"model": self.model} | ({"teacher": self.teacher} if self.teacher else {})
@@ -126,10 +130,6 @@ class DCCC(ClusterContrast):
         with torch.no_grad():  # in training mode: its BatchNorm has statistics of its own, of the second view
             teacher = self.teacher(batch.views[1])
         return self.model(batch.images), teacher
-
-    def update_rule(self) -> dict[str, Any]:
-        weighted = self.config.update_rule == "weighted"
-        return {"rule": self.config.update_rule, "weight_temperature": self.config.tau_w if weighted else None}
 
     def loss(self, outputs: tuple[Tensor, ...], batch: Batch) -> Tensor:
         student, *teacher = outputs

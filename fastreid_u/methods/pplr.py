@@ -102,12 +102,9 @@ class PPLR(Recipe):
 
     def begin_epoch(self, features: Tensor, labels: Tensor, epoch: int) -> Tensor:
         kept = labels >= 0
-        self.clusters = int(labels.max()) + 1
-        if self.clusters > len(self.classifiers[0]):
-            raise ValueError(
-                f"pplr: max_clusters must hold the {self.clusters} clusters of epoch {epoch}, "
-                f"got {len(self.classifiers[0])}"
-            )
+        self.clusters, rows = int(labels.max()) + 1, len(self.classifiers[0])
+        if self.clusters > rows:
+            raise ValueError(f"pplr: max_clusters must hold the {self.clusters} clusters of epoch {epoch}, got {rows}")
         with torch.no_grad():
             for weight, own in zip(self.classifiers, self.rows, strict=True):
                 weight[: self.clusters] = cluster_centroids(own[kept], labels[kept])

@@ -19,8 +19,7 @@ class PPLRCameraConfig(PPLRConfig):
 
     camera_weight = changed(0.5, "factor of the loss between cameras", source=CODE)
 
-    PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        **PPLRConfig.PER_DATASET,
+    PER_DATASET: ClassVar[Mapping[str, Mapping[str, Any]]] = PPLRConfig.PER_DATASET | {
         "market1501": {"eps": 0.4},
         "msmt17": {"eps": 0.6, "camera_weight": 1.0},
     }
