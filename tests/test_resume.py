@@ -171,7 +171,7 @@ def test_a_folder_has_one_owner(world, tmp_path):
         train(world, folder)
     program = (
         "import time, pathlib\nfrom fastreid_u.engine.lock import locked\n"
-        f"with locked(pathlib.Path({str(folder)!r})):\n    print('mine', flush=True)\n    time.sleep(60)"
+        f"with locked(pathlib.Path({str(folder)!r})):\n    print('mine', flush=True)\n    time.sleep(600)"
     )
     other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     try:
