@@ -14,7 +14,7 @@ import pytest
 from fastreid_u.data.synthetic import SyntheticConfig
 from fastreid_u.methods import get_method
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "worlds" / "claims.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "worlds" / "claims.py"
 pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="needs a source checkout around it")
 
 

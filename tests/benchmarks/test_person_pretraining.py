@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-WORLDS = Path(__file__).parents[1] / "benchmarks" / "worlds"
+WORLDS = Path(__file__).parents[2] / "benchmarks" / "worlds"
 pytestmark = pytest.mark.skipif(not WORLDS.is_dir(), reason="needs a source checkout around it")
 WORLD = dict(train_ids=6, test_ids=4, cameras=3, images_per_camera=4, distractors=1, height=64, width=32)
 SHORT = dict(height=64, width=32, workers=0, iters=2, epochs=1, batch_size=16, num_instances=4, k1=8, k2=3, eps=0.7)

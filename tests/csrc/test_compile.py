@@ -217,7 +217,7 @@ def test_launcher_hands_cupy_the_stream_and_the_bytes(monkeypatch):
 @pytest.mark.skipif(not _env.nvcc().present, reason=f"no nvcc: {_env.nvcc().detail}")
 @pytest.mark.parametrize("architecture", [ARCHITECTURES[0], ARCHITECTURES[-1]])
 def test_compiles_by_nvcc_and_does_not_spill(architecture, tmp_path, record_property):
-    csrc = Path(__file__).parents[1] / "csrc"
+    csrc = Path(__file__).parents[2] / "csrc"
     if not csrc.is_dir():
         pytest.skip("needs a source checkout around it")
     nvcc = os.environ.get("CUDACXX") or "nvcc"

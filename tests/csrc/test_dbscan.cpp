@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The DBSCAN core without Python, for the sanitizers: every phase on several threads against a serial
-// depth-first search. tests/test_dbscan_native.py compiles and runs it. With an argument it plants the fault that the
+// depth-first search. tests/csrc/test_dbscan.py compiles and runs it. With an argument it plants the fault that the
 // sanitizer must report, which proves that the sanitizer was looking.
 #include <algorithm>
 #include <barrier>

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ core under the thread, address and undefined-behaviour sanitizers (tests/native/test_dbscan.cpp)."""
+"""The C++ core under the thread, address and undefined-behaviour sanitizers (tests/csrc/test_dbscan.cpp)."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parent / "native" / "test_dbscan.cpp"
+SOURCE = Path(__file__).with_suffix(".cpp")
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: set CXX, or put g++ or clang++ on PATH")

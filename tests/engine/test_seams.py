@@ -229,7 +229,7 @@ def test_a_method_in_a_file_of_ones_own(tmp_path):
 def test_the_method_that_the_docs_show_trains_from_the_command_line(tiny_world, tmp_path):
     from fastreid_u.cli import main
 
-    docs = (Path(__file__).parents[1] / "docs" / "methods" / "README.md").read_text(encoding="utf-8")
+    docs = (Path(__file__).parents[2] / "docs" / "methods" / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", docs[docs.index("## Your own") :], re.DOTALL)
     (tmp_path / "two_views.py").write_text(code, encoding="utf-8")
     told = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items() if not isinstance(value, bool)]

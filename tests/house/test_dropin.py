@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[1] / "kernels"
+FOLDER = Path(__file__).resolve().parents[2] / "kernels"
 KERNELS = sorted([*FOLDER.glob("*.py"), *(path.parent for path in FOLDER.glob("*/__init__.py"))])
 
 LOAD = """

@@ -22,7 +22,7 @@ import pytest
 
 from fastreid_u import _env
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 pytest.importorskip("scikit_build_core", reason="needs scikit-build-core: pip install -e '.[test]'")
 pytest.importorskip("pybind11", reason="needs pybind11: pip install -e '.[test]'")

@@ -13,7 +13,7 @@ import torch
 import fastreid_u
 from fastreid_u.cli import main
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 pytestmark = pytest.mark.skipif(not README.is_file(), reason="needs a source checkout around it")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MOST_ARGUMENTS = 5  # of a function in engine/
 MOST_LINES = 80  # of a body in the package; kernels are another trade
 SCREEN = 50  # lines of ``train``

@@ -22,7 +22,7 @@ from fastreid_u.models import (
 from fastreid_u.models.ibn import IBN
 from fastreid_u.models.resnet import ALIASES, RESNETS, ResNet
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 
 
 def tiny(**options):

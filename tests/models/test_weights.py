@@ -21,7 +21,7 @@ from fastreid_u.models import (
 from fastreid_u.models import weights as weights_module
 from fastreid_u.models.resnet import RESNETS
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 
 
 def tiny(**options):
