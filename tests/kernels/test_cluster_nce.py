@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels of a training step: on a GPU if there is one, else interpreted.
+"""The Triton ``cluster_nce`` without options: on a GPU if there is one, else interpreted.
 
 Truth is the reference in float64; a kernel may be off by twice what the reference in the same dtype is off by.
 """
@@ -9,14 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from fastreid_u.kernels import cluster_nce as nce
-from fastreid_u.kernels import momentum_update as update
-from fastreid_u.kernels import proxy_nce as proxies
 from fastreid_u.reference.cluster_nce import cluster_nce as reference_nce
 
 pytestmark = pytest.mark.usefixtures("poison")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GOLDEN = ["cm_all_b50_d48_k23", "cm_random_b50_d48_k23", "cm_one_b64_d96_k40"]
-RULES = {"cm": "sequential", "hard": "hard"}
 
 
 def batch(b, c, d, dtype=torch.float32, number=0):
@@ -197,91 +194,3 @@ def test_nce_rejects(change, error, message):
     arguments = {"x": torch.ones(2, 4), "targets": torch.tensor([0, 1]), "memory": torch.ones(3, 4), **change}
     with pytest.raises(error, match=f"cluster_nce: {message}"):
         nce.cluster_nce(**arguments)
-
-
-@pytest.mark.parametrize("published", ["cm", "hard"])
-def test_ten_steps_golden(golden, published):
-    file = golden("cm_trajectory_b32_d64_k24")
-    memory = file.tensor("features_before").to(DEVICE)
-    after = dict(zip((1, 2, 3, 5, 10), file.tensor(f"features_each_step_{published}_m0.1"), strict=True))
-    for step in range(10):
-        x = file.tensor("inputs")[step].to(DEVICE).requires_grad_()
-        targets = file.tensor("targets")[step].to(DEVICE)
-        loss = nce.cluster_nce(x, targets, memory)
-        (gradient,) = torch.autograd.grad(loss, x)
-        update.momentum_update_(memory, x.detach(), targets, momentum=0.1, rule=RULES[published])
-        assert loss.item() == pytest.approx(file[f"loss_{published}_m0.1"][step].item(), rel=1e-5, abs=1e-6)
-        if step + 1 in after:
-            torch.testing.assert_close(memory.cpu(), after[step + 1], atol=5e-6 if step == 9 else 1e-6, rtol=0)
-    torch.testing.assert_close(gradient.cpu(), file.tensor(f"grad_last_{published}_m0.1"), rtol=1e-4, atol=2e-6)
-
-
-class Counter:
-    """Stands in for a kernel and counts its launches."""
-
-    def __init__(self):
-        self.launches = 0
-
-    def __getitem__(self, grid):
-        self.launches += 1
-        return lambda *args, **kwargs: None
-
-
-@pytest.fixture
-def step_on_meta(monkeypatch, torch_calls):
-    """``run(b, c, d)``: launches and bytes of scratch of one step. Meta tensors refuse every read by the host."""
-
-    def run(b, c, d):
-        counter = Counter()
-        for module in (nce.logits, nce.loss, nce.backward, update):
-            for name in vars(module):
-                if name.endswith("_kernel"):
-                    monkeypatch.setattr(module, name, counter)
-        x = torch.zeros(b, d, device="meta", requires_grad=True)
-        targets, memory = torch.zeros(b, dtype=torch.int64, device="meta"), torch.zeros(c, d, device="meta")
-        found_inf, upstream = torch.zeros(1, device="meta"), torch.zeros((), device="meta")
-        with torch_calls() as calls:
-            nce.cluster_nce(x, targets, memory).backward(upstream)
-            update.momentum_update_(memory, x.detach(), targets, found_inf=found_inf)
-        assert calls.computed == []  # each would be one more launch
-        return counter.launches, calls.bytes - x.nbytes  # less the gradient
-
-    return run
-
-
-def test_a_step_is_four_launches_and_reads_nothing_back(step_on_meta):
-    launches, _ = step_on_meta(256, 700, 2048)
-    assert launches == 4
-
-
-def test_lean_memory_is_bounded(step_on_meta):
-    _, scratch = step_on_meta(256, 1_000_000, 384)
-    assert 2**20 < scratch <= 64 * 2**20
-
-
-@pytest.mark.parametrize("rows", [700, 5_000_000])
-@pytest.mark.parametrize("b", [1, 256])
-def test_grids_fit_however_many_rows(monkeypatch, b, rows):
-    """A GPU takes 2**31 - 1 programs along the first axis of a grid and 65,535 along the others."""
-    grids = []
-
-    class Recorder:
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: grids.append(grid)
-
-    for module in (nce.logits, nce.loss, nce.backward, update, proxies.forward, proxies.backward):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Recorder())
-    x = torch.zeros(b, 256, device="meta", requires_grad=True)
-    memory = torch.zeros(rows, 256, device="meta", requires_grad=True)
-    targets, of_row = (torch.zeros(n, dtype=torch.int64, device="meta") for n in (b, rows))
-    for lean in (False, True):
-        nce.cluster_nce(x, targets, memory, lean=lean).backward()
-    for settings in ({"hard_negatives": 50}, {"hard_negatives": None}, {"scope": "camera"}):
-        proxies.proxy_nce(x, targets, targets, memory.detach(), of_row, of_row, **settings).backward()
-    for rule in ("sequential", "push"):
-        update.momentum_update_(memory.detach(), x.detach(), targets, rule=rule)
-    assert len(grids) >= 16
-    for first, *others in grids:
-        assert 1 <= first < 2**31
-        assert all(1 <= other < 2**16 for other in others)

@@ -306,19 +306,9 @@ def test_rejects(change, error, message):
 
 
 @pytest.mark.parametrize("rule", update.RULES)
-def test_one_launch_and_nothing_read_back(monkeypatch, torch_calls, rule):
+def test_one_launch_and_nothing_read_back(launches, torch_calls, rule):
     """Meta tensors refuse every read by the host; "push" looks for the other rows in a launch of its own."""
-    launched = []
-
-    class Counted:
-        def __init__(self, name):
-            self.name = name
-
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: launched.append(self.name)
-
-    for name in [name for name in vars(update) if name.endswith("_kernel")]:
-        monkeypatch.setattr(update, name, Counted(name))
+    made = launches(update)
     x, memory = torch.zeros(256, 2048, device="meta"), torch.zeros(700, 2048, device="meta")
     targets, ids = (torch.zeros(n, dtype=torch.int64, device="meta") for n in (256, 700))
     settings = {"weight_temperature": 0.1, "index": ids, "found_inf": torch.zeros(1, device="meta")}
@@ -327,6 +317,6 @@ def test_one_launch_and_nothing_read_back(monkeypatch, torch_calls, rule):
     with torch_calls() as calls:
         update.momentum_update_(memory, x, targets, rule=rule, **settings)
     kernel = "_row_update_kernel" if rule == "row" else "_momentum_update_kernel"
-    assert launched == (["_nearest_other_kernel", kernel] if rule == "push" else [kernel])
+    assert [name for name, _ in made] == (["_nearest_other_kernel", kernel] if rule == "push" else [kernel])
     assert calls.computed == []  # each would be one more launch
     assert calls.bytes == (4 * 256 * 2048 + 8 * 256 * 22 if rule == "push" else 0)

@@ -13,6 +13,7 @@ from fastreid_u.ops import device_flag
 from fastreid_u.ops._cluster_nce import cluster_nce_backward_op, cluster_nce_op
 from fastreid_u.ops._cluster_nce import run_triton as triton
 from fastreid_u.ops.cluster_nce import cluster_nce
+from fastreid_u.ops.momentum_update import momentum_update_
 from fastreid_u.reference.cluster_nce import cluster_nce as reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -21,7 +22,9 @@ DEFAULTS = {
     "smoothing": 0.0, "extra_target": None, "extra_weight": None, "focal": 0.0, "epsilon": 0.0, "class_mask": None,
     "weight": None, "ignore_index": -1, "reduction": "mean",
 }  # fmt: skip
-METHODS = ["DCCC", "SpCL", "CACL", "PPLR body", "PPLR parts", "all"]
+METHODS = ["plain", "DCCC", "SpCL", "CACL", "PPLR body", "PPLR parts", "all"]
+
+PLAIN = (None,) * 3 + ([0.0, 0.0, 0.0], 0.1, 0.1, 0.0, 0.0, True, -1)
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +42,7 @@ def batch(method, b=9, c=14, d=6, device=DEVICE):
     mask = torch.arange(c, device=device) % 2 == 0
     extra, share = torch.rand(b, c, generator=generator).softmax(1).to(device), torch.linspace(0, 0.5, b, device=device)
     settings = {
+        "plain": {},
         "DCCC": {"teacher": teacher, "teacher_weight": 0.1},
         "SpCL": {"class_mask": mask, "epsilon": 1e-6},
         "CACL": {"class_mask": mask, "epsilon": 1e-6, "focal": 4.0},
@@ -50,6 +54,80 @@ def batch(method, b=9, c=14, d=6, device=DEVICE):
         },
     }[method]  # fmt: skip
     return x, targets, memory, DEFAULTS | settings
+
+
+def plain_batch(b=9, c=13, d=6):
+    """x, targets, memory of a loss without options; some samples are ignored."""
+    generator = torch.Generator().manual_seed(b + c)
+    x = torch.randn(b, d, generator=generator, dtype=torch.float64)
+    memory = F.normalize(torch.randn(c, d, generator=generator, dtype=torch.float64))
+    targets = torch.randint(-1, c, (b,), generator=generator)
+    return x.to(DEVICE, torch.float32), targets.to(DEVICE), memory.to(DEVICE, torch.float32)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("lean", [False, True])
+def test_opcheck_nce(trained, reduction, lean):
+    x, targets, memory = plain_batch()
+    x.requires_grad_()
+    memory.requires_grad_(trained)
+    arguments = (x, targets, memory, None, None, None, torch.rand(9, device=DEVICE), *PLAIN, reduction, lean)
+    torch.library.opcheck(cluster_nce_op, arguments)
+
+
+def test_opcheck_nce_backward():
+    x, targets, memory = plain_batch()
+    loss, stats, logits = cluster_nce_op(x, targets, memory, None, None, None, None, *PLAIN, "mean", False)
+    for needs in ((True, False), (False, True), (True, True)):
+        arguments = (
+            torch.ones_like(loss),
+            x,
+            targets,
+            memory,
+            None,
+            None,
+            None,
+            stats,
+            logits,
+            0.1,
+            0.1,
+            False,
+            True,
+            -1,
+        )
+        torch.library.opcheck(cluster_nce_backward_op, (*arguments, *needs))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_registered_nce_has_the_gradients_of_the_reference(reduction):
+    x, targets, memory = plain_batch()
+    weight = torch.linspace(0, 2, 9, device=DEVICE)
+    both = []
+    for run in (triton, reference):
+        leaves = x.clone().requires_grad_(), memory.clone().requires_grad_()
+        loss = run(leaves[0], targets, leaves[1], **DEFAULTS | {"weight": weight, "reduction": reduction})
+        both.append((loss.detach(), *torch.autograd.grad((loss * (loss.detach() + 1)).sum(), leaves)))
+    torch.testing.assert_close(*both, rtol=1e-4, atol=1e-5)
+
+
+def test_registered_nce_gives_no_gradient_to_a_plain_memory():
+    x, targets, memory = plain_batch()
+    triton(x.requires_grad_(), targets, memory, **DEFAULTS).backward()
+    assert memory.grad is None
+    assert x.grad.abs().sum() > 0
+    frozen = triton(x.detach(), targets, memory.requires_grad_(), **DEFAULTS)
+    frozen.backward()
+    assert memory.grad.abs().sum() > 0
+
+
+def test_the_loss_keeps_the_old_memory_or_says_so():
+    """An update between loss and backward would change the gradient: torch refuses it."""
+    x, targets, memory = plain_batch()
+    loss = triton(x.requires_grad_(), targets, memory, **DEFAULTS)
+    momentum_update_(memory, x, targets)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("lean", [False, True])
@@ -129,27 +207,12 @@ def test_a_masked_target_is_raised_when_asked():
         device_flag.raise_flagged()
 
 
-class Counter:
-    """Stands in for a kernel and counts its launches."""
-
-    def __init__(self):
-        self.launches = 0
-
-    def __getitem__(self, grid):
-        self.launches += 1
-        return lambda *args, **kwargs: None
-
-
 @pytest.fixture
-def on_meta(monkeypatch, torch_calls):
+def on_meta(launches, torch_calls):
     """``run(method, b, c, d)``: launches and bytes of scratch of loss and gradient. Meta tensors refuse every read."""
 
     def run(method, b, c, d):
-        counter = Counter()
-        for module in (nce.logits, nce.loss, nce.backward):
-            for name in vars(module):
-                if name.endswith("_kernel"):
-                    monkeypatch.setattr(module, name, counter)
+        made = launches(nce.logits, nce.loss, nce.backward)
 
         def meta(*shape, dtype=torch.float32):
             return torch.empty(*shape, dtype=dtype, device="meta")
@@ -166,15 +229,15 @@ def on_meta(monkeypatch, torch_calls):
         with torch_calls() as calls:
             nce.cluster_nce(x, targets, memory, **settings).backward(upstream)
         assert calls.computed == []  # each would be one more launch
-        return counter.launches, calls.bytes - x.nbytes  # less the gradient
+        return len(made), calls.bytes - x.nbytes  # less the gradient
 
     return run
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_loss_and_gradient_are_three_launches_and_read_nothing_back(on_meta, method):
-    launches, _ = on_meta(method, 256, 700, 2048)
-    assert launches == 3
+    launched, _ = on_meta(method, 256, 700, 2048)
+    assert launched == 3
 
 
 @pytest.mark.parametrize("method", ["DCCC", "CACL", "PPLR parts"])
@@ -184,7 +247,6 @@ def test_lean_memory_is_bounded(on_meta, method):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="counts synchronisations, and there is no CUDA device")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_on_a_gpu_never_waits(method):
     x, targets, memory, settings = batch(method, 256, 700, 2048)
@@ -195,3 +257,24 @@ def test_a_step_on_a_gpu_never_waits(method):
             cluster_nce(x, targets, memory, **settings).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_target_out_of_range_is_raised_when_asked():
+    x, targets, memory = plain_batch()
+    targets[:] = 1
+    device_flag.raise_flagged()
+    targets[4] = 13
+    assert triton(x, targets, memory, **DEFAULTS).isnan()
+    with pytest.raises(ValueError, match=r"cluster_nce: targets must lie in \[0, C\)"):
+        device_flag.raise_flagged()
+    device_flag.raise_flagged()
+
+
+def test_triton_does_not_take_what_it_cannot():
+    x, targets, memory = (each.cpu() for each in plain_batch())
+    with pytest.raises(RuntimeError, match="cluster_nce: backend must run on cpu tensors, got 'triton'"):
+        cluster_nce(x, targets, memory, backend="triton")
+    with pytest.raises(
+        RuntimeError, match="cluster_nce: backend must be able to run here, got 'triton': the kernel computes"
+    ):
+        cluster_nce(x.double(), targets, memory.double(), backend="triton")

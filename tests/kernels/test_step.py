@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of a training step where only a GPU can tell: large addresses, other devices, other streams."""
+"""The Triton kernels of a training step together: the published ten steps, launches, grids.
+
+And what only a GPU can tell: large addresses, other devices, other streams.
+"""
 
 import pytest
 import torch
@@ -9,11 +12,75 @@ from fastreid_u.kernels import cluster_nce as nce
 from fastreid_u.kernels import momentum_update as update
 from fastreid_u.kernels import proxy_nce as proxies
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RULES = {"cm": "sequential", "hard": "hard"}
 ROWS, D, T = 2**20 + 1, 2048, 0.1  # the last row begins at element 2**31
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("published", ["cm", "hard"])
+def test_ten_steps_golden(golden, published):
+    file = golden("cm_trajectory_b32_d64_k24")
+    memory = file.tensor("features_before").to(DEVICE)
+    after = dict(zip((1, 2, 3, 5, 10), file.tensor(f"features_each_step_{published}_m0.1"), strict=True))
+    for step in range(10):
+        x = file.tensor("inputs")[step].to(DEVICE).requires_grad_()
+        targets = file.tensor("targets")[step].to(DEVICE)
+        loss = nce.cluster_nce(x, targets, memory)
+        (gradient,) = torch.autograd.grad(loss, x)
+        update.momentum_update_(memory, x.detach(), targets, momentum=0.1, rule=RULES[published])
+        assert loss.item() == pytest.approx(file[f"loss_{published}_m0.1"][step].item(), rel=1e-5, abs=1e-6)
+        if step + 1 in after:
+            torch.testing.assert_close(memory.cpu(), after[step + 1], atol=5e-6 if step == 9 else 1e-6, rtol=0)
+    torch.testing.assert_close(gradient.cpu(), file.tensor(f"grad_last_{published}_m0.1"), rtol=1e-4, atol=2e-6)
+
+
+@pytest.fixture
+def step_on_meta(launches, torch_calls):
+    """``run(b, c, d)``: launches and bytes of scratch of one step. Meta tensors refuse every read by the host."""
+
+    def run(b, c, d):
+        made = launches(nce.logits, nce.loss, nce.backward, update)
+        x = torch.zeros(b, d, device="meta", requires_grad=True)
+        targets, memory = torch.zeros(b, dtype=torch.int64, device="meta"), torch.zeros(c, d, device="meta")
+        found_inf, upstream = torch.zeros(1, device="meta"), torch.zeros((), device="meta")
+        with torch_calls() as calls:
+            nce.cluster_nce(x, targets, memory).backward(upstream)
+            update.momentum_update_(memory, x.detach(), targets, found_inf=found_inf)
+        assert calls.computed == []  # each would be one more launch
+        return len(made), calls.bytes - x.nbytes  # less the gradient
+
+    return run
+
+
+def test_a_step_is_four_launches_and_reads_nothing_back(step_on_meta):
+    launched, _ = step_on_meta(256, 700, 2048)
+    assert launched == 4
+
+
+def test_lean_memory_is_bounded(step_on_meta):
+    _, scratch = step_on_meta(256, 1_000_000, 384)
+    assert 2**20 < scratch <= 64 * 2**20
+
+
+@pytest.mark.parametrize("rows", [700, 5_000_000])
+@pytest.mark.parametrize("b", [1, 256])
+def test_grids_fit_however_many_rows(launches, b, rows):
+    """A GPU takes 2**31 - 1 programs along the first axis of a grid and 65,535 along the others."""
+    made = launches(nce.logits, nce.loss, nce.backward, update, proxies.forward, proxies.backward)
+    x = torch.zeros(b, 256, device="meta", requires_grad=True)
+    memory = torch.zeros(rows, 256, device="meta", requires_grad=True)
+    targets, of_row = (torch.zeros(n, dtype=torch.int64, device="meta") for n in (b, rows))
+    for lean in (False, True):
+        nce.cluster_nce(x, targets, memory, lean=lean).backward()
+    for settings in ({"hard_negatives": 50}, {"hard_negatives": None}, {"scope": "camera"}):
+        proxies.proxy_nce(x, targets, targets, memory.detach(), of_row, of_row, **settings).backward()
+    for rule in ("sequential", "push"):
+        update.momentum_update_(memory.detach(), x.detach(), targets, rule=rule)
+    assert len(made) >= 16
+    for _, (first, *others) in made:
+        assert 1 <= first < 2**31
+        assert all(1 <= other < 2**16 for other in others)
 
 
 @pytest.fixture
@@ -45,6 +112,7 @@ def assert_near(found, wanted):
     torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item())
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("lean", [False, True])
 def test_cluster_nce_past_two_to_the_31(large, lean):
     memory, row = large
@@ -58,6 +126,7 @@ def test_cluster_nce_past_two_to_the_31(large, lean):
         assert_near(found, wanted)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("hard_negatives", [50, None])
 def test_proxy_nce_past_two_to_the_31(large, hard_negatives):
     memory, row = large
@@ -72,6 +141,7 @@ def test_proxy_nce_past_two_to_the_31(large, hard_negatives):
     assert_near(x.grad, wanted[1])
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("rule", ["sequential", "index", "push"])
 def test_momentum_update_past_two_to_the_31(large, rule):
     memory, row = large
@@ -86,6 +156,7 @@ def test_momentum_update_past_two_to_the_31(large, rule):
     assert memory[:-1].count_nonzero() == 0
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("rows", [2**21 + 33, 2**22 + 65])
 def test_more_rows_than_a_second_axis_of_a_grid_has_tiles(rows):
     """All rows are zeros but the last two: what a program of the last tile does shows in the result."""
@@ -126,6 +197,7 @@ def step(device):
     return x.grad.cpu(), memory.cpu()
 
 
+@pytest.mark.gpu
 def test_a_step_on_another_stream():
     wanted = step("cuda")
     stream = torch.cuda.Stream()
@@ -137,6 +209,7 @@ def test_a_step_on_another_stream():
         assert torch.equal(one, other)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_step_on_a_device_that_is_not_the_current_one():
     wanted = step("cuda:0")
