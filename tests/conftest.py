@@ -270,3 +270,12 @@ def smoke(tiny_world, tmp_path):
         return fastreid_u.train(dataset, method=method, logs_dir=tmp_path / folder, **{**tiny, **settings})
 
     return run
+
+
+@pytest.fixture
+def all_cores():
+    """For what a CPU gives at sizes for which one thread would take minutes of a GPU's time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    yield
+    torch.set_num_threads(before)

@@ -18,16 +18,13 @@ from fastreid_u.ops import dbscan as op
 from fastreid_u.ops._dispatch import missing
 from fastreid_u.reference import dbscan as reference
 
-BACKENDS = [
-    "cpp",
-    "reference",
-    *(
-        pytest.param(
-            name, marks=[pytest.mark.gpu, pytest.mark.skipif(missing(name) is not None, reason=str(missing(name)))]
-        )
-        for name in ("cuda", "cupy")
-    ),
+GPU_BACKENDS = [
+    pytest.param(
+        name, marks=[pytest.mark.gpu, pytest.mark.skipif(missing(name) is not None, reason=str(missing(name)))]
+    )
+    for name in ("cuda", "cupy")
 ]
+BACKENDS = ["cpp", "reference", *GPU_BACKENDS]
 
 
 def stored(dense: np.ndarray, radius: float = 5.0) -> scipy.sparse.csr_array:
@@ -490,3 +487,19 @@ def test_eps_and_radius_are_compared_as_the_graph_rounds_them():
 
 def test_more_neighbours_than_there_are_points():
     assert (fastreid_u.dbscan(torch.zeros(5, 5), 0.5, 10**30) == -1).all()
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_dbscan_on_another_stream_of_a_graph_that_starts_anywhere_in_memory(clustered, backend):
+    graph = fastreid_u.jaccard_graph(clustered(2999, 32), radius=0.7)
+    crow, col, values = (part.cuda() for part in (graph.crow_indices(), graph.col_indices(), graph.values()))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        memory = torch.full((1 + len(values),), torch.nan, device="cuda")  # an error, if it is read too early
+        torch.cuda._sleep(50_000_000)
+        memory[1:] = values
+        late = torch.sparse_csr_tensor(crow, col, memory[1:], size=graph.shape)
+        found = fastreid_u.dbscan(late, [0.5, 0.6], backend=backend)
+    stream.synchronize()
+    assert torch.equal(found.cpu(), fastreid_u.dbscan(graph, [0.5, 0.6], backend="cpp"))

@@ -31,9 +31,10 @@ def assert_near(found, expected):
 
 @pytest.mark.parametrize(("k1", "k2"), PAIRS)
 @pytest.mark.parametrize("name", ["jaccard_n64_d32", "jaccard_n257_d128", "jaccard_n600_d256"])
-def test_golden(golden, name, k1, k2):
+def test_golden(golden, device, name, k1, k2):
     file = golden(name)
-    assert_near(jaccard_distance(file.tensor("features"), k1, k2), file.matrix(f"dist_k{k1}_{k2}"))
+    found = jaccard_distance(file.tensor("features").to(device), k1, k2).cpu()
+    assert_near(found, file.matrix(f"dist_k{k1}_{k2}"))
 
 
 @pytest.mark.parametrize(("k1", "k2"), [(25, 6), (15, 4), (9, 1), (5, 2)])
@@ -223,3 +224,93 @@ def test_rejects_nan():
     x[17, 3] = torch.nan
     with pytest.raises(ValueError, match=r"jaccard_distance: x must be finite, .* 1 of 40 rows \(first: row 17\)"):
         jaccard_distance(x)
+
+
+# on a GPU, against what a CPU gives
+
+
+# one row, powers of two and their neighbours, sizes past a buffer, a tile of products and a block of queries
+SIZES = [1, 2, 63, 64, 65, 511, 513, 1000, 2049, 8191, 8193, 12_936]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("all_cores")
+@pytest.mark.parametrize("radius", [0.3, 0.6, 1.0])
+@pytest.mark.parametrize("n", SIZES)
+def test_gpu_graph(clustered, n, radius):
+    """Bit for bit the CPU's: both add the same integers, unless a float64 softmax was rounded another way."""
+    k1, k2 = min(30, n), min(6, n)
+    x = clustered(n, 64, number=n)
+    near = knn(x, k1)
+    found = jaccard_graph(
+        x.cuda(), k1=k1, k2=k2, radius=radius, knn=(near[0].cuda(), near[1].cuda()), backend="triton"
+    ).cpu()
+    expected = jaccard_graph(x, k1=k1, k2=k2, radius=radius, knn=near, backend="numba")
+    assert torch.equal(found.crow_indices(), expected.crow_indices())
+    assert torch.equal(found.col_indices(), expected.col_indices())
+    torch.testing.assert_close(found.values(), expected.values(), atol=1e-7, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("all_cores")
+def test_gpu_graph_is_bitwise_symmetric_and_repeatable(clustered):
+    x = clustered(4000, 32, spread=1.2).cuda()
+    graphs = [jaccard_graph(x, radius=0.9, backend="triton") for _ in range(3)]
+    assert all(torch.equal(graph.values(), graphs[0].values()) for graph in graphs)
+    row = torch.arange(4000, device="cuda").repeat_interleave(graphs[0].crow_indices().diff())
+    order = (graphs[0].col_indices() * 4000 + row).argsort()
+    assert torch.equal(graphs[0].values()[order], graphs[0].values())
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("all_cores")
+@pytest.mark.parametrize("case", ["all copies", "hub"])
+def test_gpu_graph_of_collapsed_data(clustered, case):
+    x = clustered(1500, 32)
+    x = x[:1].repeat(1500, 1) if case == "all copies" else torch.nn.functional.normalize(x + 3)
+    found = jaccard_graph(x.cuda(), radius=0.6, backend="triton").cpu()
+    expected = jaccard_graph(x, radius=0.6, backend="numba")
+    assert torch.equal(found.col_indices(), expected.col_indices())
+    torch.testing.assert_close(found.values(), expected.values(), atol=1e-7, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("all_cores")
+@pytest.mark.parametrize("n", [20_000, 40_000])
+def test_no_square_of_the_rows(clustered, n):
+    """Peak memory stays far below N x N, and below a stated number of bytes a row."""
+    x = clustered(n, 64).cuda()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    jaccard_graph(x, radius=0.6, backend="triton")
+    assert torch.cuda.max_memory_allocated() - before < 500e6 + 20_000 * n
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("all_cores")
+def test_triton_on_another_stream(clustered):
+    """Features written there just before are seen, and nothing is handed back before it is read."""
+    x = clustered(3000, 32)
+    expected = jaccard_graph(x, radius=0.6)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        late = torch.zeros(3000, 32, device="cuda")
+        torch.cuda._sleep(50_000_000)
+        late.copy_(x)
+        found = jaccard_graph(late, radius=0.6, backend="triton")
+    stream.synchronize()
+    assert torch.equal(found.crow_indices().cpu(), expected.crow_indices())
+    assert torch.equal(found.col_indices().cpu(), expected.col_indices())
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("all_cores")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_triton_on_a_device_that_is_not_the_current_one(clustered):
+    x = clustered(1000, 32)
+    expected = jaccard_graph(x, radius=0.6)
+    with torch.cuda.device(0):
+        found = jaccard_graph(x.to("cuda:1"), radius=0.6, backend="triton")
+    assert found.device == torch.device("cuda:1")
+    assert torch.equal(found.col_indices().cpu(), expected.col_indices())

@@ -132,3 +132,21 @@ def test_rows_beyond_int32_are_refused():
     assert neighbour_counts("op", 30, 6, 2**31 - 1) == (30, 6)  # 6e10 pairs: counted in int64
     with pytest.raises(ValueError, match=r"op: x must have fewer than 2\*\*31 rows, got 2147483648"):
         neighbour_counts("op", 30, 6, 2**31)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("all_cores")
+@pytest.mark.parametrize("compat", [False, True])
+@pytest.mark.parametrize(("k1", "k2"), [(30, 6), (20, 1), (25, 8), (100, 6)])
+@pytest.mark.parametrize("n", [1, 2, 65, 1000, 5000])
+def test_gpu_gives_what_a_cpu_gives(clustered, n, k1, k2, compat):
+    k1, k2 = min(k1, n), min(k2, n)
+    x = clustered(n, 64, number=n) * torch.linspace(0.8, 1.2, n)[:, None]
+    near = knn(x, k1)
+    found = k_reciprocal_encoding(
+        x.cuda(), k1, k2, knn=(near[0].cuda(), near[1].cuda()), compat=compat, backend="triton"
+    ).cpu()
+    expected = k_reciprocal_encoding(x, k1, k2, knn=near, compat=compat)
+    assert torch.equal(found.crow_indices(), expected.crow_indices())
+    assert torch.equal(found.col_indices(), expected.col_indices())
+    torch.testing.assert_close(found.values(), expected.values(), atol=1e-6, rtol=0)

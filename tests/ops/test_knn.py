@@ -25,9 +25,9 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("name", ["jaccard_n64_d32", "jaccard_n257_d128", "jaccard_n600_d256"])
-def test_golden_neighbour_sets(golden, name):
+def test_golden_neighbour_sets(golden, device, name):
     file = golden(name)
-    _, index = knn(file.tensor("features"), 30)
+    index = knn(file.tensor("features").to(device), 30)[1].cpu()
     for cut in (30, 20, 16, 11, 10, 6, 3):
         found, expected = index[:, :cut].sort(1).values, file.tensor("rank31")[:, :cut].sort(1).values
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -217,3 +217,53 @@ def test_rows_without_columns(backend):
     sq_dist, index = knn(torch.zeros(4, 0), 2, backend=backend)
     assert sq_dist.count_nonzero() == 0
     assert index[:, 0].tolist() == [0, 1, 2, 3]
+
+
+# on a GPU, against what a CPU gives
+
+
+# one row, powers of two and their neighbours, sizes past a buffer, a tile of products and a block of queries
+SIZES = [1, 2, 63, 64, 65, 511, 513, 1000, 2049, 8191, 8193, 12_936]
+
+
+def assert_same_as_a_cpu(x, k, gallery=None):
+    found = knn(x.cuda(), k, gallery=None if gallery is None else gallery.cuda(), backend="triton")
+    expected = knn(x, k, gallery=gallery)
+    assert found[0].is_cuda
+    differ = (found[1].cpu() != expected[1]).nonzero()
+    assert len(differ) == 0, f"{len(differ)} entries differ, first at {differ[0].tolist()}"
+    # both round one float64 sum; sums in another order may fall on the other side of a float32 once in a while
+    torch.testing.assert_close(found[0].cpu(), expected[0], atol=0, rtol=1.2e-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("all_cores")
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize(("d", "k"), [(64, 30), (200, 5)])
+def test_gpu(clustered, n, d, k):
+    assert_same_as_a_cpu(clustered(n, d, number=n), min(k, n))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("all_cores")
+@pytest.mark.parametrize(("n", "m", "d", "k"), [(100, 9000, 128, 10), (9000, 100, 33, 100), (3000, 20_000, 2048, 20)])
+def test_gpu_in_a_gallery(clustered, n, m, d, k):
+    assert_same_as_a_cpu(clustered(n, d), k, clustered(m, d, number=1))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("all_cores")
+@pytest.mark.parametrize("case", ["sorted", "copies", "all copies", "common mean", "rows of all sizes"])
+def test_gpu_of_hard_data(clustered, case):
+    x = clustered(3000, 48)
+    if case == "sorted":
+        x = x[(x @ x[0]).argsort()]
+    elif case == "copies":
+        x[500:900] = x[3]
+    elif case == "all copies":
+        x = x[:1].repeat(2000, 1)
+    elif case == "common mean":
+        x = x * 1e-3 + 1
+    else:
+        x = x * 10 ** torch.linspace(-3, 3, 3000)[:, None]
+    assert_same_as_a_cpu(x, 30)
