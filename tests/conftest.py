@@ -22,6 +22,12 @@ torch.set_num_threads(
 )  # the tests' arrays are small, and threads that wait for a busy core cost far more than they give
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 class Golden(dict):
     """The arrays of one file by name, and its ``meta`` record."""
 
@@ -120,6 +126,34 @@ class TorchCalls(TorchDispatchMode):
 def torch_calls():
     """``with torch_calls() as calls:`` what torch runs and allocates there."""
     return TorchCalls
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """``launches(*modules)``: their Triton kernels rest; a list of what would be launched, as (kernel, grid)."""
+
+    def watch(*modules) -> list[tuple[str, tuple]]:
+        made = []
+
+        class Recorder:
+            def __init__(self, name):
+                self.name = name
+
+            def __getitem__(self, grid):
+                return lambda *args, **kwargs: made.append((self.name, grid))
+
+        for module in modules:
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                monkeypatch.setattr(module, name, Recorder(name))
+        return made
+
+    return watch
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where a case runs that a GPU has in common with a CPU."""
+    return torch.device(request.param)
 
 
 @pytest.fixture
@@ -236,3 +270,12 @@ def smoke(tiny_world, tmp_path):
         return fastreid_u.train(dataset, method=method, logs_dir=tmp_path / folder, **{**tiny, **settings})
 
     return run
+
+
+@pytest.fixture
+def all_cores():
+    """For what a CPU gives at sizes for which one thread would take minutes of a GPU's time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    yield
+    torch.set_num_threads(before)

@@ -17,7 +17,7 @@ _FORMATS = tuple(form for form in ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", 
 MAX_PIXELS = 64_000_000  # 192 MB of RGB; a crop is a thousand times smaller, so more is a mistake or an attack
 
 # What Pillow's decoders raise on damaged files: OSError if unidentified, truncated, vanished or unreadable, and less
-# tidy ones that fuzzing brings out (tests/test_data_images.py).
+# tidy ones that fuzzing brings out (tests/data/test_images.py).
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,

@@ -22,7 +22,8 @@ from fastreid_u.models.resnet import RESNETS
 from fastreid_u.models.timm_backbone import TimmBackbone
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher")
-# What torch.load lets through on a damaged or foreign file, besides its own errors (fuzzed in tests/test_models.py).
+# What torch.load lets through on a damaged or foreign file, besides its own errors; tests/models/test_weights.py makes
+# such files.
 _DAMAGE = (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
 _PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DDP; torch.compile
 
