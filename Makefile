@@ -18,7 +18,7 @@ test: $(VENV)/.installed  ## the whole test suite; no GPU needed
 
 # What depends most on other people's releases: Triton, the compilers, pip. Always in an environment made anew.
 test-newest: newest  ## the tests of kernels and packaging with the newest versions of everything
-	$(NEWEST)/bin/python -m pytest -k "kernels or csrc or packaging"
+	$(NEWEST)/bin/python -m pytest tests/kernels tests/csrc tests/house/test_packaging.py
 
 constraints: newest  ## the whole suite with the newest versions of everything; if it passes, they are the tested ones
 	$(NEWEST)/bin/python -m pytest

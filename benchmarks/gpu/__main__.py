@@ -35,6 +35,8 @@ LIMIT = 540  # seconds a stage
 BESIDE = {"PYTHONPATH": str(BENCHMARKS)}  # scripts here import each other, as gpu.<name>
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PYTEST = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-q"]
+# a test with the mark, or one that runs on the CPU and on the GPU by the fixture ``device``
+NEEDS_GPU = re.compile(r"pytest\.mark\.gpu|^def test_\w+\([^)]*\bdevice\b", re.MULTILINE)
 # without the options in pyproject.toml that need pytest-benchmark, which need not be there
 PLAIN = ["-o", "addopts=--import-mode=importlib -rs"]
 
@@ -69,12 +71,11 @@ def build(options: Options) -> list[Case]:
 
 def test(options: Options) -> list[Case]:
     """The tests that need a GPU, and those of the kernels, which run compiled here instead of interpreted."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    chosen = [f for f in files if f.stem.startswith(("test_gpu", "test_kernels")) or "pytest.mark.gpu" in f.read_text()]
-    chosen = [f for f in chosen if f.stem != "test_gpu_stages"]  # they run this script
+    files = {f.relative_to(ROOT / "tests").with_suffix("").as_posix(): f for f in (ROOT / "tests").rglob("test_*.py")}
+    chosen = [name for name in sorted(files) if name.startswith("kernels/") or NEEDS_GPU.search(files[name].read_text())]
     if options.dry_run:
-        chosen = [f for f in chosen if f.stem == "test_gpu_labels"]
-    return [Case(f.stem, [*PYTEST, *PLAIN, str(f)], pytest_counts) for f in chosen]
+        chosen = [name for name in chosen if name == "ops/test_k_reciprocal"]
+    return [Case(name, [*PYTEST, *PLAIN, str(files[name])], pytest_counts) for name in chosen]
 
 
 def sanitizer(options: Options) -> list[Case]:

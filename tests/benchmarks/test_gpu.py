@@ -153,12 +153,13 @@ def test_a_killed_benchmark_leaves_what_it_measured(gpu, options, tmp_path, monk
 
 
 def test_stages_cover_the_repository(gpu, options):
-    """Every benchmark and every file of GPU tests is a case; nothing is listed by hand."""
+    """Every benchmark and every file of kernel tests or with a GPU test is a case; nothing is listed by hand."""
     full = dataclasses.replace(options, dry_run=False)
     assert {case.name for case in gpu.kernels(full)} == {f.stem for f in (ROOT / "benchmarks").glob("bench_*.py")}
     tests = {case.name for case in gpu.test(full)}
-    assert {f.stem for f in (ROOT / "tests").glob("test_gpu_*.py")} - tests == {"test_gpu_stages"}
-    assert {"test_kernels_step", "test_kernels_labels", "test_dbscan"} <= tests
+    assert {f"kernels/{f.stem}" for f in (ROOT / "tests" / "kernels").glob("test_*.py")} <= tests
+    assert {"kernels/test_step", "kernels/test_knn", "ops/test_jaccard", "ops/test_dbscan", "ops/test_rerank"} <= tests
+    assert not any(name.startswith(("house/", "benchmarks/")) for name in tests)
     assert {case.name for case in gpu.sanitizer(full)} == {"plain", *gpu.TOOLS}
 
 
@@ -180,7 +181,7 @@ def test_dry_run_from_end_to_end(tmp_path):
     files = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "dry-run").glob("*.json")}
     cases = {stage: list(stored["cases"]) for stage, stored in files.items()}
     assert cases == {
-        "build": ["probe"], "test": ["test_gpu_labels"], "sanitizer": ["plain"], "ceilings": ["copy", "products"],
+        "build": ["probe"], "test": ["ops/test_k_reciprocal"], "sanitizer": ["plain"], "ceilings": ["copy", "products"],
         "kernels": ["bench_rerank"], "train": ["render", "network", "cluster_contrast"],
     }  # fmt: skip
     assert {case["status"] for stored in files.values() for case in stored["cases"].values()} == {"ok"}

@@ -28,6 +28,14 @@ def test_golden_from_stored_distances(golden, name, k1, k2, weight, backend):
     torch.testing.assert_close(found, file.tensor(f"final_k{k1}_{k2}_l{weight}"), atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["rerank_q20_g90_sqeuclidean", "rerank_q37_g203_cosine"])
+def test_golden_of_the_usual_counts(golden, device, name):
+    file = golden(name)
+    distmats = tuple(file.tensor(part).to(device) for part in ("q_g", "q_q", "g_g"))
+    found = rerank(None, None, distmats=distmats).cpu()
+    torch.testing.assert_close(found, file.tensor("final_k20_6_l0.3"), atol=2e-6, rtol=0)
+
+
 @backends
 @pytest.mark.parametrize(("k1", "k2", "weight"), COMBINATIONS)
 @pytest.mark.parametrize("name", ["rerank_q20_g90_sqeuclidean", "rerank_q37_g203_cosine"])
@@ -343,15 +351,6 @@ def test_gpu_gives_what_a_cpu_gives(clustered, q, g, distance):
     found = rerank(x[:q].cuda(), x[q:].cuda(), k1, k2, distance=distance, backend="triton")
     assert found.is_cuda
     torch.testing.assert_close(found.cpu(), expected, atol=1e-6, rtol=0)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["rerank_q20_g90_sqeuclidean", "rerank_q37_g203_cosine"])
-def test_gpu_golden_from_stored_distances(golden, name):
-    file = golden(name)
-    distmats = tuple(file.tensor(part).cuda() for part in ("q_g", "q_q", "g_g"))
-    found = rerank(None, None, distmats=distmats, backend="triton").cpu()
-    torch.testing.assert_close(found, file.tensor("final_k20_6_l0.3"), atol=2e-6, rtol=0)
 
 
 @pytest.mark.gpu

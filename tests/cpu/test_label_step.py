@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The label pipeline on a CPU: published numbers, the reference, collapsed features, memory, threads."""
+"""The label step on a CPU: published numbers, the reference, collapsed features, memory."""
 
 import json
 import subprocess
@@ -11,9 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from fastreid_u import _env
-from fastreid_u.cpu import _threads
-from fastreid_u.cpu.jaccard import build_index, least_overlap, to_distance
-from fastreid_u.cpu.rows import Rows, bits
 from fastreid_u.ops.dbscan import dbscan
 from fastreid_u.ops.jaccard import jaccard_distance, jaccard_graph
 from fastreid_u.ops.k_reciprocal import k_reciprocal_encoding
@@ -159,65 +156,6 @@ def test_equals_the_reference(case):
             assert torch.equal(row, dbscan(dense, e, min_samples)), "labels of the float64 reference"
 
 
-def test_pairs_at_an_atom_are_decided_as_in_exact_arithmetic(clustered):
-    """4 of 6 rows shared and nothing else: J = 1/2. float32 sums put some of these beside it, integers none."""
-    x = clustered(900, 24, spread=0.2)
-    nearest = knn(x, 20)
-    exact = reference_jaccard.jaccard_distance(x.double(), 20, 6, knn=nearest)
-    atom = (exact - 0.5).abs() < 1e-12
-    assert atom.sum() > 20
-    assert (jaccard_distance(x, 20, 6, knn=nearest, backend="numba")[atom] == 0.5).all()
-    published = jaccard_distance(x, 20, 6, knn=nearest, backend="reference")[atom]
-    assert (published != 0.5).any(), "else this could not fail"
-    labels = pseudo_labels(x, eps=0.5, k1=20, knn=nearest, backend="cpp")
-    assert torch.equal(labels, dbscan(exact.masked_fill(atom, 0.5), 0.5))
-
-
-@pytest.mark.parametrize("eps", [0.0, 1e-6, 0.25, 0.4, 0.5, 0.6, 0.9, 1.0])
-@pytest.mark.parametrize("k2", [1, 3, 6, 7, 8, 127, 1000])
-def test_least_overlap_is_the_threshold_of_the_stored_distance(eps, k2):
-    weight = k2 << bits(k2)
-    assert 2**30 <= 4 * weight < 2**33
-    assert weight < 2**31
-    least = least_overlap(eps, weight)
-    at, below = to_distance(np.array([least, least - 1]), weight)
-    assert at <= np.float32(eps)
-    assert at < 1
-    assert below > np.float32(eps) or below == 1
-
-
-def random_rows(rng, n, weight):
-    """Integer rows of one weight; a few columns are in most rows."""
-    parts = []
-    for _ in range(n):
-        column = np.unique(np.concatenate([rng.integers(0, n, 6), rng.integers(0, 3, 2)]))
-        cut = np.sort(rng.choice(np.arange(1, weight), len(column) - 1, replace=False))
-        parts.append((np.array([0, len(column)]), column, np.diff(np.concatenate([[0], cut, [weight]]))))
-    indptr = np.concatenate([[0], np.cumsum([len(column) for _, column, _ in parts])])
-    column, value = (np.concatenate([part[at] for part in parts]).astype(np.int32) for at in (1, 2))
-    return Rows(indptr, column, value)
-
-
-@pytest.mark.parametrize("need", [1, 300, 571, 1000])
-def test_prefixes_let_every_near_pair_pass(need):
-    rows = random_rows(np.random.default_rng(need), 60, 1000)
-    dense = np.zeros((60, 60), np.int64)
-    for i in range(60):
-        own = slice(rows.indptr[i], rows.indptr[i + 1])
-        dense[i, rows.column[own]] = rows.mass[own]
-    true = np.minimum(dense[:, None], dense[None]).sum(-1)
-
-    index = build_index(rows, 1000, need, 1)
-    prefix = np.zeros((60, 60), np.int64)
-    for c in range(60):
-        own = slice(index.start[c], index.start[c + 1])
-        assert (np.diff(index.row[own]) > 0).all()
-        prefix[index.row[own], c] = index.list_mass[own]
-    passed = np.minimum(prefix[:, None], prefix[None]).sum(-1) >= index.enough
-    assert passed[true >= need].all()
-    assert prefix.sum() < dense.sum() or need == 1, "the filter should filter"
-
-
 def collapsed(case):
     """2,000 features of a network that has gone wrong."""
     rng = np.random.default_rng(0)
@@ -284,67 +222,6 @@ def test_memory_grows_with_n_not_its_square(data):
     assert growth[2] < 3 * max(growth[1], 20), peaks
 
 
-def test_threads_do_not_matter(clustered):
-    x = clustered(1200, 24, spread=0.9)
-    x[::50] = x[7]
-    usual = torch.get_num_threads()
-    found = []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            nearest = knn(x, 30, backend="numba")
-            graph = jaccard_graph(x, radius=0.7, knn=nearest, backend="numba")
-            v = k_reciprocal_encoding(x, knn=nearest, backend="numba")
-            labels = pseudo_labels(x, eps=[0.5, 0.6], knn=nearest, backend="cpp")
-            parts = [(m.crow_indices(), m.col_indices(), m.values()) for m in (graph, v)]
-            found.append((*nearest, *parts[0], *parts[1], labels))
-    finally:
-        torch.set_num_threads(usual)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-
-
-@pytest.fixture
-def float64_products():
-    """The process-wide setting under which float32 products may not be trusted."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-@pytest.mark.usefixtures("float64_products")
-def test_process_wide_rounding_of_products_does_not_reach_knn(clustered):
-    x = clustered(300, 96, spread=0.9)
-    found, expected = knn(x, 20, backend="numba"), reference_knn.knn(x, 20)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-@pytest.mark.usefixtures("float64_products")
-def test_distances_that_round_to_one_float32_are_a_tie():
-    x = torch.tensor([[0.0, 0.0], [1.0, 1e-5], [1.0, 0.0], [5.0, 5.0]])  # row 2 is nearer to row 0 by 1e-10
-    sq_dist, index = knn(x, 2, backend="numba")
-    assert sq_dist[0].tolist() == [0, 1]
-    assert index[0].tolist() == [0, 1]
-
-
-def test_products_too_coarse_to_rank_are_not_believed():
-    """Two tight, distant groups: centring does not help, and float32 scores cannot tell the members of one apart."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.ones(200, 64) + 1e-4 * torch.randn(200, 64, generator=generator)
-    x[::2] *= -1
-    found, expected = knn(x, 8, backend="numba"), reference_knn.knn(x, 8)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e18, 3e38])
-def test_knn_of_features_at_the_ends_of_float32(scale):
-    x = (torch.rand(70, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1) * scale
-    found, expected = knn(x, 9, backend="numba"), reference_knn.knn(x, 9)
-    assert torch.equal(found[1], expected[1])
-    assert torch.equal(found[0], expected[0])
-
-
 def test_several_eps_and_given_lists(clustered):
     x = clustered(200, 16)
     nearest = knn(x, 40)
@@ -366,15 +243,3 @@ def test_without_numba_the_reference_runs_and_says_why(clustered, monkeypatch):
         assert torch.equal(pseudo_labels(x, k1=10), expected)
     with pytest.raises(RuntimeError, match="backend must be able to run here, got 'numba': pip install numba"):
         knn(x, 3, backend="numba")
-
-
-def test_kernels_compile_where_nothing_can_be_written(monkeypatch):
-    real = _threads.njit
-
-    def njit(function, cache=False, **options):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return real(function, **options)
-
-    monkeypatch.setattr(_threads, "njit", njit)
-    assert _threads.kernel(lambda a: a + 1)(1) == 2
