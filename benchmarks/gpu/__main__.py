@@ -72,7 +72,9 @@ def build(options: Options) -> list[Case]:
 def test(options: Options) -> list[Case]:
     """The tests that need a GPU, and those of the kernels, which run compiled here instead of interpreted."""
     files = {f.relative_to(ROOT / "tests").with_suffix("").as_posix(): f for f in (ROOT / "tests").rglob("test_*.py")}
-    chosen = [name for name in sorted(files) if name.startswith("kernels/") or NEEDS_GPU.search(files[name].read_text())]
+    chosen = [
+        name for name in sorted(files) if name.startswith("kernels/") or NEEDS_GPU.search(files[name].read_text())
+    ]
     if options.dry_run:
         chosen = [name for name in chosen if name == "ops/test_k_reciprocal"]
     return [Case(name, [*PYTEST, *PLAIN, str(files[name])], pytest_counts) for name in chosen]

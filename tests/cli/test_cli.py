@@ -15,7 +15,7 @@ from fastreid_u._toml import dump_toml
 from fastreid_u.cli import main
 from fastreid_u.cli.options import add_options
 from fastreid_u.config import Config, option
-from fastreid_u.methods import get_method, method_names
+from fastreid_u.recipes import get_method, methods
 
 SMALL = [
     "--height", "64", "--width", "32", "-a", "resnet10", "--weights", "None", "--bn-group", "None", "--workers", "0",
@@ -90,7 +90,7 @@ def test_a_method_of_unusual_option_types_is_heard_too(seen, tmp_path):
     (tmp_path / "mine.py").write_text(
         "import dataclasses, pathlib\n"
         "from fastreid_u.config import option\n"
-        "from fastreid_u.methods import get_method\n"
+        "from fastreid_u.recipes import get_method\n"
         "Base = get_method('cluster_contrast')\n"
         "class Mine(Base):\n"
         "    name = 'mine'\n"
@@ -145,7 +145,7 @@ def a_word_for(field, hint):
     return [flag, str(value)], value
 
 
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", methods())
 def test_every_setting_of_every_method_can_be_given(seen, name):
     config = get_method(name).Config
     hints = get_type_hints(config)
@@ -156,7 +156,7 @@ def test_every_setting_of_every_method_can_be_given(seen, name):
     assert [type(seen[0][setting]) for setting in given] == [type(value) for _, value in given.values()]
 
 
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", methods())
 def test_help_of_every_method(name, capsys, monkeypatch):
     """Each setting with its flags, what it is, the source of its default, and the default for the data set."""
     monkeypatch.setenv("COLUMNS", "1000")  # no line is broken

@@ -84,7 +84,7 @@ def test_data_that_have_moved_are_found_in_the_usual_places(world, tmp_path, mon
 
 def test_what_a_run_does_not_know_must_be_given_again(world, tmp_path):
     from fastreid_u.data import load_dataset
-    from fastreid_u.methods import get_method
+    from fastreid_u.recipes import get_method
 
     class Mine(get_method("cluster_contrast")):
         name = "mine"
