@@ -40,7 +40,7 @@ def as_tensor(op: str, name: str, x: object) -> Tensor:
         try:
             if not any(isinstance(row, np.ndarray) for row in x):
                 return torch.tensor(x)
-            rows = np.array(x)  # torch would take them number by number, and says so
+            rows = np.array(x)  # torch would take them number by number, with a warning
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{op}: {name} must hold numbers in equal rows, got {_kind(x)} ({error})") from error
         return as_tensor(op, name, rows)
@@ -80,7 +80,7 @@ def require_integer(op: str, name: str, x: Tensor) -> Tensor:
 
 
 def require_ids(op: str, name: str, x: object) -> Tensor:
-    """What stands for labels, targets or rows: (N,) integers; returned in int64, where -1 is nobody's number."""
+    """What stands for labels, targets or rows: (N,) integers; returned in int64, where -1 is the number of none."""
     x = require_1d(op, name, as_tensor(op, name, x))
     return x.long() if x.numel() == 0 else require_integer(op, name, x).long()  # an empty list has no integer type
 
@@ -234,7 +234,7 @@ def require_choice(op: str, name: str, value: object, choices: Collection[str]) 
 
 
 def clip_count(op: str, name: str, value: int, limit: int) -> int:
-    """A neighbour count no larger than ``limit``, which the number of rows sets; says so when it has to cut."""
+    """A neighbour count no larger than ``limit``, which the number of rows sets; warns when it has to cut."""
     if value <= limit:
         return value
     if limit > 0:  # an empty input asks for nothing

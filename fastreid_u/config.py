@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run can be told: a frozen dataclass, each field with its default, its meaning and the default's source.
+"""The settings of a run: a frozen dataclass, each field with its default, its meaning and the default's source.
 
 A method subclasses ``Config`` in its own file and changes or adds fields. ``PER_DATASET`` holds the values that
 its authors change from set to set (and, for the rendered set, ours). Nothing here imports anything heavy.

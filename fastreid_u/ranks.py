@@ -145,7 +145,7 @@ class Ranks:
         self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
     def gather(self, own: np.ndarray) -> np.ndarray:
-        """Everybody's array, one after the other in the order of ranks, along the first axis, which may differ."""
+        """The arrays of all ranks, one after the other in their order, along the first axis, which may differ."""
         if self.world == 1:
             return own.copy()
         length = [int(each) for each in self._collect(torch.tensor([len(own)]))]

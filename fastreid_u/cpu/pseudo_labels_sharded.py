@@ -46,7 +46,7 @@ class Exchange(Protocol):
     world: int
 
     def gather(self, own: np.ndarray) -> np.ndarray:
-        """Everybody's array, one after the other in the order of ranks, along the first axis, which may differ."""
+        """The arrays of all ranks, one after the other in their order, along the first axis, which may differ."""
 
 
 def equal_share(n: int, ranks: Exchange) -> range:

@@ -15,7 +15,7 @@ class PixelCache:
     ``num * 3 * height * width`` bytes: Market-1501's training set takes 1.3 GB at 256 x 128 and 0.3 GB at 128 x 64.
     Give one cache to every loader over the same samples at the same size. With ``shared`` it lies in shared memory,
     where worker processes fill it together. Two of them may decode the same image at the same time; both write the
-    same bytes, and the mark that says "ready" is set after them.
+    same bytes, and the mark "ready" is set after them.
 
     Raises:
         MemoryError: shared memory (``/dev/shm``, small by default in containers) cannot hold it.

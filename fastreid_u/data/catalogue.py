@@ -163,7 +163,7 @@ def load_dataset(
         The data set; ``print(dataset.table())`` shows its size.
 
     Raises:
-        DatasetNotFound: not there; the message says where it was looked for and who grants access.
+        DatasetNotFound: not there; the message names the places, and who grants access.
         ValueError: an unknown name, or files that contradict the layout.
         TypeError: a name that is no string or path, or an option that the reader does not have.
     """

@@ -36,7 +36,7 @@ class Loaded(NamedTuple):
 
 
 class _Task(NamedTuple):
-    """All that a worker is told about one image; workers hold no list of samples."""
+    """All that a worker receives of one image; workers hold no list of samples."""
 
     seed: tuple[int, ...]
     position: int

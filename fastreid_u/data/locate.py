@@ -16,7 +16,7 @@ _MAX_DEPTH = 3  # market1501/Market-1501-v15.09.15/<folders> is the deepest nest
 
 
 class DatasetNotFound(FileNotFoundError):
-    """The data are not where they were looked for; the message says where that was and who grants access."""
+    """The data are not where they were looked for; the message names the places, and who grants access."""
 
 
 def plain_name(name: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 
 class IdentitySampler(ABC):
-    """Common part; a subclass says which images of one identity are emitted.
+    """Common part; a subclass chooses the images of one identity.
 
     Args:
         labels: (N,) integers, an identity or cluster for each image; negative ones are skipped.

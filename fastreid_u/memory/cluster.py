@@ -31,7 +31,7 @@ class ClusterMemory(RowMemory):
         temp: temperature of the softmax, positive.
         momentum: weight of the OLD row in an update, in [0, 1].
         use_hard: update a row once a step with its least similar sample, instead of with every sample in turn.
-        rule: any rule of ``momentum_update_`` but "row"; None for what ``use_hard`` says.
+        rule: any rule of ``momentum_update_`` but "row"; None for the one that ``use_hard`` chooses.
         weight_temperature: of the rule "weighted" (DCCC).
         push_weight: of the rules "push" and "push_sequential" (BMW).
 

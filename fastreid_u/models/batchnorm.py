@@ -89,7 +89,7 @@ class GroupBatchNorm1d(_GroupBatchNorm, nn.BatchNorm1d):
 
     Args:
         num_features: channels C.
-        group_size: images per group, >= 1; ``group_sizes`` says how a batch that does not divide is cut.
+        group_size: images per group, >= 1; ``group_sizes`` cuts a batch that does not divide.
         running: "first" updates the running statistics from the first group alone, which is what DataParallel
             leaves behind; "mean" from the average over the groups, each counted once.
         **batchnorm: ``eps``, ``momentum``, ``affine``, ``track_running_stats``, ``device``, ``dtype`` as in torch.

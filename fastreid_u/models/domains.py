@@ -17,7 +17,7 @@ DOMAINS = ("source", "target")
 
 
 class DomainNorm(nn.Module):
-    """Two copies of one BatchNorm; ``domain`` says which of them the next forward uses ("target" at first).
+    """Two copies of one BatchNorm; ``domain`` chooses the one that the next forward uses ("target" at first).
 
     A frozen bias stays frozen in both (published SpCL makes the neck's trainable by accident).
     """

@@ -17,7 +17,7 @@ class ReIDModel(nn.Module):
         backbone: gives (B, C, H, W) maps, or (B, C) rows if it pools by itself; has ``num_features`` = C.
         pooling: (B, C, H, W) to (B, C).
         arch: name for the recipe card.
-        card: what else the recipe card should say.
+        card: what else the recipe card should show.
 
     Attributes:
         num_features: D, width of the output.
@@ -52,7 +52,7 @@ class ReIDModel(nn.Module):
         return F.normalize(features if features.dtype.itemsize >= 4 else features.float())
 
     def describe(self) -> dict:
-        """What a recipe card says of the network: plain numbers, strings, booleans and None."""
+        """What a recipe card shows of the network: plain numbers, strings, booleans and None."""
         return {
             "arch": self.arch,
             "parameters": sum(p.numel() for p in self.parameters()),

@@ -203,7 +203,7 @@ def imagenet_file(arch: str, version: str = "imagenet") -> Path:
 
     Raises:
         ValueError: none exist for ``arch``.
-        RuntimeError: the download failed; says where to put the file.
+        RuntimeError: the download failed; the message names the place for the file.
     """
     url = RESNETS[arch].imagenet
     if url is None:

@@ -3,8 +3,8 @@
 
 He et al.: DCCC, Dynamic Clustering and Cluster Contrast, ICASSP 2024 (arXiv 2303.06810). What it adds to Cluster
 Contrast: eps falls over the epochs, because clusters tighten while the network learns; a row of the memory moves to
-the weighted mean of its images, the less similar the heavier; and the target of an image is mixed with what an
-averaged teacher says of another view of it.
+the weighted mean of its images, the less similar the heavier; and the target of an image is mixed with the
+softmax of an averaged teacher on another view of it.
 """
 
 import copy

@@ -2,7 +2,7 @@
 """ICE: beside clusters and cameras, the images of a batch teach each other, through an averaged network.
 
 Chen, Lagadec, Bremond: ICE: Inter-instance Contrastive Encoding for Unsupervised Person Re-identification, ICCV 2021
-(arXiv 2103.16364). What it adds to the family: pseudo-labels say what is alike, not how alike. A sample is pulled to
+(arXiv 2103.16364). What it adds to the family: a pseudo-label has no degrees of likeness. A sample is pulled to
 the hardest of its cluster in the batch, and a distorted view has to relate to the batch as the teacher, an average of
 the network over its steps, relates plain ones.
 """
