@@ -12,7 +12,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastreid_u import methods
     from fastreid_u.engine.train import Run, train
     from fastreid_u.memory import ClusterMemory, InstanceMemory, ProxyMemory
     from fastreid_u.ops.batch_hard_triplet import batch_hard_triplet
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from fastreid_u.ops.segments import segment_mean, segment_sum
     from fastreid_u.ops.suggest_eps import suggest_eps
     from fastreid_u.recipe import Recipe
+    from fastreid_u.recipes import methods
     from fastreid_u.trained.evaluate import evaluate
     from fastreid_u.trained.extract import extract
     from fastreid_u.trained.model import load_model
@@ -48,6 +48,7 @@ _HOME = {
     "extract": "trained.extract",
     "load_model": "trained.model",
     "Recipe": "recipe",
+    "methods": "recipes",
     "ClusterMemory": "memory",
     "InstanceMemory": "memory",
     "ProxyMemory": "memory",
@@ -78,7 +79,7 @@ _HOME = {
     "suggest_eps": "ops.suggest_eps",
 }
 
-__all__ = sorted([*_HOME, "methods", "__version__"])
+__all__ = sorted([*_HOME, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
@@ -86,8 +87,6 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("fastreid-u")
-    if name == "methods":  # a package that can be called: see its __init__
-        return importlib.import_module("fastreid_u.methods")
     if name not in _HOME:
         raise AttributeError(f"module 'fastreid_u' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"fastreid_u.{_HOME[name]}"), name)

@@ -6,8 +6,8 @@ import dataclasses
 import pytest
 
 from fastreid_u.config import Config, Rule, at_least, changed, option
-from fastreid_u.methods import get_method, method_names
-from fastreid_u.methods.cluster_contrast import ClusterContrastConfig
+from fastreid_u.recipes import get_method, methods
+from fastreid_u.recipes.cluster_contrast import ClusterContrastConfig
 
 
 def test_published_defaults_of_cluster_contrast():
@@ -98,7 +98,7 @@ def test_what_no_base_class_has_cannot_be_changed():
             epoch = changed(75)
 
 
-@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("name", methods())
 def test_every_method_keeps_the_flags_choices_and_rules_that_all_methods_share(name):
     shared = {field.name: field for field in dataclasses.fields(Config)}
     for field in dataclasses.fields(get_method(name).Config):

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 import fastreid_u
 from fastreid_u.config import Config
 from fastreid_u.labels.generator import center_per_camera
-from fastreid_u.methods import get_method
-from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.recipe import Images, Paper, Recipe, balanced_batches
+from fastreid_u.recipes import get_method
+from fastreid_u.recipes.cluster_contrast import ClusterContrast, ClusterContrastConfig
 
 
 def people(ids=8, per_camera=4, cameras=2, shift=0.0, dim=32):
@@ -88,7 +88,7 @@ def test_cameras_are_used_unless_told_otherwise():
 
 
 def test_methods_is_a_list_and_a_package():
-    import fastreid_u.methods.cluster_contrast  # binds the package to the name, as any training does
+    import fastreid_u.recipes.cluster_contrast  # binds the package to the name, as any training does
 
     assert "cluster_contrast" in fastreid_u.methods()
     assert fastreid_u.methods() == sorted(fastreid_u.methods())
@@ -116,12 +116,12 @@ def test_an_unknown_method_lists_the_known():
         get_method("cluster_contrst")
 
 
-@pytest.mark.parametrize(("ready", "ranks", "group"), [(False, 1, None), (True, 1, None), (True, 2, "world")])
-def test_labels_are_shared_out_where_there_are_several_ranks(monkeypatch, ready, ranks, group):
+@pytest.mark.parametrize(("count", "group"), [(1, None), (2, "world")])
+def test_labels_are_shared_out_where_there_are_several_ranks(monkeypatch, count, group):
+    from fastreid_u import ranks
     from fastreid_u.labels import dbscan
 
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: ready)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
+    monkeypatch.setattr(ranks, "world_size", lambda: count)
     real, asked = dbscan.pseudo_labels, []
 
     def alone(*given, group=None, **settings):

@@ -11,11 +11,11 @@ from safetensors.torch import load, save
 from torch import nn
 
 from fastreid_u.draws import Draws
-from fastreid_u.methods import get_method, method_names
 from fastreid_u.models.neck import bnneck
 from fastreid_u.models.pooling import AveragePool
 from fastreid_u.models.reid import ReIDModel
 from fastreid_u.recipe import Batch, Images
+from fastreid_u.recipes import get_method, methods
 
 COUNT, PEOPLE, EPOCHS, STEPS, BATCH = 48, 6, 2, 4, 12
 SMALL = dict(
@@ -135,7 +135,7 @@ class Training:
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", methods())
 def test_goes_on_to_the_bit_after_any_step(method):
     if method == "cluster_contrast_infomap" and importlib.util.find_spec("infomap") is None:
         pytest.skip("infomap is not installed (extra [infomap])")

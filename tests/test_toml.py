@@ -4,7 +4,7 @@
 import pytest
 
 from fastreid_u._toml import dump_toml, load_toml
-from fastreid_u.methods.cluster_contrast import ClusterContrastConfig
+from fastreid_u.recipes.cluster_contrast import ClusterContrastConfig
 
 
 def test_toml_round_trip():

@@ -17,7 +17,7 @@ from synthetic_difficulty import supervised
 
 import fastreid_u
 from fastreid_u.data import ReIDDataset, load_dataset
-from fastreid_u.methods.vit_cluster_contrast import ViTClusterContrast
+from fastreid_u.recipes.vit_cluster_contrast import ViTClusterContrast
 
 OTHERS: dict[str, Any] = {"seed": 200, "train_ids": 256}
 SMALL: dict[str, Any] = {"arch": "timm/test_vit", "amp": "off"}  # products this small are slower in bfloat16

@@ -27,8 +27,8 @@ from fastreid_u.config import Config
 from fastreid_u.data import ReIDDataset, load_dataset
 from fastreid_u.data.synthetic import SyntheticConfig
 from fastreid_u.labels.generator import LabelGenerator
-from fastreid_u.methods.cluster_contrast import ClusterContrast
 from fastreid_u.recipe import Images, Recipe
+from fastreid_u.recipes.cluster_contrast import ClusterContrast
 
 STRIPES = 8
 

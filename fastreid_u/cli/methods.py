@@ -8,7 +8,7 @@ def methods(words: list[str]) -> None:
     """List the methods."""
     argparse.ArgumentParser(prog="fastreid-u methods", description=methods.__doc__).parse_args(words)
 
-    from fastreid_u.methods import get_method, method_names
+    from fastreid_u import recipes
 
-    for name in method_names():
-        print(f"{name:<24} {get_method(name).paper.title}")
+    for name in recipes.methods():
+        print(f"{name:<24} {recipes.get_method(name).paper.title}")

@@ -15,7 +15,7 @@ def train(words: list[str]) -> None:
     """Learn a feature from unlabelled images."""
     from fastreid_u.data import dataset_names, known_name
     from fastreid_u.engine import train as engine
-    from fastreid_u.methods import get_method
+    from fastreid_u.recipes import get_method
 
     words = _with_dashes(words)
     parser = _parser_of_the_run()
@@ -50,9 +50,9 @@ def train(words: list[str]) -> None:
 def _parser_of_the_run() -> argparse.ArgumentParser:
     """The options of ``train`` that no config holds, named as the arguments of ``fastreid_u.train``."""
     from fastreid_u.data import dataset_names
-    from fastreid_u.methods import method_names
+    from fastreid_u.recipes import methods
 
-    methods = f"{', '.join(method_names())}, or FILE.py:CLASS (default cluster_contrast, or the run's own)"
+    known = f"{', '.join(methods())}, or FILE.py:CLASS (default cluster_contrast, or the run's own)"
     parser = argparse.ArgumentParser(
         prog="fastreid-u train", usage="fastreid-u train DATASET [options]", add_help=False, allow_abbrev=False,
         description=f"{train.__doc__} Defaults are those of the method for the data set.",
@@ -61,7 +61,7 @@ def _parser_of_the_run() -> argparse.ArgumentParser:
     parser.add_argument("DATASET", nargs="?", help=f"{names}, a folder of crops, or a CSV file")
     parser.add_argument("-h", "--help", action="store_true", help="show the options, those of --method among them")
     parser.add_argument("-d", "--dataset", help="same as the plain argument")
-    parser.add_argument("--method", help=methods)
+    parser.add_argument("--method", help=known)
     parser.add_argument("--data-dir", dest="root", help="where data sets lie (default $FASTREID_U_DATA or ./data)")
     parser.add_argument(
         "--data", action="append", default=[], metavar="KEY=VALUE", help="option of the data set's reader"

@@ -14,8 +14,8 @@ import torch
 
 from fastreid_u._toml import plain
 from fastreid_u.config import Config
-from fastreid_u.methods import get_method, method_names
 from fastreid_u.recipe import Recipe
+from fastreid_u.recipes import get_method, methods
 
 if TYPE_CHECKING:
     from fastreid_u.data import ReIDDataset
@@ -160,7 +160,7 @@ def stored_method(stored: Mapping[str, Any]) -> str:
         ValueError: it is not one of ours, so the caller has to give it again.
     """
     method = stored["run"]["method"]
-    if method not in method_names():
+    if method not in methods():
         raise ValueError(
             "train: method must be given again, as FILE.py:CLASS or the class, for a run of one's own method "
             f"({method!r}), got None"

@@ -124,7 +124,7 @@ class RunFolder:
         """When the last finished epoch was saved, in nanoseconds since 1970; None without a finished epoch."""
         try:
             return self.state_file.stat().st_mtime_ns
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def settings(self, op: str = "train") -> dict[str, dict[str, Any]]:
@@ -138,6 +138,7 @@ class RunFolder:
             tables = load_toml(self.config.read_text(encoding="utf-8", errors="surrogateescape"))
         except ValueError as error:  # not TOML, or not text
             raise ValueError(f"{op}: {self.config} must be as train wrote it, got {error}") from error
+        tables = {name: table for name, table in tables.items() if isinstance(table, dict)}
         run = tables.get("run", {})
         require_readable(op, self.path, run.get("layout", 3))
         missing = {"run", "config", "data", "source_data"} - tables.keys() | {"method", "dataset", "root"} - run.keys()
@@ -154,10 +155,15 @@ class RunFolder:
         """What the last finished epoch left.
 
         Raises:
-            LayoutError: another version wrote it. ValueError: the file is torn.
+            LayoutError: another version wrote it. ValueError: the file is torn, or ``train`` did not write it.
         """
         tensors, about = read_described(self.state_file)
-        require_readable("train", self.path, about["schema"])
+        about = about if isinstance(about, dict) else {}
+        if "schema" in about:
+            require_readable("train", self.path, about["schema"])
+        missing = {"schema", "epoch", "data"} - about.keys() | {"labels"} - tensors.keys()
+        if missing:
+            raise ValueError(f"train: {self.state_file} must be as train wrote it, got no {', '.join(sorted(missing))}")
         return State(about["epoch"], about["data"], tensors, about["schema"])
 
     # Whether a run may begin here

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from fastreid_u.data.synthetic import SyntheticConfig
-from fastreid_u.methods import get_method
+from fastreid_u.recipes import get_method
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "worlds" / "claims.py"
 pytestmark = pytest.mark.skipif(not SCRIPT.is_file(), reason="needs a source checkout around it")

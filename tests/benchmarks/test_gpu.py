@@ -140,7 +140,7 @@ def test_a_killed_benchmark_leaves_what_it_measured(gpu, options, tmp_path, monk
         "def bench_quick(benchmark): benchmark.pedantic(int)\n"
         "def bench_killed(benchmark): os.kill(os.getpid(), 9)\n"
     )
-    monkeypatch.setattr(gpu, "HERE", tmp_path)
+    monkeypatch.setattr(gpu, "BENCHMARKS", tmp_path)
     full = dataclasses.replace(options, dry_run=False)
     stale = gpu.scratch(full) / "bench_two.json"
     stale.write_text('{"benchmarks": [{"name": "of an older run"}]}')

@@ -5,7 +5,7 @@ import pytest
 
 import fastreid_u
 from fastreid_u.engine.card import RecipeCard
-from fastreid_u.methods import get_method
+from fastreid_u.recipes import get_method
 
 MODEL = {"arch": "resnet50", "parameters": 23e6, "num_features": 2048, "pooling": "gem", "weights": "imagenet"}
 

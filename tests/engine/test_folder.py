@@ -82,6 +82,41 @@ def test_a_new_folder_holds_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_is_a_folder_without_a_finished_epoch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "notes.txt").write_text("no run")
+    assert [folder.finished_at for folder in RunFolder.all_unnamed()] == [None]
+    with pytest.raises(FileNotFoundError, match=r"finished epoch, got .*notes\.txt \(no state\.safetensors\)"):
+        RunFolder("runs/notes.txt").require_finished_epoch()
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [("run = 3", "config, data, dataset, method, root, run, source_data"), ("config = 3", "config")],
+)
+def test_settings_that_are_no_tables_are_refused_by_name(folder, text, missing):
+    kept = {} if text.startswith("run") else {name: table for name, table in TABLES.items() if name != "config"}
+    folder.config.write_text(text + "\n" + dump_toml(kept))
+    with pytest.raises(ValueError, match=rf"train: .*config\.toml must be as train wrote it, got no {missing}$"):
+        folder.settings()
+
+
+def test_a_state_that_train_did_not_write_is_refused_by_name(folder):
+    about = {"schema": LAYOUT, "epoch": 0, "data": "digest"}
+    for name, described, tensors in (
+        ("schema", {key: value for key, value in about.items() if key != "schema"}, {"labels": torch.arange(3)}),
+        ("data, epoch", {"schema": LAYOUT}, {"labels": torch.arange(3)}),
+        ("labels", about, {"rows": torch.arange(3)}),
+    ):
+        checkpoint.write_described(folder.state_file, tensors, described)
+        with pytest.raises(ValueError, match=rf"state\.safetensors must be as train wrote it, got no {name}$"):
+            folder.state()
+    checkpoint.write_described(folder.state_file, {"rows": torch.arange(3)}, [1, 2])
+    with pytest.raises(ValueError, match=r"got no data, epoch, labels, schema$"):
+        folder.state()
+
+
 def test_settings_come_back_with_their_layout(folder):
     assert folder.settings() == TABLES | {"run": TABLES["run"] | {"layout": LAYOUT}}
     with pytest.raises(FileExistsError, match="already holds a run without a finished epoch; pass overwrite=True"):

@@ -84,7 +84,7 @@ def test_data_that_have_moved_are_found_in_the_usual_places(world, tmp_path, mon
 
 def test_what_a_run_does_not_know_must_be_given_again(world, tmp_path):
     from fastreid_u.data import load_dataset
-    from fastreid_u.methods import get_method
+    from fastreid_u.recipes import get_method
 
     class Mine(get_method("cluster_contrast")):
         name = "mine"
@@ -171,7 +171,7 @@ def test_a_folder_has_one_owner(world, tmp_path):
         train(world, folder)
     program = (
         "import time, pathlib\nfrom fastreid_u.engine.lock import locked\n"
-        f"with locked(pathlib.Path({str(folder)!r})):\n    print('mine', flush=True)\n    time.sleep(60)"
+        f"with locked(pathlib.Path({str(folder)!r})):\n    print('mine', flush=True)\n    time.sleep(600)"
     )
     other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     try:

@@ -18,10 +18,10 @@ from fastreid_u.config import option
 from fastreid_u.data import load_dataset, test_transform
 from fastreid_u.engine import optimizer
 from fastreid_u.labels.dbscan import DBSCANLabels
-from fastreid_u.methods import get_method
-from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.models.domains import domain, single_domain, split_domains
 from fastreid_u.recipe import Paper
+from fastreid_u.recipes import get_method
+from fastreid_u.recipes.cluster_contrast import ClusterContrast, ClusterContrastConfig
 
 SMALL = dict(
     height=64, width=32, arch="resnet10", weights=None, bn_group=None, batch_size=16, num_instances=4, iters=3,
@@ -200,7 +200,7 @@ def test_optimisers_and_their_reset(tiny_world, tiny_source, tmp_path):
 OWN = """
 from dataclasses import dataclass
 from fastreid_u.config import option
-from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
+from fastreid_u.recipes.cluster_contrast import ClusterContrast, ClusterContrastConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ScaledConfig(ClusterContrastConfig):
@@ -219,7 +219,7 @@ def test_a_method_in_a_file_of_ones_own(tmp_path):
     file.write_text(OWN)
     scaled = get_method(f"{file}:Scaled")
     assert scaled.Config(scale=2.0).scale == 2.0
-    assert get_method("fastreid_u.methods.cluster_contrast:ClusterContrast") is ClusterContrast
+    assert get_method("fastreid_u.recipes.cluster_contrast:ClusterContrast") is ClusterContrast
     with pytest.raises(ValueError, match=r"must name a Recipe in .*my_method\.py, got 'Skaled'"):
         get_method(f"{file}:Skaled")
     with pytest.raises(FileNotFoundError, match="must name a file that exists"):

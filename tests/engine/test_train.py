@@ -201,7 +201,7 @@ def test_a_torn_checkpoint_is_refused_by_name(finished, tmp_path):
 
 
 def test_nan_loss_stops_before_memory_and_weights(tiny_world, tmp_path, monkeypatch):
-    from fastreid_u.methods.cluster_contrast import ClusterContrast
+    from fastreid_u.recipes.cluster_contrast import ClusterContrast
 
     updates = []
     monkeypatch.setattr(ClusterContrast, "loss", lambda self, x, batch: x.sum() * torch.nan)
@@ -275,7 +275,7 @@ def test_identities_never_reach_the_training(finished, tiny_world, tmp_path):
 
 
 def test_a_method_of_ones_own(tiny_world, tmp_path):
-    from fastreid_u.methods.cluster_contrast import ClusterContrast
+    from fastreid_u.recipes.cluster_contrast import ClusterContrast
 
     class Halved(ClusterContrast):
         name = "halved"

@@ -34,7 +34,7 @@ def marker(tmp_path, monkeypatch):
     (run / "foreign.py").write_text(
         "import pathlib\n"
         f"pathlib.Path({str(tmp_path / 'marker')!r}).touch()\n"
-        "from fastreid_u.methods.cluster_contrast import ClusterContrast as Foreign\n"
+        "from fastreid_u.recipes.cluster_contrast import ClusterContrast as Foreign\n"
     )
     monkeypatch.syspath_prepend(run)
     monkeypatch.chdir(run)

@@ -11,14 +11,14 @@ from fastreid_u.config import Config
 from fastreid_u.data import load_dataset
 from fastreid_u.engine.loop import NoClustersError
 from fastreid_u.labels.dbscan import DBSCANLabels
-from fastreid_u.methods import get_method
 from fastreid_u.recipe import Images
+from fastreid_u.recipes import get_method
 
 OWN_FILE = '''
 import torch
 
 from fastreid_u.labels.generator import Advice, LabelGenerator
-from fastreid_u.methods.cluster_contrast import ClusterContrast
+from fastreid_u.recipes.cluster_contrast import ClusterContrast
 
 
 class NearestCentre(LabelGenerator):

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights: files of ours, of torchvision, of published code, damaged and hostile ones, and ImageNet's."""
 
+import email.message
 import hashlib
 import io
 import pickle
 import urllib.error
+import urllib.request
+import urllib.response
 from pathlib import Path
 
 import numpy as np
@@ -203,30 +206,28 @@ def test_damaged_file_raises_runtime_error_or_nothing(tmp_path, legacy):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """An empty torch hub folder."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     return tmp_path / "hub" / "checkpoints"
 
 
 def serve(monkeypatch, content):
-    """Answer every download with ``content``; returns the list of addresses asked for."""
+    """Answer every download of this process with ``content``; returns the list of addresses asked for."""
     asked = []
 
-    class Response(io.BytesIO):
-        def info(self):
-            return self
+    class Served(urllib.request.BaseHandler):
+        handler_order = 0  # before the one that would go out
 
-        def get_all(self, name):
-            return [str(len(content))]
+        def https_open(self, request):
+            asked.append(request.full_url)
+            if content is None:
+                raise urllib.error.URLError("Name or service not known")
+            headers = email.message.Message()
+            headers["Content-Length"] = str(len(content))
+            response = urllib.response.addinfourl(io.BytesIO(content), headers, request.full_url, 200)
+            response.msg = "OK"
+            return response
 
-        headers = property(info)
-
-    def urlopen(request, *arguments, **options):
-        asked.append(getattr(request, "full_url", request))
-        if content is None:
-            raise urllib.error.URLError("Name or service not known")
-        return Response(content)
-
-    monkeypatch.setattr(torch.hub, "urlopen", urlopen)
+    monkeypatch.setattr(urllib.request, "_opener", urllib.request.build_opener(Served))
     return asked
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastreid_u.config import IN_UNIT, NOT_NEGATIVE, POSITIVE, at_least, option
 from fastreid_u.memory import ProxyMemory
-from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.recipe import Batch, Images, Paper
+from fastreid_u.recipes.cluster_contrast import ClusterContrast, ClusterContrastConfig
 
 if TYPE_CHECKING:
     from fastreid_u.models import ReIDModel

@@ -1,15 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published methods, one file each. Names are looked up here; files are imported only when asked for.
-
-``fastreid_u.methods()`` lists the names. The name is a package and a function at once, because importing any recipe
-binds the package to it; so the package itself can be called.
-"""
+"""Published methods, one file each. Names are looked up here; files are imported only when asked for."""
 
 import difflib
 import importlib
 import importlib.util
 import sys
-import types
 from pathlib import Path
 
 from fastreid_u.recipe import Recipe
@@ -34,7 +29,7 @@ _CLASSES = {
 }
 
 
-def method_names() -> list[str]:
+def methods() -> list[str]:
     """Names that ``train(..., method=...)`` knows."""
     return sorted(_CLASSES)
 
@@ -48,8 +43,8 @@ def get_method(method: str | type[Recipe]) -> type[Recipe]:
     if method not in _CLASSES:
         close = difflib.get_close_matches(str(method), _CLASSES, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"train: method must be one of {', '.join(method_names())}, got {method!r}{hint}")
-    module = importlib.import_module(f"fastreid_u.methods.{method}")
+        raise ValueError(f"train: method must be one of {', '.join(methods())}, got {method!r}{hint}")
+    module = importlib.import_module(f"fastreid_u.recipes.{method}")
     return getattr(module, _CLASSES[method])
 
 
@@ -69,11 +64,3 @@ def _own_method(place: str) -> type[Recipe]:
     if not (isinstance(found, type) and issubclass(found, Recipe)):
         raise ValueError(f"train: method must name a Recipe in {where}, got {name!r}")
     return found
-
-
-class _CallablePackage(types.ModuleType):
-    def __call__(self) -> list[str]:
-        return method_names()
-
-
-sys.modules[__name__].__class__ = _CallablePackage

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastreid_u.methods.bmw import BMW, BMWConfig
 from fastreid_u.recipe import Batch, Images
+from fastreid_u.recipes.bmw import BMW, BMWConfig
 
 
 def published_update(memory, x, targets, pull, push):

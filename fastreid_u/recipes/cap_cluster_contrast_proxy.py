@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fastreid_u.config import changed
-from fastreid_u.methods.cap_cluster_contrast import CAP_CODE, CAPClusterContrast, CAPClusterContrastConfig
 from fastreid_u.recipe import Paper
+from fastreid_u.recipes.cap_cluster_contrast import CAP_CODE, CAPClusterContrast, CAPClusterContrastConfig
 
 _OF_CLUSTERS = ("temp", "momentum", "use_hard")
 

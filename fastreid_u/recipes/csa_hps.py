@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from fastreid_u.config import IN_UNIT, NOT_NEGATIVE, POSITIVE, RENDERED, Rule, at_least, changed, option
 from fastreid_u.memory import ClusterMemory
-from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.ops.segment_attention import segment_attention
 from fastreid_u.ops.segments import segment_sum
 from fastreid_u.recipe import Batch, Paper
+from fastreid_u.recipes.cluster_contrast import ClusterContrast, ClusterContrastConfig
 
 
 @dataclass(frozen=True, kw_only=True)

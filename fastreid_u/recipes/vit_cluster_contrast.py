@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fastreid_u.config import RENDERED, changed
-from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.recipe import Images, Paper
+from fastreid_u.recipes.cluster_contrast import ClusterContrast, ClusterContrastConfig
 
 SCRIPTS = "published fine-tuning scripts (fc39e88)"
 _UNSET = "person"

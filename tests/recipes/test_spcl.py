@@ -11,11 +11,11 @@ from torch import nn
 import fastreid_u
 from fastreid_u.data import load_dataset
 from fastreid_u.labels import dbscan
-from fastreid_u.methods import get_method
-from fastreid_u.methods.spcl import SpCL, SpCLConfig
 from fastreid_u.models.reid import ReIDModel
 from fastreid_u.ops.label_classes import own_classes
 from fastreid_u.recipe import Batch, Images
+from fastreid_u.recipes import get_method
+from fastreid_u.recipes.spcl import SpCL, SpCLConfig
 
 HYBRID = ["plain", "repeated_indices", "unnormalised", "unused_labels"]
 CRITERION = ["n150_eps0.6_gap0.1", "n320_eps0.6_gap0.02", "n500_eps0.55_gap0.06"]

@@ -12,12 +12,12 @@ import fastreid_u
 from fastreid_u.data import load_dataset
 from fastreid_u.data.transforms import Grey, Normalize
 from fastreid_u.labels import dbscan, refined
-from fastreid_u.methods import get_method
-from fastreid_u.methods.cacl import CACL, CACLConfig, SeesGrey, Step
 from fastreid_u.models import build_model
 from fastreid_u.models.reid import ReIDModel
 from fastreid_u.ops.label_classes import own_classes
 from fastreid_u.recipe import Batch, Images
+from fastreid_u.recipes import get_method
+from fastreid_u.recipes.cacl import CACL, CACLConfig, SeesGrey, Step
 
 
 def network(width):

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastreid_u.engine.optimizer import learning_rate
-from fastreid_u.methods.dccc import DCCC, DCCCConfig, scheduled_eps, teacher_momentum
 from fastreid_u.recipe import Batch, Images
+from fastreid_u.recipes.dccc import DCCC, DCCCConfig, scheduled_eps, teacher_momentum
 
 
 def with_width(network, width):

@@ -14,8 +14,8 @@ from torch import nn
 
 from fastreid_u.config import NOT_NEGATIVE, RENDERED, Rule, changed, option
 from fastreid_u.memory import ClusterMemory
-from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.recipe import Paper
+from fastreid_u.recipes.cluster_contrast import ClusterContrast, ClusterContrastConfig
 
 LOG = "published Market-1501 log (79c75fd)"
 CODE = "published code (79c75fd)"

@@ -11,12 +11,12 @@ from torch import nn
 
 import fastreid_u
 from fastreid_u.data import load_dataset
-from fastreid_u.methods.pplr import PPLR, PPLRConfig
-from fastreid_u.methods.pplr_camera import PPLRCamera, PPLRCameraConfig
 from fastreid_u.models import build_model
 from fastreid_u.models.pooling import AveragePool
 from fastreid_u.models.reid import ReIDModel
 from fastreid_u.recipe import Batch, Images
+from fastreid_u.recipes.pplr import PPLR, PPLRConfig
+from fastreid_u.recipes.pplr_camera import PPLRCamera, PPLRCameraConfig
 
 SMALL = dict(
     height=96, width=32, arch="resnet10", weights=None, bn_group=None, batch_size=16, num_instances=4, iters=3,

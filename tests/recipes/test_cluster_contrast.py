@@ -13,9 +13,9 @@ from torch import nn
 
 from fastreid_u import _env
 from fastreid_u.engine.loop import NoClustersError
-from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
-from fastreid_u.methods.cluster_contrast_infomap import ClusterContrastInfomap, ClusterContrastInfomapConfig
 from fastreid_u.recipe import Batch, Images
+from fastreid_u.recipes.cluster_contrast import ClusterContrast, ClusterContrastConfig
+from fastreid_u.recipes.cluster_contrast_infomap import ClusterContrastInfomap, ClusterContrastInfomapConfig
 
 
 def batch_of(indices, labels):

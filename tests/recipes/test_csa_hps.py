@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastreid_u.methods.csa_hps import CSAHPS, Aggregation, CSAHPSConfig, least_attended, train_aggregation
 from fastreid_u.recipe import Batch, Images
+from fastreid_u.recipes.csa_hps import CSAHPS, Aggregation, CSAHPSConfig, least_attended, train_aggregation
 
 # worked out in float64: one head, scale 10, three images of a person and a stranger
 ROWS = F.normalize(torch.tensor([[1, 0, 0], [0.98, 0.199, 0], [0.98, 0, 0.199], [0.5, 0, -0.866]]), dim=1)

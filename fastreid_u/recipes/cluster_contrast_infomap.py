@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from fastreid_u import _env
 from fastreid_u.config import RENDERED, Rule, at_least, changed, option
 from fastreid_u.labels.infomap import InfomapLabels
-from fastreid_u.methods.cluster_contrast import COMMANDS, ClusterContrast, ClusterContrastConfig
 from fastreid_u.recipe import Images, Paper
+from fastreid_u.recipes.cluster_contrast import COMMANDS, ClusterContrast, ClusterContrastConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from fastreid_u.config import IN_UNIT, POSITIVE, RENDERED, Rule, at_least, changed, option
 from fastreid_u.labels.dbscan import DBSCANLabels
 from fastreid_u.memory import ClusterMemory
-from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.ops.ema_update import ema_update_
 from fastreid_u.recipe import Batch, Images, Paper
+from fastreid_u.recipes.cluster_contrast import ClusterContrast, ClusterContrastConfig
 
 COMMANDS = "published training commands (102d8ef)"
 CODE = "published code (102d8ef)"

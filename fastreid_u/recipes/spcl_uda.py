@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fastreid_u.config import option
-from fastreid_u.methods.spcl import CODE, SpCL, SpCLConfig
 from fastreid_u.models.domains import domain, single_domain, split_domains
 from fastreid_u.ops.centroids import cluster_centroids
 from fastreid_u.ops.momentum_update import momentum_update_
 from fastreid_u.recipe import Batch, Extract, Paper, Recipe
+from fastreid_u.recipes.spcl import CODE, SpCL, SpCLConfig
 
 if TYPE_CHECKING:
     from fastreid_u.models import ReIDModel

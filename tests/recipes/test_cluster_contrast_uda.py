@@ -11,10 +11,10 @@ from torch import nn
 import fastreid_u
 from fastreid_u.data import load_dataset
 from fastreid_u.labels.self_paced import SelfPacedLabels
-from fastreid_u.methods import get_method, spcl
-from fastreid_u.methods.cluster_contrast_uda import ClusterContrastUDA, ClusterContrastUDAConfig
 from fastreid_u.models.reid import ReIDModel
 from fastreid_u.recipe import Batch, Images
+from fastreid_u.recipes import get_method, spcl
+from fastreid_u.recipes.cluster_contrast_uda import ClusterContrastUDA, ClusterContrastUDAConfig
 from fastreid_u.reference.momentum_update import momentum_update_
 
 PEOPLE, IMAGES, WIDTH = 4, 12, 8

@@ -8,10 +8,10 @@ from torch import nn
 
 import fastreid_u
 from fastreid_u.data import load_dataset
-from fastreid_u.methods.cap_cluster_contrast import CAPClusterContrast, CAPClusterContrastConfig
-from fastreid_u.methods.cap_cluster_contrast_proxy import CAPClusterContrastProxy, CAPClusterContrastProxyConfig
-from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
 from fastreid_u.recipe import Batch, Images
+from fastreid_u.recipes.cap_cluster_contrast import CAPClusterContrast, CAPClusterContrastConfig
+from fastreid_u.recipes.cap_cluster_contrast_proxy import CAPClusterContrastProxy, CAPClusterContrastProxyConfig
+from fastreid_u.recipes.cluster_contrast import ClusterContrast, ClusterContrastConfig
 
 READINGS = [CAPClusterContrast, CAPClusterContrastProxy]
 SMALL = dict(

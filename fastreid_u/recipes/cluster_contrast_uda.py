@@ -15,13 +15,13 @@ from torch import Tensor
 
 from fastreid_u.config import IN_UNIT, changed, option
 from fastreid_u.labels.self_paced import SelfPacedLabels
-from fastreid_u.methods.cluster_contrast import ClusterContrast, ClusterContrastConfig
-from fastreid_u.methods.spcl import PAPER as SPCL
-from fastreid_u.methods.spcl import require_paces
-from fastreid_u.methods.spcl_uda import TwoDomains
 from fastreid_u.ops.centroids import cluster_centroids
 from fastreid_u.ops.label_classes import own_classes
 from fastreid_u.recipe import Batch, Extract, Images, Paper
+from fastreid_u.recipes.cluster_contrast import ClusterContrast, ClusterContrastConfig
+from fastreid_u.recipes.spcl import PAPER as SPCL
+from fastreid_u.recipes.spcl import require_paces
+from fastreid_u.recipes.spcl_uda import TwoDomains
 
 APPENDIX = "Cluster Contrast, appendix"
 SUPER_STRONG = "OpenUnReID's super-strong baseline has the other choice"

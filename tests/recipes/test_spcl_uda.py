@@ -10,11 +10,11 @@ from torch import nn
 
 import fastreid_u
 from fastreid_u.data import load_dataset
-from fastreid_u.methods import get_method
-from fastreid_u.methods.spcl_uda import SpCLUDA, SpCLUDAConfig
 from fastreid_u.models import build_model
 from fastreid_u.models.reid import ReIDModel
 from fastreid_u.recipe import Batch, Images
+from fastreid_u.recipes import get_method
+from fastreid_u.recipes.spcl_uda import SpCLUDA, SpCLUDAConfig
 
 PEOPLE, IMAGES, WIDTH = 5, 14, 8
 

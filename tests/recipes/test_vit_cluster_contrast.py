@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fastreid_u.data import test_transform
-from fastreid_u.methods.vit_cluster_contrast import ViTClusterContrast, ViTClusterContrastConfig
 from fastreid_u.models import build_model
 from fastreid_u.recipe import Images
+from fastreid_u.recipes.vit_cluster_contrast import ViTClusterContrast, ViTClusterContrastConfig
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 

@@ -11,9 +11,9 @@ from torch import nn
 import fastreid_u
 from fastreid_u.data import load_dataset
 from fastreid_u.engine.optimizer import learning_rate
-from fastreid_u.methods.ice import ICE, ICEConfig
 from fastreid_u.models import build_model
 from fastreid_u.recipe import Batch, Images
+from fastreid_u.recipes.ice import ICE, ICEConfig
 
 SMALL = dict(
     method="ice", height=64, width=32, arch="resnet10", weights=None, bn_group=4, batch_size=16, num_instances=4,

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fastreid_u.config import changed
-from fastreid_u.methods.pplr import CODE, PPLR, PPLRConfig
 from fastreid_u.recipe import Paper
+from fastreid_u.recipes.pplr import CODE, PPLR, PPLRConfig
 
 
 @dataclass(frozen=True, kw_only=True)

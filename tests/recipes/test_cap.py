@@ -10,8 +10,8 @@ from torch import nn
 import fastreid_u
 from fastreid_u.data import load_dataset
 from fastreid_u.engine.optimizer import learning_rate
-from fastreid_u.methods.cap import CAP, CAPConfig
 from fastreid_u.recipe import Batch, Images
+from fastreid_u.recipes.cap import CAP, CAPConfig
 
 SMALL = dict(
     method="cap", height=64, width=32, arch="resnet10", weights=None, batch_size=16, num_instances=4, iters=3,
