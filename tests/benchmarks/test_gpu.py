@@ -181,7 +181,7 @@ def test_dry_run_from_end_to_end(tmp_path):
     files = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "dry-run").glob("*.json")}
     cases = {stage: list(stored["cases"]) for stage, stored in files.items()}
     assert cases == {
-        "build": ["probe"], "test": ["ops/test_k_reciprocal"], "sanitizer": ["plain"], "ceilings": ["copy", "products"],
+        "build": ["probe"], "test": ["kernels/test_step"], "sanitizer": ["plain"], "ceilings": ["copy", "products"],
         "kernels": ["bench_rerank"], "train": ["render", "network", "cluster_contrast"],
     }  # fmt: skip
     assert {case["status"] for stored in files.values() for case in stored["cases"].values()} == {"ok"}
