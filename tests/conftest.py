@@ -85,6 +85,8 @@ def poison(monkeypatch):
 
         return made
 
+    with torch.device("cpu"):  # at its first use torch notes which functions make tensors: not the poisoned ones
+        torch.empty(0)
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 

@@ -193,7 +193,9 @@ def run_case(case: Case, seconds: float, options: Options) -> dict[str, Any]:
             process.wait()
         log.seek(0)
         output = log.read()
-    (scratch(options) / f"{case.name}.log").write_text(output)  # whole: of a sanitizer's report the head matters
+    log_file = scratch(options) / f"{case.name}.log"  # a test's name has a folder in it
+    log_file.parent.mkdir(exist_ok=True)
+    log_file.write_text(output)  # whole: of a sanitizer's report the head matters
     record = {
         "status": status,
         "seconds": round(time.monotonic() - begin, 1),

@@ -92,12 +92,13 @@ def index_array(knn: tuple[Tensor, Tensor], k1: int) -> np.ndarray:
 
 
 def sparse_rows(indptr: np.ndarray | Tensor, column: np.ndarray | Tensor, value: np.ndarray | Tensor) -> Tensor:
-    """``torch.sparse_csr`` (N, N) with int64 indices; explicit zeros stay, and torch's beta warning stays inside."""
+    """``torch.sparse_csr`` (N, N) with int64 indices; explicit zeros stay, and torch's notices stay inside."""
     n = len(indptr) - 1
     parts = [part if isinstance(part, Tensor) else torch.from_numpy(part) for part in (indptr, column, value)]
     parts[1] = parts[1].long()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        for notice in ("Sparse CSR tensor support is in beta", "Sparse invariant checks are implicitly disabled"):
+            warnings.filterwarnings("ignore", notice, UserWarning)
         return torch.sparse_csr_tensor(*parts, (n, n), device=parts[2].device, check_invariants=False)
 
 

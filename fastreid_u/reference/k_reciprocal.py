@@ -75,7 +75,8 @@ def _sq_dist(row: np.ndarray, others: np.ndarray, compat: bool) -> np.ndarray:
 def to_torch(matrix: sparse.csr_array, device: torch.device) -> Tensor:
     """A scipy CSR matrix as ``torch.sparse_csr`` with int64 indices; explicit zeros stay."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        for notice in ("Sparse CSR tensor support is in beta", "Sparse invariant checks are implicitly disabled"):
+            warnings.filterwarnings("ignore", notice, UserWarning)
         return torch.sparse_csr_tensor(
             torch.from_numpy(matrix.indptr.astype(np.int64)).to(device),
             torch.from_numpy(matrix.indices.astype(np.int64)).to(device),
