@@ -10,5 +10,7 @@ def methods(words: list[str]) -> None:
 
     from fastreid_u import recipes
 
-    for name in recipes.methods():
-        print(f"{name:<24} {recipes.get_method(name).paper.title}")
+    names = recipes.methods()
+    width = max(map(len, names))
+    for name in names:
+        print(f"{name:<{width}}  {recipes.get_method(name).paper.title}")
