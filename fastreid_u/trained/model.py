@@ -73,8 +73,8 @@ def load_model(
         except RuntimeError as error:
             raise ValueError(f"load_model: {path} must hold the weights of {config['arch']}, got {error}") from error
         # As in training, so that figures are equal to the bit.
-        layout = torch.channels_last if config["channels_last"] else torch.contiguous_format
-        model = model.to(device, torch.float32, memory_format=layout)
+        memory_format = torch.channels_last if config["channels_last"] else torch.contiguous_format
+        model = model.to(device, torch.float32, memory_format=memory_format)
     return model.eval(), about
 
 
