@@ -22,8 +22,8 @@ def as_tensor(op: str, name: str, x: object) -> Tensor:
     """Return ``x`` as a tensor on its own device, sharing memory where it can.
 
     Takes torch tensors, NumPy arrays, anything with ``__dlpack__`` (CuPy, JAX, ...) and flat or nested sequences of
-    numbers, which go to the CPU whatever torch's default device is. NumPy arrays that torch cannot wrap are copied: read-only, reversed, fields of structured arrays, and
-    numbers longer than float64, which become float64.
+    numbers, which go to the CPU whatever torch's default device is. NumPy arrays that torch cannot wrap are copied:
+    read-only, reversed, fields of structured arrays, and numbers longer than float64, which become float64.
     """
     if isinstance(x, Tensor):
         return x

@@ -44,9 +44,10 @@ def rank_metrics(
 ) -> Scores:
     """Rank the gallery for each query by (distance, gallery index) and score the lists.
 
-    Gallery images with the query's identity and camera, and those with its image number, are removed first. ``ap``: "rank", the mean over matches of
-    precision at their rank; "sklearn", the same with precision taken at the end of each group of equal distances;
-    "trapezoid", the area under straight lines between those points of the precision-recall curve.
+    Gallery images with the query's identity and camera, and those with its image number, are removed first. ``ap``:
+    "rank", the mean over matches of precision at their rank; "sklearn", the same with precision taken at the end of
+    each group of equal distances; "trapezoid", the area under straight lines between those points of the
+    precision-recall curve.
     """
     device = (query if distmat is None else distmat).device
     q_pids, g_pids = q_pids.cpu().numpy(), g_pids.cpu().numpy()
