@@ -48,10 +48,12 @@ def dbscan(
 
     Args:
         graph: (N, N) distances, none negative, none NaN; inf is allowed. Dense (torch, NumPy, ``__dlpack__``) or sparse
-            (``torch.sparse_csr``, SciPy): there an entry that is not stored is farther than any eps, except on the
-            diagonal, where it is 0. An asymmetric graph is read as scikit-learn reads it: row i holds what i reaches.
-        eps: distance up to which two points are neighbours, inclusive; any positive number. It is rounded to the
-            graph's dtype and compared there. A sequence gives one row of labels for each, on one graph.
+            (``torch.sparse_csr``, ``sparse_csc``, ``sparse_coo``, SciPy): there an entry that is not stored is farther
+            than any eps, except on the diagonal, where it is 0. An asymmetric graph is read as scikit-learn reads it:
+            row i holds what i reaches.
+        eps: distance up to which two points are neighbours, inclusive; any positive number. float32 distances are
+            compared in float32, so that float32(0.6) is within 0.6, whatever type of number eps is; all others, half
+            precision among them, in float64. A sequence gives one row of labels for each, on one graph.
         min_samples: neighbours that make a core point.
         radius: distance up to which a sparse graph is complete, if known; a larger eps is then refused.
         backend: "auto", "cpp" (CPU threads, as many as ``torch.get_num_threads()``), "cuda", "cupy" (the same kernels,
@@ -127,8 +129,7 @@ def _cluster(
     min_samples = min(require_positive_int(_OP, "min_samples", min_samples), graph.n + 1)  # more than all is too many
     eps = [require_positive(_OP, "eps", e) for e in eps]
     radii = [] if radius is None else [require_positive(_OP, "radius", radius)]
-    if graph.dtype.is_floating_point:  # rounded here, because a float16 graph is widened and still compared as float16
-        eps, radii = (torch.tensor(each, dtype=graph.dtype, device="cpu").double().tolist() for each in (eps, radii))
+    eps, radii = ([_threshold(number, graph.dtype) for number in numbers] for numbers in (eps, radii))
     if radii and max(eps) > radii[0]:
         raise ValueError(f"{_OP}: eps must be at most radius={radius:g}, got {max(eps):g}")
 
@@ -140,6 +141,20 @@ def _cluster(
     run = choose(_OP, graph.device, backend, **runs, reference=_reference)
     labels, core = run(graph, eps, min_samples)
     return labels.to(home), core.to(home)
+
+
+def _threshold(eps: float, dtype: torch.dtype) -> float:
+    """What stored distances are compared with so that the outcome is that of ``eps`` in the type that they count in.
+
+    Half precision is kept in float32 and counts in float64: a distance is within eps if it is within the largest
+    float32 that is.
+    """
+    if dtype == torch.float64 or not dtype.is_floating_point:
+        return eps
+    single = torch.tensor(eps, dtype=torch.float32, device="cpu").clamp_(max=torch.finfo(torch.float32).max)
+    if dtype != torch.float32 and single.item() > eps:
+        single = torch.nextafter(single, torch.zeros_like(single))
+    return single.item()
 
 
 def _compiled(graph: DistanceGraph, eps: list[float], min_samples: int, *, backend: str) -> tuple[Tensor, Tensor]:
