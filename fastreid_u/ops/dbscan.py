@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import scipy.sparse
 import torch
 from torch import Tensor
 
 from fastreid_u import _ext
-from fastreid_u._checks import one_or_more, require_choice, require_positive, require_positive_int
+from fastreid_u._checks import one_or_more, require_positive, require_positive_int
 from fastreid_u.ops._compiled import entry_point
 from fastreid_u.ops._dispatch import choose, missing
 from fastreid_u.ops._distance_graph import DistanceGraph, read_graph
@@ -74,56 +72,12 @@ def dbscan(
     """
     read = read_graph(_OP, graph)
     eps, several = one_or_more(_OP, "eps", eps)
-    labels, _ = _cluster(read, eps, min_samples, radius, backend)
+    labels, _ = cluster(read, eps, min_samples, radius, backend)
     return labels if several else labels[0]
 
 
-@dataclass(eq=False)
-class DBSCAN:
-    """:func:`dbscan` with the face of ``sklearn.cluster.DBSCAN``, for code that expects that class.
-
-    Args:
-        eps: as in :func:`dbscan`, one number.
-        min_samples: as in :func:`dbscan`.
-        metric: only "precomputed".
-        n_jobs: accepted and not used; threads follow ``torch.set_num_threads``.
-
-    Attributes:
-        labels_: (N,) int64 NumPy, after ``fit``.
-        core_sample_indices_: ascending int64 NumPy, after ``fit``.
-    """
-
-    eps: float = 0.5
-    min_samples: int = field(default=5, kw_only=True)
-    metric: str = field(default="precomputed", kw_only=True)
-    n_jobs: int | None = field(default=None, kw_only=True)
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The arguments, as scikit-learn's ``clone`` asks for them."""
-        return {name: getattr(self, name) for name in ("eps", "min_samples", "metric", "n_jobs")}
-
-    def set_params(self, **params: Any) -> DBSCAN:
-        """Change arguments by name."""
-        for name, value in params.items():
-            require_choice("DBSCAN", "params", name, tuple(self.get_params()))
-            setattr(self, name, value)
-        return self
-
-    def fit(self, X: Any, y: None = None) -> DBSCAN:
-        """Cluster the (N, N) distances ``X``, of any form that :func:`dbscan` takes. ``y`` is ignored."""
-        require_choice("DBSCAN", "metric", self.metric, ("precomputed",))
-        labels, core = _cluster(read_graph("DBSCAN", X), [self.eps], self.min_samples, None, "auto")
-        self.labels_: np.ndarray = labels[0].cpu().numpy()
-        self.core_sample_indices_: np.ndarray = core[0].nonzero().flatten().cpu().numpy()
-        return self
-
-    def fit_predict(self, X: Any, y: None = None) -> np.ndarray:
-        """``fit(X).labels_``"""
-        return self.fit(X).labels_
-
-
-def _cluster(
-    graph: DistanceGraph, eps: list[float], min_samples: int, radius: float | None, backend: str
+def cluster(
+    graph: DistanceGraph, eps: list[float], min_samples: int, radius: float | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """(E, N) labels and (E, N) core flags on the graph's device."""
     min_samples = min(require_positive_int(_OP, "min_samples", min_samples), graph.n + 1)  # more than all is too many
