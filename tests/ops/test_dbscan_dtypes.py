@@ -94,3 +94,19 @@ def test_eps_and_radius_are_compared_as_the_graph_rounds_them():
     assert torch.equal(fastreid_u.dbscan(graph, np.float32(0.6), radius=0.6), fastreid_u.dbscan(graph, 0.6, radius=0.6))
     with pytest.raises(ValueError, match=r"eps must be at most radius=0\.6, got 0\.61"):
         fastreid_u.dbscan(graph, 0.61, radius=0.6)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_torch_s_default_device_does_not_matter(backend):
+    """ "meta" stands for a device that is not there."""
+    dense = np.array([[0, 0.1, 9], [0.1, 0, 9], [9, 9, 0]], np.float32)
+    given = torch.from_numpy(dense)
+    forms = [dense, dense.tolist(), given, given.to_sparse(), given.to_sparse_csc(), scipy.sparse.csr_array(dense)]
+    torch.set_default_device("meta")
+    try:
+        found = [fastreid_u.dbscan(form, [0.5], 2, backend=backend).tolist() for form in forms]
+        fitted = [fastreid_u.DBSCAN(0.5, min_samples=2).fit(form).labels_.tolist() for form in forms]
+    finally:
+        torch.set_default_device(None)
+    assert found == [[[0, 0, -1]]] * len(forms)
+    assert fitted == [[0, 0, -1]] * len(forms)
