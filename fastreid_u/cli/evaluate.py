@@ -17,6 +17,12 @@ def evaluate(words: list[str]) -> None:
     )
     parser.add_argument("--which", choices=("last", "best"), default="last", help="default: last")
     parser.add_argument("--ap", choices=("rank", "sklearn", "trapezoid"), help="default: the run's own")
+    parser.add_argument(
+        "--rerank", choices=("openreid", "zhong", "clustering"), help="re-rank by this rule; default off"
+    )
+    parser.add_argument(
+        "--ignore-cameras", action=argparse.BooleanOptionalAction, help="rank images of the query's own camera too"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default a GPU if there is one)")
     given = vars(parser.parse_args(words))
 

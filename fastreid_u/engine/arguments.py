@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 
@@ -186,8 +186,10 @@ def _resumed_config(stored: Mapping[str, Any], recipe_class: type[Recipe], overr
     """The run's settings, with what a resumed run may change changed."""
     if stored["run"]["method"] != recipe_class.name:
         raise ValueError(f"train: method must be the run's own ({stored['run']['method']}), got {recipe_class.name!r}")
+    hints, known = get_type_hints(recipe_class.Config), stored["config"]
     names = [field.name for field in dataclasses.fields(recipe_class.Config)]
-    values = {name: stored["config"].get(name) for name in names}  # None is written as a comment, hence absent
+    # None is written as a comment, hence absent; what may not be None was added after the run, and keeps its default
+    values = {name: known.get(name) for name in names if name in known or isinstance(None, hints[name])}
     overrides = {name: plain(value) for name, value in overrides.items()}
     changed = {k: v for k, v in overrides.items() if k not in _RESUMABLE and values.get(k) != v}
     if changed:
