@@ -17,6 +17,8 @@ JUMP = 0.3  # rise of the un-clustered share within one epoch
 UNSTEADY, UNSTEADY_EPOCHS = 0.25, 3  # agreement below this, in this many epochs running
 WORSE = 1.5  # a warning is given again where its cause has grown by this factor
 
+_COUNTS = {"epoch", "clusters", "unclustered", "largest", "agreement"}
+
 
 class Finding(NamedTuple):
     """One cause for concern.
@@ -51,7 +53,7 @@ class LabelWatch:
         self._seen: list[dict[str, Any]] = []
         self._warned: dict[str, float] = {}
         for record in before:
-            if record["epoch"] >= 0:
+            if record.keys() >= _COUNTS:
                 self.look(record)
 
     def look(self, record: dict[str, Any]) -> list[str]:

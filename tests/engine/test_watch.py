@@ -147,5 +147,5 @@ def test_a_first_label_set_that_a_fixed_threshold_throws_away_is_warned_of_with_
 def test_a_resumed_run_does_not_repeat_the_warnings_of_the_first_part():
     labels = sizes_as_labels(238, 20, 12, 10, unclustered=20)
     record = label_health(labels, None, None)
-    again = watch(len(labels), before=[{"epoch": -1, "mAP": 0.1}, {"epoch": 0, **record}])
+    again = watch(len(labels), before=[{"epoch": -1, "mAP": 0.1}, {"epoch": 0, "loss": 1.0}, {"epoch": 0, **record}])
     assert again.look({"epoch": 1, **record}) == []
