@@ -50,8 +50,8 @@ class Pace:
 
     def line(self, epoch: int) -> str | None:
         """The line after ``epoch``; None where little is left."""
-        left, epochs = self.left_after(epoch), self.config.epochs - epoch - 1
-        return f"about {duration(left)} left, for {epochs} more epochs" if left >= WORTH_A_LINE else None
+        left = self.left_after(epoch)
+        return f"about {duration(left)} left, until epoch {self.config.epochs - 1}" if left >= WORTH_A_LINE else None
 
     def left_after(self, epoch: int) -> float:
         """Seconds to the run's end after ``epoch``."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The time that a run takes is told while there is much of it left."""
 
+import re
+
 import pytest
 
 from fastreid_u.config import Config
@@ -42,7 +44,7 @@ def test_after_the_first_epoch_the_rest_is_told():
     assert pace.left_after(0) == pytest.approx(11 * 60), "what an evaluation takes is not known yet"
     pace.measured({"evaluate": 20.0})
     assert pace.left_after(0) == pytest.approx(11 * 60 + 3 * 20)
-    assert pace.line(0) == "about 12 min left, for 11 more epochs"
+    assert pace.line(0) == "about 12 min left, until epoch 11"
     assert pace.left_after(11) == 0
 
 
@@ -55,3 +57,13 @@ def test_nothing_is_told_where_little_is_left():
     assert pace.note(0, 2, 3) == ""
     assert pace.line(0) is None
     assert pace.line(1) is None
+
+
+def test_a_run_shows_and_logs_the_time_that_is_left(smoke, monkeypatch):
+    monkeypatch.setattr("fastreid_u.engine.pace.WORTH_A_LINE", 0.0)
+    monkeypatch.setattr("fastreid_u.engine.display.PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("fastreid_u.engine.loop.draw_curves", lambda *_, **__: None)
+    run = smoke("cluster_contrast", print_freq=2, iters=3)
+    log = (run.folder / "log.txt").read_text()
+    assert re.search(r"  epoch 0 2/3 steps  loss [\d.]+  about \d+ s left in the run\n", log)
+    assert len(re.findall(r"^about \d+ s left, until epoch 1$", log, re.MULTILINE)) == 1

@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from fastreid_u.config import Config
 from fastreid_u.engine.health import label_health
@@ -149,3 +150,18 @@ def test_a_resumed_run_does_not_repeat_the_warnings_of_the_first_part():
     record = label_health(labels, None, None)
     again = watch(len(labels), before=[{"epoch": -1, "mAP": 0.1}, {"epoch": 0, "loss": 1.0}, {"epoch": 0, **record}])
     assert again.look({"epoch": 1, **record}) == []
+
+
+def test_a_run_shows_and_logs_its_warnings_before_it_trains(smoke, monkeypatch):
+    """300 crops of few images a person collapse under k1 30; here 72 images with the labels of such a run."""
+    monkeypatch.setattr("fastreid_u.engine.loop.draw_curves", lambda *_, **__: None)
+    blob = torch.from_numpy(sizes_as_labels(57, 5, 5, unclustered=5))
+    monkeypatch.setattr(DBSCANLabels, "cluster", lambda self, features, epoch: blob)
+    monkeypatch.setattr("fastreid_u.engine.loop.fit_epoch", lambda s, epoch, targets: 1.0)
+    run = smoke("cluster_contrast", epochs=3, eval_step=9, k1=30)
+    lines = (run.folder / "log.txt").read_text().splitlines()
+    (place,) = [number for number, line in enumerate(lines) if line.startswith("warning: epoch 0: the largest of 3")]
+    (row,) = [number for number, line in enumerate(lines) if line.split()[:2] == ["0", "3"]]
+    assert place < row
+    assert not [line for line in lines if line.startswith(("warning: epoch 1", "warning: epoch 2"))]
+    assert any(line.startswith("  scale       k1 30, 72 images: fits people of about 30 images") for line in lines)
