@@ -152,7 +152,12 @@ class Config:
     reset_optimizer: bool = option(False, "forget the optimiser's moments at the start of every epoch", source=LINEAGE)
     lr: float = option(3.5e-4, "learning rate", source=LINEAGE, rule=POSITIVE)
     weight_decay: float = option(5e-4, "L2 penalty, on all parameters", source=LINEAGE, rule=NOT_NEGATIVE)
-    epochs: int = option(50, "epochs; labels are made anew in each", source=LINEAGE, rule=at_least(1))
+    epochs: int = option(
+        50,
+        "epochs; labels are made anew in each; 0 = only evaluate and save the network before training",
+        source=LINEAGE,
+        rule=at_least(0),
+    )
     iters: int = option(400, "steps per epoch; 0 = one pass of the sampler", source=LINEAGE, rule=NOT_NEGATIVE)
     step_size: int = option(20, "epochs between learning-rate drops; 0 = never", source=LINEAGE, rule=NOT_NEGATIVE)
     gamma: float = option(0.1, "factor of a learning-rate drop", source=LINEAGE, rule=POSITIVE)

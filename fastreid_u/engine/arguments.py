@@ -109,34 +109,61 @@ def experiment_of(arguments: Arguments, stored: Mapping[str, Any] | None = None)
         ValueError, TypeError: unknown method, option or kind of data set, or a value out of range.
         ValueError: a resumed run was given settings that would make it another experiment.
     """
-    from fastreid_u.data import ReIDDataset, known_name
+    return _new_experiment(arguments) if stored is None else _resumed_experiment(arguments.completed(stored), stored)
 
-    if stored is not None:
-        arguments = arguments.completed(stored)
+
+def _new_experiment(arguments: Arguments) -> Experiment:
+    from fastreid_u.data import ReIDDataset
+
     dataset, root = arguments.dataset, arguments.root
     recipe_class = get_method("cluster_contrast" if arguments.method is None else arguments.method)
-    ready = isinstance(dataset, ReIDDataset)
-    if ready and arguments.data and stored is None:
+    if isinstance(dataset, ReIDDataset) and arguments.data:
         raise ValueError(f"train: data must be left out with a ready dataset, got {dict(arguments.data)}")
-    name = "" if ready else absolute_name("dataset", dataset, root)
-    overrides = dict(arguments.overrides)
-    if overrides.get("source") is not None:
-        overrides["source"] = absolute_name("source", overrides["source"], root)
-    if stored is None:
-        config = recipe_class.Config.for_dataset(dataset.name if ready else name, **overrides)
-    else:
-        config = _resumed_config(stored, recipe_class, overrides)
+    name = _dataset_name(arguments)
+    known = dataset.name if isinstance(dataset, ReIDDataset) else name
+    config = recipe_class.Config.for_dataset(known, **_named_overrides(arguments))
+    return _experiment(arguments, recipe_class, config, name, ({}, root, root))
 
-    source, source_root, run = getattr(config, "source", None), root, {}
-    if stored is not None:
-        run = stored["run"]
-        if root is None:
-            root, source_root = stored_root(name, run["root"]), stored_root(source or "", run.get("source_root"))
+
+def _resumed_experiment(arguments: Arguments, stored: Mapping[str, Any]) -> Experiment:
+    """The experiment of the run that has the settings ``stored``; ``arguments`` have been completed with them."""
+    recipe_class, name, run = get_method(arguments.method), _dataset_name(arguments), stored["run"]
+    config = _resumed_config(stored, recipe_class, _named_overrides(arguments))
+    root = source_root = arguments.root
+    if root is None:
+        root = stored_root(name, run["root"])
+        source_root = stored_root(getattr(config, "source", None) or "", run.get("source_root"))
+    return _experiment(arguments, recipe_class, config, name, (run, root, source_root))
+
+
+def _experiment(
+    arguments: Arguments, recipe_class: type[Recipe], config: Config, name: str, origin: tuple[Mapping, Any, Any]
+) -> Experiment:
+    """With the data sets' options; ``origin`` is the run that is resumed and where both sets are looked for."""
+    from fastreid_u.data import known_name
+
+    source, (run, root, source_root) = getattr(config, "source", None), origin
     source_data = dict(arguments.source_data or {})
     if source is not None:
         source_data = {**_SOURCE_DIALS.get(known_name(source), {}), **source_data}
     data = dict(arguments.data or {})
-    return Experiment(recipe_class, config, dataset, name, root, source_root, data, source_data, run)
+    return Experiment(recipe_class, config, arguments.dataset, name, root, source_root, data, source_data, run)
+
+
+def _dataset_name(arguments: Arguments) -> str:
+    """The set's name or absolute path; empty for a ready one."""
+    from fastreid_u.data import ReIDDataset
+
+    ready = isinstance(arguments.dataset, ReIDDataset)
+    return "" if ready else absolute_name("dataset", arguments.dataset, arguments.root)
+
+
+def _named_overrides(arguments: Arguments) -> dict[str, Any]:
+    """The overrides, with ``source`` as a name or an absolute path."""
+    overrides = dict(arguments.overrides)
+    if overrides.get("source") is not None:
+        overrides["source"] = absolute_name("source", overrides["source"], arguments.root)
+    return overrides
 
 
 def absolute_name(argument: str, value: object, root: str | os.PathLike | None) -> str:

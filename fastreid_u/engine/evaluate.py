@@ -67,12 +67,17 @@ def test_split(dataset: "ReIDDataset", display: Display) -> Split | None:
 
 
 def evaluate_split(model: nn.Module, images: SplitImages, ap: str) -> dict[str, Any]:
+    """``rank_split`` of the features that ``model`` gives."""
+    return rank_split(images.features(model, "evaluate"), images.split, ap)
+
+
+def rank_split(features: Tensor, split: Split, ap: str) -> dict[str, Any]:
     """mAP, mINP and CMC at ranks 1, 5, 10 (fractions), and how many queries had a match.
 
-    ``ap`` names the formula of average precision, as ``rank_metrics`` has it.
+    Rows of ``features`` (N, D) that are NaN are left out. ``ap`` names the formula of average precision, as
+    ``rank_metrics`` has it.
     """
-    split = images.split
-    features = images.features(model, "evaluate").cpu()
+    features = features.cpu()
     readable = torch.isfinite(features).all(dim=1)
     pids, camids = split.pids, split.camids
     if split.queries is None:

@@ -38,7 +38,7 @@ def fit_epoch(session: "Session", epoch: int, targets: Tensor) -> float:
         group["lr"] = learning_rate(config, epoch)
     recipe.train()
     total = torch.zeros((), device=machine.device)
-    steps = 0
+    steps, note = 0, ""
     batches = recipe.batches(targets.cpu(), epoch)
     with machine.display.phase(f"epoch {epoch}", len(batches), unit="steps") as advance:
         for batch in _loaded(session, batches, targets, epoch):
@@ -56,7 +56,9 @@ def fit_epoch(session: "Session", epoch: int, targets: Tensor) -> float:
             with torch.no_grad():
                 recipe.update(_each(outputs, Tensor.detach), batch)
 
-            advance(1, note=f"loss {total.item() / steps:.3f}" if steps % config.print_freq == 0 else "")
+            if steps % config.print_freq == 0:
+                note = f"loss {total.item() / steps:.3f}"
+            advance(1, note=note + session.pace.note(epoch, steps, len(batches)))
     _require_finite(total, epoch, steps)
     return total.item() / max(steps, 1)
 

@@ -6,6 +6,7 @@
     model_last.safetensors .json   the network after the last finished epoch
     model_best.safetensors .json   the network with the best mAP so far, where there is something to rank
     state.safetensors              all that resuming needs, in ONE file, so that no crash can leave it half new
+    labels.csv                     the pseudo-label of each training image in the last epoch
     curves.png
 
 While a run writes, ``.lock`` lies there too. Every file is whole or absent (checkpoint.py).
@@ -93,6 +94,10 @@ class RunFolder:
         return self.path / "curves.png"
 
     @property
+    def labels(self) -> Path:
+        return self.path / "labels.csv"
+
+    @property
     def state_file(self) -> Path:
         return self.path / "state.safetensors"
 
@@ -107,7 +112,7 @@ class RunFolder:
     def files(self) -> list[Path]:
         """Every file that a run may leave, whether it is there or not."""
         models = [make(which) for which in ("last", "best") for make in (self.model_file, self.model_text)]
-        return [self.config, self.log, self.metrics, self.state_file, self.curves, *models]
+        return [self.config, self.log, self.metrics, self.state_file, self.curves, self.labels, *models]
 
     # What there is
 

@@ -12,7 +12,7 @@ class Records(list[dict[str, Any]]):
 
     @property
     def last(self) -> dict[str, Any]:
-        """Record of the last epoch."""
+        """Record of the last epoch; of the network before training where none was trained."""
         return self[-1]
 
     @property
@@ -22,6 +22,11 @@ class Records(list[dict[str, Any]]):
         Of equal ones the first; the network before training does not count.
         """
         return highest_map(record for record in self if record["epoch"] >= 0)
+
+    @property
+    def start(self) -> dict[str, Any] | None:
+        """Record of the network before training, if it was evaluated and had something to rank."""
+        return highest_map(record for record in self if record["epoch"] < 0)
 
     def to_text(self) -> str:
         """One JSON object a line."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training in progress: what it works with, how that is set up, and what is saved and restored of it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,9 @@ from fastreid_u.engine.folder import RunFolder, State
 from fastreid_u.engine.image_set import ImageSet, Reading
 from fastreid_u.engine.layout_3 import from_layout_3
 from fastreid_u.engine.optimizer import make_optimizer
+from fastreid_u.engine.pace import Pace
+from fastreid_u.engine.reuse import KeptFeatures
+from fastreid_u.engine.watch import LabelWatch
 from fastreid_u.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -38,6 +41,8 @@ class Session:
         optimizer: made by ``start_networks``.
         start: the first epoch that is still to be trained.
         labels: (N,) labels of the last finished epoch, or None before it.
+        watch: what warns of poor labels, and ``pace`` what estimates the time; made by ``run_epochs``.
+        kept: features of an evaluation, for the extraction after it.
     """
 
     recipe: Recipe
@@ -50,16 +55,27 @@ class Session:
     optimizer: torch.optim.Optimizer | None = None
     start: int = 0
     labels: np.ndarray | None = None
+    watch: LabelWatch | None = None
+    pace: Pace | None = None
+    kept: KeptFeatures = field(default_factory=KeptFeatures)
+
+    @property
+    def ranks_training_images(self) -> bool:
+        """Whether the images to evaluate on are all training images, in their order."""
+        return self.test is not None and self.test.samples == self.target.samples
 
     def extract(self, network: nn.Module, *, of: str = "target") -> Tensor:
         """``recipe.Extract``: features of all "target" or all "source" images, unaugmented.
 
-        Which of them could be read is from then on in ``recipe.images``.
+        Which of them could be read is from then on in ``recipe.images``. Those of an evaluation that has just looked at
+        the same images through the same network are not computed again.
         """
         images, about = self.target, self.recipe.images
         if of == "source":
             images, about = self.source, about.source
-        features = images.features(network)
+        features = self.kept.take(network) if of == "target" else None
+        if features is None:
+            features = images.features(network)
         about.readable = torch.isfinite(features).all(dim=1).cpu()
         return features
 
@@ -141,10 +157,12 @@ def start_networks(session: Session, model: "ReIDModel", *, calibrate: bool) -> 
 
 
 def current_state(session: Session, epoch: int) -> State:
-    """All that the run needs to go on after ``epoch``."""
-    recipe = session.recipe
+    """All that the run needs to go on after ``epoch``; -1, before the first, has all images un-clustered."""
+    recipe, labels = session.recipe, session.labels
+    if labels is None:
+        labels = np.full(len(session.target.samples), -1)
     tensors = {f"recipe.{name}": tensor for name, tensor in recipe.state_dict().items()}
-    tensors |= {"labels": torch.from_numpy(session.labels), "readable": recipe.images.readable}
+    tensors |= {"labels": torch.from_numpy(labels), "readable": recipe.images.readable}
     for index, moments in session.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
     return State(epoch, session.datasets.fingerprint, tensors)
@@ -165,9 +183,11 @@ def restore(session: Session) -> None:
             + (", with other names, sizes, identities or cameras" if expected == count else "")
         )
     _load_tensors(session, from_layout_3(state.tensors, session.recipe) if state.layout == 3 else state.tensors)
+    if state.epoch < 0:  # there were no labels yet
+        session.labels = None
     session.start = state.epoch + 1
     session.folder.go_on_after(state.epoch)
-    session.machine.display.line(f"resumed after epoch {state.epoch}")
+    session.machine.display.line(f"resumed {f'after epoch {state.epoch}' if session.start else 'before epoch 0'}")
 
 
 def _load_tensors(session: Session, tensors: dict[str, Tensor]) -> None:

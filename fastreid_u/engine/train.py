@@ -12,7 +12,7 @@ import torch
 
 from fastreid_u.config import Config
 from fastreid_u.engine.arguments import Arguments, Experiment, experiment_of
-from fastreid_u.engine.card import RecipeCard, metric_block, model_selection
+from fastreid_u.engine.card import RecipeCard, metric_block, model_selection, outcome
 from fastreid_u.engine.datasets import load_datasets
 from fastreid_u.engine.device import Machine, pick_device, uses_bfloat16
 from fastreid_u.engine.display import Display
@@ -45,7 +45,7 @@ class Run:
 
     @property
     def last(self) -> dict[str, Any]:
-        """Record of the last epoch."""
+        """Record of the last epoch; of the network before training for ``epochs=0``."""
         return self.records.last
 
     @property
@@ -157,7 +157,10 @@ def _introduce(session: Session, model: "ReIDModel", experiment: Experiment) -> 
     display.line()
     selects = model_selection(recipe, session.test.split if session.test else None)
     name, device = experiment.name or datasets.target.name, str(session.machine.device)
-    card = RecipeCard(type(recipe), recipe.config, name, model.describe(), recipe.labels.describe(), device, selects)
+    labels = recipe.labels
+    card = RecipeCard(
+        type(recipe), recipe.config, name, model.describe(), labels.describe(), device, selects, labels.scale()
+    )
     for line in [*card.lines(), f"  run folder  {session.folder}", ""]:
         display.line(line)
 
@@ -170,8 +173,8 @@ def _finish(session: Session) -> Run:
         display.line()
         for line in metric_block(run.last):
             display.line(line)
-        best = f"best mAP {run.best['mAP']:.1%} at epoch {run.best['epoch']}, on the {session.test.split.place}"
-        display.line(f"last epoch {run.last['epoch']}; {best}")
+        for line in outcome(run.records, session.test.split.place):
+            display.line(line)
     files = ", ".join(file.name for file in (folder.model_file("last"), folder.curves, folder.metrics, folder.log))
     display.line(f"run folder: {folder}  ({files})")
     return run

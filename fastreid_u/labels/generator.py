@@ -54,9 +54,25 @@ class LabelGenerator(nn.Module, ABC):
     def describe(self) -> str:
         """How labels are made, for the recipe card."""
 
+    def scale(self) -> str:
+        """What size of cluster the settings look for, beside the number of images, for the recipe card.
+
+        Empty where a generator has nothing to compare.
+        """
+        return ""
+
     def settings(self, epoch: int) -> str:
         """The settings that decided the labels of ``epoch``, for errors and warnings."""
         return self.describe()
+
+
+def neighbours_and_images(k1: int, images: int) -> str:
+    """``scale`` of labels that are made from the ``k1`` nearest neighbours of each of ``images``."""
+    people = max(images // k1, 1)
+    return (
+        f"k1 {k1}, {images:,} images: fits people of about {k1} images each, so about {people:,} of them; "
+        "set k1 near the number of images that a person has"
+    )
 
 
 def center_per_camera(features: Tensor, camids: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def test_clean_removes_debris_and_a_run_only_when_asked(folder):
     (folder.path / "notes.txt").touch()
     folder.clean(run=False)
     assert {path.name for path in folder.path.iterdir()} == {"notes.txt"} | {
-        file.name for file in folder.files() if file not in (folder.log, folder.curves)
+        file.name for file in folder.files() if file not in (folder.log, folder.curves, folder.labels)
     }
     folder.clean(run=True)
     assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
