@@ -49,7 +49,7 @@ def test_workers_do_not_change_a_bit_and_survive_epochs(samples):
         assert torch.equal(got[0], expected[0])
         assert torch.equal(got[1], expected[1])
         assert got[2] == expected[2]
-        pids.add(tuple(worker.pid for worker in helped._batches._iterator._workers))
+        pids.add(tuple(worker.pid for worker in helped._workers._iterator._workers))
     assert len(pids) == 1  # the same processes in every epoch
 
 
@@ -97,13 +97,12 @@ def test_a_script_without_a_guard_may_have_workers(samples, tmp_path):
 
 
 def test_where_workers_cannot_be_forked_the_guard_is_named(samples, monkeypatch):
-    loader = make_loader(samples, test_transform(*SIZE), batch_size=4)
+    loader = make_loader(samples, test_transform(*SIZE), batch_size=4, workers=1)
 
-    class Bootstrapping:
-        def __iter__(self):
-            raise RuntimeError("An attempt has been made to start a new process before ... its bootstrapping phase.")
+    def bootstrapping(workers):
+        raise RuntimeError("An attempt has been made to start a new process before ... its bootstrapping phase.")
 
-    monkeypatch.setattr(loader, "_batches", Bootstrapping())
+    monkeypatch.setattr("fastreid_u.data.workers.Workers.__iter__", bootstrapping)
     with pytest.raises(RuntimeError, match=r"guarded by `if __name__ == '__main__':`.* or use workers=0$"):
         loader.epoch()
 
