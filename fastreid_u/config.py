@@ -107,6 +107,12 @@ class Config:
     workers: int = option(
         4, "processes that read images; 0 reads in the main process", source=LINEAGE, flags=("-j",), rule=NOT_NEGATIVE
     )
+    worker_start: str | None = option(
+        None,
+        "how workers start, with equal results; None = fork on Linux, else Python's default",
+        choices=(None, "fork", "forkserver", "spawn"),
+    )
+    truncated_images: bool = option(False, "use images whose file ends early, as far as they go; off = leave them out")
     cache_images: bool = option(False, "keep decoded, resized images in memory (3*height*width bytes each)")
 
     # pseudo-labels

@@ -5,6 +5,7 @@ import multiprocessing
 import operator
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 
 import numpy as np
@@ -179,12 +180,19 @@ class ReIDLoader:
             self._may_read_ahead = False
             self._workers.close()
             return None, None
-        return self._workers.begin(plan.tasks(number) for number in range(start, len(plan.batches))), flight
+        with self._ending_workers():
+            return self._workers.begin(plan.tasks(number) for number in range(start, len(plan.batches))), flight
 
     def _receive(self, ahead: Iterator[Loaded]) -> Loaded:
-        try:
+        with self._ending_workers():
             return next(ahead)
-        except BaseException:  # an epoch that is read on after this, or a later one, has no use for these workers
+
+    @contextmanager
+    def _ending_workers(self) -> Iterator[None]:
+        """After an error the workers are of no use, neither to this epoch, should it be read on, nor to the next."""
+        try:
+            yield
+        except BaseException:
             self.close()
             raise
 

@@ -101,7 +101,7 @@ class Workers(DataLoader):
 
 @dataclass(eq=False)
 class Flight:
-    """Shared memory that batches take on their way to this process, set aside until ``end`` or as long as this lives."""
+    """Shared memory that batches take on their way to this process, set aside until ``end`` or the object's own end."""
 
     bytes: int
 
@@ -198,8 +198,8 @@ class _Deliveries(_MultiProcessingDataLoaderIter):
             except Exception as error:
                 if watch.fired:
                     raise TimeoutError(
-                        f"make_loader: workers must deliver a batch within {self._seconds:g} s, got none: a file system "
-                        "that does not answer, or a stopped process? Use workers=0, worker_start='forkserver', or set "
+                        f"make_loader: workers must deliver a batch within {self._seconds:g} s, got none: a file "
+                        "system that does not answer, or a stopped process? Use workers=0, worker_start='forkserver', or set "
                         f"{TIMEOUT_VARIABLE} to more seconds"
                     ) from None
                 if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
