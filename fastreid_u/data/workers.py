@@ -199,8 +199,8 @@ class _Deliveries(_MultiProcessingDataLoaderIter):
                 if watch.fired:
                     raise TimeoutError(
                         f"make_loader: workers must deliver a batch within {self._seconds:g} s, got none: a file "
-                        "system that does not answer, or a stopped process? Use workers=0, worker_start='forkserver', or set "
-                        f"{TIMEOUT_VARIABLE} to more seconds"
+                        "system that does not answer, or a stopped process? Use workers=0, "
+                        f"worker_start='forkserver', or set {TIMEOUT_VARIABLE} to more seconds"
                     ) from None
                 if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
                     raise RuntimeError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastreid_u._text import visible
+from fastreid_u.engine.allocator import keeping_freed_memory
 from fastreid_u.engine.device import Machine
 from fastreid_u.engine.display import Display
 
@@ -130,7 +131,7 @@ class ImageSet:
         network.eval()
         device, count = self.machine.device, len(self.samples)
         features, unreadable = None, 0
-        with self.machine.display.phase(phase, count) as advance:
+        with keeping_freed_memory(device), self.machine.display.phase(phase, count) as advance:
             for loaded in self.plain:
                 self.bad.note(loaded.bad)
                 unreadable += len(loaded.bad)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastreid_u._default_device import on_cpu
 from fastreid_u.engine.checkpoint import read_described
 from fastreid_u.engine.device import pick_device
 from fastreid_u.engine.folder import LAYOUT, LayoutError, RunFolder
@@ -24,6 +25,7 @@ _NEEDED = (
 )  # fmt: skip
 
 
+@on_cpu()
 def load_model(
     run: str | os.PathLike, *, which: str = "last", device: str | torch.device | None = "cpu"
 ) -> "tuple[ReIDModel, dict[str, Any]]":

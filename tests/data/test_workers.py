@@ -89,9 +89,7 @@ def test_all_that_spawned_workers_get_can_be_pickled_and_reads_the_same(samples)
 
 def test_a_transform_that_cannot_be_pickled_is_named(samples):
     view = View(*SIZE, (lambda image, rng: image.float(),))
-    with pytest.raises(
-        TypeError, match=r"make_loader: transform must be picklable .* worker_start='fork' or workers=0"
-    ):
+    with pytest.raises(TypeError, match=r"transform must be picklable .* worker_start='fork' or workers=0"):
         make_loader(samples, view, batch_size=4, workers=1, worker_start="spawn").epoch()
 
 
