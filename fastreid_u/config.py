@@ -107,6 +107,12 @@ class Config:
     workers: int = option(
         4, "processes that read images; 0 reads in the main process", source=LINEAGE, flags=("-j",), rule=NOT_NEGATIVE
     )
+    worker_start: str | None = option(
+        None,
+        "how workers start, with equal results; None = fork on Linux, else Python's default",
+        choices=("fork", "forkserver", "spawn"),
+    )
+    truncated_images: bool = option(False, "use images whose file ends early, as far as they go; off = leave them out")
     cache_images: bool = option(False, "keep decoded, resized images in memory (3*height*width bytes each)")
 
     # pseudo-labels
@@ -241,7 +247,7 @@ def validate(config: Config) -> None:
         value = _typed(field.name, getattr(config, field.name), hints[field.name])
         object.__setattr__(config, field.name, value)
         choices, rule = field.metadata.get("choices"), field.metadata.get("rule")
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise ValueError(f"config: {field.name} must be one of {', '.join(map(str, choices))}, got {value!r}")
         if rule and value is not None and not rule.holds(value):
             raise ValueError(f"config: {field.name} must {rule.words}, got {value!r}")

@@ -4,6 +4,7 @@
 import argparse
 
 from fastreid_u.cli.pairs import read_pairs
+from fastreid_u.cli.reading import add_reading_options
 
 
 def evaluate(words: list[str]) -> None:
@@ -17,6 +18,7 @@ def evaluate(words: list[str]) -> None:
     )
     parser.add_argument("--which", choices=("last", "best"), default="last", help="default: last")
     parser.add_argument("--ap", choices=("rank", "sklearn", "trapezoid"), help="default: the run's own")
+    add_reading_options(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default a GPU if there is one)")
     given = vars(parser.parse_args(words))
 

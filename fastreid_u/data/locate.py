@@ -128,9 +128,14 @@ def find_layout(
     for folder in candidate_folders(root, names):
         named = plain_name(folder.name) in {plain_name(name) for name in names} and folder.is_dir()
         for i, layout in enumerate(layouts):
-            if all((folder / entry).exists() for entry in layout) and (layout or named):
+            if all(_is_there(folder / entry) for entry in layout) and (layout or named):
                 return folder, i
     raise DatasetNotFound(_not_found(name, root, names, layouts, access))
+
+
+def _is_there(path: Path) -> bool:
+    """A pipe or a device is not: to read a list from one is to wait for its writer."""
+    return path.is_dir() or path.is_file()
 
 
 def _not_found(name: str, root: Path, names: tuple[str, ...], layouts: tuple[tuple[str, ...], ...], access: str) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastreid_u.data import ReIDDataset
 
 # A resumed run may be given these anew; anything else would make it another experiment.
-_RESUMABLE = {"epochs", "workers", "cache_images", "print_freq", "eval_step", "eval_batch_size"}
+_RESUMABLE = {"epochs", "workers", "worker_start", "cache_images", "print_freq", "eval_step", "eval_batch_size"}
 
 # A rendered source has other people and cameras than the rendered set to learn, unless its dials are given.
 _SOURCE_DIALS: Mapping[str, Mapping[str, Any]] = {"synthetic": {"seed": 50}}
@@ -213,8 +213,10 @@ def _resumed_config(stored: Mapping[str, Any], recipe_class: type[Recipe], overr
     """The run's settings, with what a resumed run may change changed."""
     if stored["run"]["method"] != recipe_class.name:
         raise ValueError(f"train: method must be the run's own ({stored['run']['method']}), got {recipe_class.name!r}")
-    names = [field.name for field in dataclasses.fields(recipe_class.Config)]
-    values = {name: stored["config"].get(name) for name in names}  # None is written as a comment, hence absent
+    values = {}
+    for field in dataclasses.fields(recipe_class.Config):  # None is written as a comment, hence absent
+        default = False if field.default is False else None  # a switch of a younger version was off
+        values[field.name] = stored["config"].get(field.name, default)
     overrides = {name: plain(value) for name, value in overrides.items()}
     changed = {k: v for k, v in overrides.items() if k not in _RESUMABLE and values.get(k) != v}
     if changed:

@@ -84,9 +84,8 @@ def _loaded(session: "Session", batches: Sequence[Sequence[int]], targets: Tenso
 
 def _on_device(loaded: "Loaded", images: Images, targets: Tensor, device: torch.device) -> Batch:
     """A loaded batch of ``images`` copied to ``device``, with the ``targets`` and cameras of its rows."""
-    views = loaded.images if isinstance(loaded.images, tuple) else (loaded.images,)
     return Batch(
-        views=tuple(view.to(device, non_blocking=True) for view in views),
+        views=tuple(view.to(device, non_blocking=True) for view in loaded.views),
         indices=loaded.indices.to(device),
         targets=targets[loaded.indices.to(targets.device)].to(device),
         camids=None if images.camids is None else images.camids[loaded.indices].to(device),

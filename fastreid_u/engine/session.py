@@ -118,6 +118,8 @@ def open_session(recipe: Recipe, datasets: Datasets, machine: Machine, folder: R
         train_views=recipe.views(),
         train_batch_size=config.batch_size,
         workers=config.workers,
+        worker_start=config.worker_start,
+        truncated=config.truncated_images,
         seed=config.seed,
         cache=config.cache_images,
     )
@@ -147,7 +149,7 @@ def start_networks(session: Session, model: "ReIDModel", *, calibrate: bool) -> 
         # Any fixed spread over the images will do; batches of near-identical neighbours would not.
         generator = torch.Generator().manual_seed(config.seed)
         order = torch.randperm(len(session.target.samples), generator=generator).tolist()
-        spread = session.target.plain.epoch(chunks(order, config.eval_batch_size))
+        spread = session.target.plain_batches(chunks(order, config.eval_batch_size))
         batches = (loaded.images.to(machine.device) for loaded in spread)
         with machine.precision():
             calibrate_batchnorm(model, islice(batches, config.calibrate_bn))

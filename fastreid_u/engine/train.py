@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastreid_u._default_device import on_cpu
 from fastreid_u.config import Config
 from fastreid_u.engine.arguments import Arguments, Experiment, experiment_of
 from fastreid_u.engine.card import RecipeCard, metric_block, model_selection, outcome
@@ -182,12 +183,12 @@ def _finish(session: Session) -> Run:
 
 @contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Keep the run from torch's global settings (dtype, inference mode, random state), and those from the run."""
+    """Keep the run from torch's global settings (dtype, device, inference mode, random state), and these from it."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     devices = [device] if device.type == "cuda" else []
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=devices):
+        with on_cpu(), torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=devices):
             yield
     finally:
         torch.set_default_dtype(dtype)

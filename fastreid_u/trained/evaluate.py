@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastreid_u._default_device import on_cpu
 from fastreid_u.engine.arguments import stored_root
 from fastreid_u.engine.card import metric_block
 from fastreid_u.engine.device import Machine, pick_device, uses_bfloat16
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from fastreid_u.data import ReIDDataset
 
 
+@on_cpu()
 def evaluate(
     run: str | os.PathLike,
     dataset: "str | os.PathLike | ReIDDataset | None" = None,
@@ -30,6 +32,8 @@ def evaluate(
     ap: str | None = None,
     batch_size: int | None = None,
     workers: int = 4,
+    worker_start: str | None = None,
+    truncated_images: bool | None = None,
     device: str | torch.device | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -44,7 +48,8 @@ def evaluate(
         data: the reader's options; with the default ``dataset`` they change the run's own.
         ap: "rank", "sklearn" or "trapezoid", the three formulas in use (equal only without ties; the last differs).
         batch_size: images per batch; changes speed, and figures in the last bits.
-        which, workers, device, quiet: as for ``train`` and ``load_model``.
+        truncated_images: use images whose file ends early, as far as they go; default as in training.
+        which, workers, worker_start, device, quiet: as for ``train`` and ``load_model``.
 
     Raises:
         ValueError: the data set has neither a query/gallery split nor known identities, or no query has a match; or
@@ -69,7 +74,10 @@ def evaluate(
     if split is None:
         raise ValueError(f"evaluate: dataset must have a query/gallery split or known identities, got {dataset.root}")
     machine = Machine(device, uses_bfloat16(config["amp"], device), display)
-    images = SplitImages(split, reading_of(config, batch_size, workers), machine)
+    reading = reading_of(
+        config, batch_size=batch_size, workers=workers, worker_start=worker_start, truncated=truncated_images
+    )
+    images = SplitImages(split, reading, machine)
     with closing(images), display.hearing_warnings():
         metrics = evaluate_split(model, images, config["ap"] if ap is None else ap)
     if not metrics["queries"]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fastreid_u._default_device import on_cpu
 from fastreid_u.engine.device import Machine, pick_device, uses_bfloat16
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.image_set import ImageSet
@@ -27,6 +28,7 @@ class Extracted(NamedTuple):
     bad: dict[str, str]
 
 
+@on_cpu()
 def extract(
     run: str | os.PathLike,
     images: str | os.PathLike | Sequence[str | os.PathLike],
@@ -34,6 +36,8 @@ def extract(
     which: str = "last",
     batch_size: int | None = None,
     workers: int = 4,
+    worker_start: str | None = None,
+    truncated_images: bool | None = None,
     device: str | torch.device | None = None,
     quiet: bool = True,
 ) -> Extracted:
@@ -44,7 +48,8 @@ def extract(
         images: a folder (every image below it, sorted by path, whatever its sub-folders are called), an image file, a
             CSV file or the name of a known set (train, query and gallery in turn, without junk), or a list of files.
         batch_size: images per batch, default the run's own; changes speed, and features in the last bits.
-        which, workers, device, quiet: as for ``train`` and ``load_model``.
+        truncated_images: use images whose file ends early, as far as they go; default as in training.
+        which, workers, worker_start, device, quiet: as for ``train`` and ``load_model``.
 
     Returns:
         ``Extracted``: features (N, D) float32 on ``device``, the N paths in the same order, and unreadable images.
@@ -61,7 +66,10 @@ def extract(
     config = about["config"]
     display = Display(quiet=quiet)
     machine = Machine(device, uses_bfloat16(config["amp"], device), display)
-    wanted = ImageSet(samples, reading_of(config, batch_size, workers), machine, bad_share=1.0)
+    reading = reading_of(
+        config, batch_size=batch_size, workers=workers, worker_start=worker_start, truncated=truncated_images
+    )
+    wanted = ImageSet(samples, reading, machine, bad_share=1.0)
     with closing(wanted), display.hearing_warnings():
         features = wanted.features(model)
     return Extracted(features, [sample.path for sample in samples], wanted.bad.reasons)

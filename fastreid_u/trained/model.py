@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastreid_u._default_device import on_cpu
 from fastreid_u.engine.checkpoint import read_described
 from fastreid_u.engine.device import pick_device
 from fastreid_u.engine.folder import LAYOUT, LayoutError, RunFolder
@@ -24,6 +25,7 @@ _NEEDED = (
 )  # fmt: skip
 
 
+@on_cpu()
 def load_model(
     run: str | os.PathLike, *, which: str = "last", device: str | torch.device | None = "cpu"
 ) -> "tuple[ReIDModel, dict[str, Any]]":
@@ -99,9 +101,10 @@ def run_path(op: str, run: str | os.PathLike) -> Path:
     return Path(run).expanduser()
 
 
-def reading_of(config: Mapping[str, Any], batch_size: int | None, workers: int) -> Reading:
-    """How images are read for a network with the settings ``config``; None is the run's own batch size."""
+def reading_of(config: Mapping[str, Any], **changes: Any) -> Reading:
+    """How images are read for a network with the settings ``config``; ``changes`` are ``Reading``'s, None = its own."""
     from fastreid_u.data import test_transform
 
     view = test_transform(config["height"], config["width"], pixel_norm=config["pixel_norm"])
-    return Reading(view, config["eval_batch_size"] if batch_size is None else batch_size, workers=workers)
+    own = {"batch_size": config["eval_batch_size"], "truncated": config.get("truncated_images", False)}
+    return Reading(view, **own | {name: value for name, value in changes.items() if value is not None})
