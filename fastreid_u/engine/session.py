@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training in progress: what it works with, how that is set up, and what is saved and restored of it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,14 @@ from fastreid_u.config import Config
 from fastreid_u.engine.datasets import Datasets
 from fastreid_u.engine.device import Machine
 from fastreid_u.engine.evaluate import SplitImages, test_split
-from fastreid_u.engine.folder import RunFolder, State
+from fastreid_u.engine.finite import not_finite, require_finite
+from fastreid_u.engine.folder import RunFolder
 from fastreid_u.engine.image_set import ImageSet, Reading
-from fastreid_u.engine.layout_3 import from_layout_3
 from fastreid_u.engine.optimizer import make_optimizer
+from fastreid_u.engine.restored import load_tensors
+from fastreid_u.engine.same_run import compared, compared_settings
+from fastreid_u.engine.state import State
+from fastreid_u.engine.surroundings import surroundings
 from fastreid_u.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -38,6 +42,8 @@ class Session:
         optimizer: made by ``start_networks``.
         start: the first epoch that is still to be trained.
         labels: (N,) labels of the last finished epoch, or None before it.
+        surroundings: what a run that goes on should find again (surroundings.py).
+        never_finite: names of the recipe's tensors that held NaN or infinity from the start, as masks do.
     """
 
     recipe: Recipe
@@ -50,6 +56,8 @@ class Session:
     optimizer: torch.optim.Optimizer | None = None
     start: int = 0
     labels: np.ndarray | None = None
+    surroundings: dict[str, str] = field(default_factory=dict)
+    never_finite: frozenset[str] = frozenset()
 
     def extract(self, network: nn.Module, *, of: str = "target") -> Tensor:
         """``recipe.Extract``: features of all "target" or all "source" images, unaugmented.
@@ -114,6 +122,7 @@ def open_session(recipe: Recipe, datasets: Datasets, machine: Machine, folder: R
         test=SplitImages(split, replace(reading, train_views=None), machine) if split else None,
         machine=machine,
         folder=folder,
+        surroundings=surroundings(datasets, split, machine.device),
     )
 
 
@@ -137,52 +146,49 @@ def start_networks(session: Session, model: "ReIDModel", *, calibrate: bool) -> 
             calibrate_batchnorm(model, islice(batches, config.calibrate_bn))
     recipe.build(model)
     recipe.to(machine.device)
+    state = recipe.state_dict()
+    session.never_finite = frozenset(f"recipe.{name}" for name in state if not_finite({name: state[name]}))
     session.optimizer = make_optimizer([weight for weight in recipe.parameters() if weight.requires_grad], config)
 
 
 def current_state(session: Session, epoch: int) -> State:
-    """All that the run needs to go on after ``epoch``."""
+    """All that the run needs to go on after ``epoch``.
+
+    Raises:
+        FloatingPointError: a weight, a memory or a moment is NaN or infinite, so that nothing could go on from it.
+    """
     recipe = session.recipe
     tensors = {f"recipe.{name}": tensor for name, tensor in recipe.state_dict().items()}
     tensors |= {"labels": torch.from_numpy(session.labels), "readable": recipe.images.readable}
     for index, moments in session.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-    return State(epoch, session.datasets.fingerprint, tensors)
+    require_finite(tensors, epoch, but=session.never_finite)
+    return State(epoch, session.datasets.fingerprint, tensors, surroundings=session.surroundings)
 
 
 def restore(session: Session) -> None:
     """Bring ``session`` to the end of its folder's last finished epoch; records of later epochs are dropped.
 
     Raises:
-        LayoutError: another version wrote the state. ValueError: the training images are not the run's own.
+        LayoutError: another version wrote the state.
+        ValueError: the training images or the settings are not the run's own, or the state is not of such a run.
     """
-    state = session.folder.state()
-    count, expected = len(session.target.samples), len(state.tensors["labels"])
+    folder, line = session.folder, session.machine.display.line
+    state = folder.state()
+    count, expected = len(session.target.samples), state.tensors["labels"].numel()
     if expected != count or state.fingerprint != session.datasets.fingerprint:
         raise ValueError(
             f"train: the data must be the run's own, got others in {session.datasets.target.root}: {count} training "
             f"images, the run has {expected}"
             + (", with other names, sizes, identities or cameras" if expected == count else "")
         )
-    _load_tensors(session, from_layout_3(state.tensors, session.recipe) if state.layout == 3 else state.tensors)
+    for note in compared(session.surroundings, state, session.datasets.target.root):
+        line(note)
+    for note in compared_settings(folder, session.recipe, state):
+        line(note)
+    load_tensors(session.recipe, session.optimizer, state, folder.state_file)
+    session.labels = state.tensors["labels"].numpy()
     session.start = state.epoch + 1
-    session.folder.go_on_after(state.epoch)
-    session.machine.display.line(f"resumed after epoch {state.epoch}")
-
-
-def _load_tensors(session: Session, tensors: dict[str, Tensor]) -> None:
-    """Take back the tensors of ``current_state``."""
-    recipe_state: dict[str, Tensor] = {}
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        group, _, rest = name.partition(".")
-        if group == "optimizer":
-            index, _, key = rest.partition(".")
-            moments.setdefault(int(index), {})[key] = tensor
-        elif group == "recipe":
-            recipe_state[rest] = tensor
-    optimizer = session.optimizer
-    session.recipe.load_state_dict(recipe_state)
-    session.recipe.images.readable = tensors["readable"]
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    session.labels = tensors["labels"].numpy()
+    if folder.go_on_after(state.epoch, state.records):
+        line(f"note: {folder.metrics} had lost records, or held others; those until epoch {state.epoch} are back")
+    line(f"resumed after epoch {state.epoch}")
