@@ -4,15 +4,21 @@
 from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def not_finite(tensors: Mapping[str, Tensor], but: Collection[str] = ()) -> str:
     """The name of the first tensor that holds NaN or infinity, those in ``but`` left out; empty if none does.
 
-    One pass over the tensors, and a byte of memory for each number of the largest.
+    One pass over the tensors, without memory of its own.
     """
     return next((name for name, tensor in tensors.items() if name not in but and _is_wrong(tensor)), "")
+
+
+def wrong_weight(network: nn.Module) -> str:
+    """The same of a network's parameters and BatchNorm statistics; other buffers may be masks, which hold infinity."""
+    statistics = {name: b for name, b in network.named_buffers() if name.endswith(("running_mean", "running_var"))}
+    return not_finite(dict(network.named_parameters()) | statistics)
 
 
 def require_finite(tensors: Mapping[str, Tensor], epoch: int, but: Collection[str]) -> None:
@@ -31,4 +37,6 @@ def require_finite(tensors: Mapping[str, Tensor], epoch: int, but: Collection[st
 
 
 def _is_wrong(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return False
+    return not bool(torch.isfinite(torch.stack(tensor.aminmax())).all())  # NaN is its own least and greatest

@@ -13,7 +13,7 @@ from fastreid_u.config import Config
 from fastreid_u.engine.datasets import Datasets
 from fastreid_u.engine.device import Machine
 from fastreid_u.engine.evaluate import SplitImages, test_split
-from fastreid_u.engine.finite import not_finite, require_finite
+from fastreid_u.engine.finite import not_finite, require_finite, wrong_weight
 from fastreid_u.engine.folder import RunFolder
 from fastreid_u.engine.image_set import ImageSet, Reading
 from fastreid_u.engine.optimizer import make_optimizer
@@ -82,6 +82,9 @@ def build_network(config: Config, device: torch.device, *, trained: bool) -> "Re
     """The network of a new run, or of one that is resumed.
 
     With ``trained`` its weights will come from the run, and the file that it began with may be gone.
+
+    Raises:
+        ValueError: the file of weights holds NaN or infinity. As ``build_model``.
     """
     from fastreid_u.models import build_model
 
@@ -90,6 +93,8 @@ def build_network(config: Config, device: torch.device, *, trained: bool) -> "Re
         bn_running=config.bn_running, stem_relu=config.stem_relu, drop_path=config.drop_path,
         image_size=(config.height, config.width), seed=config.seed,
     )  # fmt: skip
+    if wrong := wrong_weight(model):
+        raise ValueError(f"train: weights must be finite, got NaN or infinity in {wrong} of {config.weights}")
     if trained:
         model.card["weights"] = f"{config.weights or 'random'}, as trained so far"
     return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)

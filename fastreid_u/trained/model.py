@@ -12,7 +12,7 @@ from fastreid_u.config import Config
 from fastreid_u.engine.arguments import stored_method
 from fastreid_u.engine.checkpoint import read_described
 from fastreid_u.engine.device import pick_device
-from fastreid_u.engine.finite import not_finite
+from fastreid_u.engine.finite import wrong_weight
 from fastreid_u.engine.folder import RunFolder
 from fastreid_u.engine.image_set import Reading
 from fastreid_u.engine.layout import LAYOUT, LayoutError
@@ -64,8 +64,7 @@ def load_model(
             model.load_state_dict(tensors)
         except RuntimeError as error:
             raise ValueError(f"load_model: {path} must hold the weights of {config['arch']}, got {error}") from error
-        wrong = not_finite(tensors)
-        if wrong:
+        if wrong := wrong_weight(model):
             raise ValueError(f"load_model: {path} must hold finite weights, got NaN or infinity in {wrong}")
         # As in training, so that figures are equal to the bit.
         memory_format = torch.channels_last if config["channels_last"] else torch.contiguous_format

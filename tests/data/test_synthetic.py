@@ -215,7 +215,7 @@ def test_a_worker_hands_its_error_over(tmp_path: Path, capfd: pytest.CaptureFixt
 
 def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
     """A folder that another process renders into is locked by it for as long as it lives."""
-    tiny = SyntheticConfig(train_ids=1, test_ids=0, cameras=2, images_per_camera=1, distractors=0, height=16, width=8)
+    tiny = SyntheticConfig(train_ids=1, test_ids=0, cameras=2, images_per_camera=2, distractors=0, height=64, width=32)
     left, others, used = (
         tmp_path / ".synthetic-0123456789ab-k_7lled0",
         [tmp_path / ".synthetic-notes", tmp_path / ".synthetic-0123456789ab-long_name0", tmp_path / "synthetic-mine"],

@@ -12,6 +12,7 @@ import fastreid_u
 from fastreid_u.engine import surroundings
 from fastreid_u.engine.finite import not_finite
 from fastreid_u.engine.folder import RunFolder
+from fastreid_u.models import build_model
 
 TINY = dict(
     height=64, width=32, arch="resnet10", weights=None, bn_group=None, batch_size=16, num_instances=4, iters=1,
@@ -116,6 +117,19 @@ def test_weights_that_became_nan_in_the_last_step_are_not_saved(run, monkeypatch
     assert all((run.path / name).read_bytes() == before[name] for name in kept)
     monkeypatch.undo()
     assert resume(run, epochs=2).last["epoch"] == 1
+
+
+def test_a_file_of_weights_with_nan_is_named_and_not_called_divergence(bitmaps, tmp_path):
+    weights = build_model("resnet10", weights=None, pooling="avg", seed=5).state_dict()
+    weights["backbone.conv1.weight"][0, 0, 0, 0] = torch.nan
+    torch.save(weights, tmp_path / "start.pth")
+    with pytest.raises(
+        ValueError, match=r"weights must be finite, got NaN or inf.* backbone.conv1.weight of .*start.pth"
+    ):
+        fastreid_u.train(
+            "market1501", root=bitmaps, logs_dir=tmp_path / "run", **TINY | {"weights": str(tmp_path / "start.pth")}
+        )
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

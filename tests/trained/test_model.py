@@ -35,7 +35,7 @@ def model(tensors, tmp_path):
 def test_a_model_as_train_writes_it_is_loaded(model):
     network, about = fastreid_u.load_model(model())
     assert about["config"] == dataclasses.asdict(CONFIG)
-    assert network(torch.zeros(1, 3, 64, 32)).shape == (1, 512)
+    assert network(torch.zeros(1, 3, 64, 32)).shape == (1, 256)
 
 
 @pytest.mark.parametrize(
