@@ -120,7 +120,7 @@ def test_weights_that_became_nan_in_the_last_step_are_not_saved(run, monkeypatch
 
 
 def test_a_file_of_weights_with_nan_is_named_and_not_called_divergence(bitmaps, tmp_path):
-    weights = build_model("resnet10", weights=None, pooling="avg", seed=5).state_dict()
+    weights = build_model("resnet10", weights=None, seed=5).state_dict()
     weights["backbone.conv1.weight"][0, 0, 0, 0] = torch.nan
     torch.save(weights, tmp_path / "start.pth")
     with pytest.raises(
