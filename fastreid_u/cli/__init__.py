@@ -17,6 +17,11 @@ from fastreid_u.cli.train import train
 
 DESCRIPTION = "Unsupervised person re-identification. Without a command: what this installation can do."
 
+# Errors that end a command with one line.
+_NAMED = (
+    ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError, OSError, ImportError, MemoryError,
+)  # fmt: skip
+
 COMMANDS = {
     "train": (train, "learn a feature from unlabelled images"),
     "evaluate": (evaluate, "mAP and CMC of a trained network"),
@@ -43,7 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         sys.stdout = None
         return 1
-    except (ValueError, TypeError, RuntimeError, ArithmeticError, OSError, ImportError, MemoryError) as error:
+    except LookupError as error:  # its text is the key alone
+        _complain(f"error: {type(error).__name__}: {error}")
+        return 1
+    except _NAMED as error:
         _complain(f"error: {error or type(error).__name__}")
         return 1
     return 0

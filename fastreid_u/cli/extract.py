@@ -28,12 +28,7 @@ def extract(words: list[str]) -> None:
     out = _writable(given.pop("out"))
     result = trained.extract(given.pop("run"), given.pop("images"), quiet=False, **given)
     arrays = {"features": result.features.cpu().numpy(), "paths": np.array(result.paths)}
-
-    def write(partial: Path) -> None:
-        with partial.open("wb") as file:  # a file, not a name: savez would add a suffix to that
-            np.savez(file, **arrays)
-
-    write_whole(out, write)
+    write_whole(out, lambda file: np.savez(file, **arrays))  # a file, not a name: savez would add a suffix to that
     Display().line(f"{out}: {tuple(result.features.shape)} features, {len(result.bad)} unreadable")
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastreid_u.data import ReIDDataset
 
 # A resumed run may be given these anew; anything else would make it another experiment.
-_RESUMABLE = {"epochs", "workers", "worker_start", "cache_images", "print_freq", "eval_step", "eval_batch_size"}
+RESUMABLE = {"epochs", "workers", "worker_start", "cache_images", "print_freq", "eval_step", "eval_batch_size"}
 
 # A rendered source has other people and cameras than the rendered set to learn, unless its dials are given.
 _SOURCE_DIALS: Mapping[str, Mapping[str, Any]] = {"synthetic": {"seed": 50}}
@@ -60,7 +60,9 @@ class Arguments:
         return dataclasses.replace(
             self,
             dataset=run["dataset"] if self.dataset is None else self.dataset,
-            method=stored_method(stored) if self.method is None else self.method,
+            method=stored_method("train", "settings", run["method"], to_train=True)
+            if self.method is None
+            else self.method,
             data=stored["data"] if self.data is None else self.data,
             source_data=stored["source_data"] if self.source_data is None else self.source_data,
         )
@@ -94,7 +96,7 @@ class Experiment:
     ) -> dict[str, dict[str, Any]]:
         """The tables of ``config.toml``; the sets tell where they were found."""
         run = dict(self.run) or {
-            "method": self.recipe_class.name, "dataset": self.name, "fastreid_u": _version(),
+            "method": self.recipe_class.name, "dataset": self.name, "fastreid_u": package_version(),
             "torch": torch.__version__, "device": str(device), "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }  # fmt: skip
         run |= {"root": os.path.abspath(target.root), "source_root": source and os.path.abspath(source.root)}
@@ -178,20 +180,22 @@ def absolute_name(argument: str, value: object, root: str | os.PathLike | None) 
     return known_name(text) or next((os.path.abspath(place) for place in places if place.exists()), text)
 
 
-def stored_method(stored: Mapping[str, Any]) -> str:
-    """The method of a run's settings, where it is one of ours.
+def stored_method(op: str, place: str | os.PathLike, method: object, *, to_train: bool) -> str:
+    """``method`` as the settings or the model at ``place`` name it: the name of a method, and nothing to import.
 
-    A file or module that settings name is never imported: the folder may come from someone else.
+    A file or module that a run folder names is never imported, for the folder may come from someone else. So a run of
+    one's own method has a network that can be used, but ``to_train`` it the caller gives the method again.
 
     Raises:
-        ValueError: it is not one of ours, so the caller has to give it again.
+        ValueError: it is no name, or not that of one of our methods, ``to_train``; the message begins with ``op``.
     """
-    method = stored["run"]["method"]
-    if method not in methods():
+    if to_train and method not in methods():
         raise ValueError(
-            "train: method must be given again, as FILE.py:CLASS or the class, for a run of one's own method "
-            f"({method!r}), got None"
+            f"{op}: method must be given again, as FILE.py:CLASS or the class, for a run of one's own method "
+            f"({method!r}), got None; in the shell, repeat --method FILE.py:CLASS"
         )
+    if not isinstance(method, str) or ":" in method:
+        raise ValueError(f"{op}: {place} must hold the name of a method, as train wrote it, got {method!r}")
     return method
 
 
@@ -218,16 +222,16 @@ def _resumed_config(stored: Mapping[str, Any], recipe_class: type[Recipe], overr
         default = False if field.default is False else None  # a switch of a younger version was off
         values[field.name] = stored["config"].get(field.name, default)
     overrides = {name: plain(value) for name, value in overrides.items()}
-    changed = {k: v for k, v in overrides.items() if k not in _RESUMABLE and values.get(k) != v}
+    changed = {k: v for k, v in overrides.items() if k not in RESUMABLE and values.get(k) != v}
     if changed:
         raise ValueError(
-            f"train: a resumed run must keep its settings (only {', '.join(sorted(_RESUMABLE))} may change), got "
+            f"train: a resumed run must keep its settings (only {', '.join(sorted(RESUMABLE))} may change), got "
             + ", ".join(f"{k}={v!r} instead of {values.get(k)!r}" for k, v in changed.items())
         )
     return recipe_class.Config.for_dataset("", **{**values, **overrides})
 
 
-def _version() -> str:
+def package_version() -> str:
     try:
         return version("fastreid-u")
     except PackageNotFoundError:  # run from a source tree that was never installed

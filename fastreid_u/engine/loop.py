@@ -42,6 +42,8 @@ def run_epochs(session: Session) -> None:
     display.line(table_head())
     for record in s.folder.records:
         display.line(table_row(record))
+    if s.start > 0:  # a run that was killed may have a state without its picture
+        draw(s)
 
     for epoch in range(s.start, config.epochs):
         seconds: dict[str, float] = {}
@@ -142,9 +144,16 @@ def save_epoch(s: Session, record: dict[str, Any], network: nn.Module) -> None:
     if s.labels is not None:
         write_labels(s.folder.labels, target.train, s.labels)
     s.folder.save_epoch(record, network, about, current_state(s, record["epoch"]))
+    draw(s)
+    s.machine.display.line(table_row(record))
+
+
+def draw(s: Session) -> None:
+    """The picture of the epochs so far."""
+    target = s.datasets.target
     people = len({sample.pid for sample in target.train if sample.pid >= 0}) if target.has_pids else None
     place = {"ranked_on": s.test.split.place} if s.test else {}
-    title = f"{recipe.paper.title} on {target.name}"
+    title = f"{s.recipe.paper.title} on {target.name}"
     draw_curves(s.folder.records, s.folder.curves, title, true_clusters=people, **place)
 
 

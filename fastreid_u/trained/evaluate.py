@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastreid_u._default_device import on_cpu
-from fastreid_u.engine.arguments import stored_root
+from fastreid_u.engine.arguments import stored_method, stored_root
 from fastreid_u.engine.card import metric_block
 from fastreid_u.engine.device import Machine, pick_device, uses_bfloat16
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.evaluate import SplitImages, evaluate_split, test_split
 from fastreid_u.engine.folder import RunFolder
-from fastreid_u.trained.model import load_model, reading_of, refuse_import, run_path
+from fastreid_u.trained.model import load_model, reading_of, run_path
 
 if TYPE_CHECKING:
     from fastreid_u.data import ReIDDataset
@@ -101,7 +101,7 @@ def _own_dataset(
             f"evaluate: dataset must be given for a model file outside its run's folder, got none for {run}"
         )
     stored = folder.settings("evaluate")
-    refuse_import("evaluate", folder.config, stored["run"]["method"])
+    stored_method("evaluate", folder.config, stored["run"]["method"], to_train=False)
     name, options = stored["run"]["dataset"], stored["data"]
     known = known_name(name)
     if known is None and not os.path.isabs(name):  # empty for a ready ReIDDataset

@@ -213,6 +213,32 @@ def test_a_worker_hands_its_error_over(tmp_path: Path, capfd: pytest.CaptureFixt
         writer._report(status, capfd.readouterr().err)
 
 
+def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    """A folder that another process renders into is locked by it for as long as it lives."""
+    tiny = SyntheticConfig(train_ids=1, test_ids=0, cameras=2, images_per_camera=2, distractors=0, height=64, width=32)
+    left, others, used = (
+        tmp_path / ".synthetic-0123456789ab-k_7lled0",
+        [tmp_path / ".synthetic-notes", tmp_path / ".synthetic-0123456789ab-long_name0", tmp_path / "synthetic-mine"],
+        tmp_path / ".synthetic-0123456789ab-in_use_0",
+    )
+    for folder in (left, *others, used):
+        (folder / "query").mkdir(parents=True)
+    program = (
+        "import fcntl, os, sys\nfcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)\n"
+        "print('mine', flush=True)\nsys.stdin.read()"
+    )
+    pytest.importorskip("fcntl")
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(used)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "mine\n"
+        final = generate(tiny, tmp_path, workers=1)
+        other.stdin.close()
+    assert set(tmp_path.iterdir()) == {final, used, *others}
+    assert generate(replace(tiny, seed=5), tmp_path, workers=1).is_dir()
+    assert not used.exists(), "its process has ended"
+
+
 def test_a_killed_worker_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="a rendering process ended with status 1"):

@@ -17,6 +17,7 @@ import numpy as np
 
 from fastreid_u.data.synthetic.config import RENDERER, SyntheticConfig
 from fastreid_u.data.synthetic.render import Shot, World
+from fastreid_u.data.synthetic.scratch import scratch_folder
 
 Plan = list[tuple[str, Shot]]  # path inside the folder, what it shows
 
@@ -63,8 +64,8 @@ def generate(
 
     The folder is ``<root>/synthetic-<digest>``, with ``bounding_box_train``, ``query``, ``bounding_box_test`` and
     ``synthetic.json`` (dials and counts). It appears under that name only when it is complete; a broken run leaves
-    nothing behind. The bytes depend on the dials alone, not on ``workers``, as long as NumPy, Pillow and its JPEG
-    encoder are the same.
+    nothing behind, and the next removes what a killed one has left. The bytes depend on the dials alone, not on
+    ``workers``, as long as NumPy, Pillow and its JPEG encoder are the same.
 
     Args:
         config: the dials; None means ``SyntheticConfig()``.
@@ -90,23 +91,18 @@ def generate(
         workers = max(1, min(_cpus(), len(plan) // 100))
     try:
         root.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=root))
+        with scratch_folder(final) as scratch:
+            for folder in ("bounding_box_train", "query", "bounding_box_test"):
+                (scratch / folder).mkdir()
+            done = render_share(config, plan, scratch) if workers == 1 else _render_apart(config, scratch, workers)
+            with contextlib.closing(done):  # before the scratch folder goes, its writers must
+                for count, _ in enumerate(done, 1):
+                    if progress is not None and (count % 16 == 0 or count == len(plan)):
+                        progress(count, len(plan))
+            (scratch / "synthetic.json").write_text(json.dumps(_describe(config, plan), indent=2) + "\n")
+            _publish(scratch, final)
     except OSError as error:
         raise _unwritable(root, error) from error
-    try:
-        for folder in ("bounding_box_train", "query", "bounding_box_test"):
-            (scratch / folder).mkdir()
-        done = render_share(config, plan, scratch) if workers == 1 else _render_apart(config, scratch, workers)
-        with contextlib.closing(done):  # before the scratch folder goes, its writers must
-            for count, _ in enumerate(done, 1):
-                if progress is not None and (count % 16 == 0 or count == len(plan)):
-                    progress(count, len(plan))
-        (scratch / "synthetic.json").write_text(json.dumps(_describe(config, plan), indent=2) + "\n")
-        _publish(scratch, final)
-    except OSError as error:
-        raise _unwritable(root, error) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return final
 
 
