@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss of a memory that is updated when backward runs, as the published classes do in one call."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fastreid_u.ranks import gather_in_rank_order
 
@@ -14,7 +15,8 @@ def loss_then_update(memory: nn.Module, x: Tensor, targets: Tensor, **settings) 
     The loss is that of this rank's batch; the update takes in the batches of all ranks, in rank order.
 
     Nothing copies the memory: the gradient to ``x`` is made together with the loss, so several losses of one memory may
-    go into one backward and all have seen the old rows. Without gradients there is no update.
+    go into one backward and all have seen the old rows. Without gradients there is no update. Only for a second
+    derivative (``create_graph=True``) backward makes the gradient again, from a copy of the memory.
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return memory.loss(x, targets, **settings)
@@ -26,20 +28,42 @@ def loss_then_update(memory: nn.Module, x: Tensor, targets: Tensor, **settings) 
 class _LossAndGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, targets: Tensor, memory: nn.Module, settings: dict) -> Tensor:
-        with torch.enable_grad():  # in float32: half precision would lose what a gradient scaler has yet to raise
-            leaf = x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
-            loss = memory.loss(leaf, targets, **settings)
-            (gradient,) = torch.autograd.grad(loss.sum(), leaf)  # each sample moves its own loss only
-        ctx.memory = memory
+        loss, gradient = _loss_and_gradient(memory, x.detach().requires_grad_(), targets, settings)
+        ctx.memory, ctx.settings = memory, settings
         ctx.save_for_backward(x, targets, gradient)
         return loss.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream: Tensor):
         x, targets, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            gradient = _with_graph(ctx.memory, x, targets, ctx.settings, gradient)
         ctx.memory.update_(*gather_in_rank_order(x, targets))
         return (gradient * upstream.reshape(-1, 1)).to(x.dtype), None, None, None
+
+
+def _loss_and_gradient(
+    memory: nn.Module, x: Tensor, targets: Tensor, settings: dict, *, create_graph: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient to ``x`` in float32: half precision would lose what a scaler has yet to raise."""
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        loss = memory.loss(x, targets, **settings)
+        # the sum, as each sample moves its own loss only
+        return loss, torch.autograd.grad(loss.sum(), x, create_graph=create_graph)[0]
+
+
+def _with_graph(memory: nn.Module, x: Tensor, targets: Tensor, settings: dict, seen: Tensor) -> Tensor:
+    """``seen``, the gradient made in forward, as a function of ``x``."""
+    name = type(memory).__name__
+    memory = copy.deepcopy(memory)  # the rows are about to move
+    _, gradient = _loss_and_gradient(memory, x, targets, settings, create_graph=True)
+    if not torch.allclose(gradient, seen, rtol=0, atol=0, equal_nan=True):
+        raise RuntimeError(
+            f"{name}: rows must not move between a loss and its second derivative, got others; use loss(...), "
+            "and update_(...) after the last backward"
+        )
+    return gradient
 
 
 class _UpdateLast(torch.autograd.Function):
