@@ -113,7 +113,7 @@ class ClusterMemory(RowMemory):
             raise ValueError(
                 "ClusterMemory: rule must not be 'index' in one call; use loss(...) and update_(..., index)"
             )
-        return loss_then_update(self, *_batch(x, targets), **settings)
+        return loss_then_update(self, _batch, x, targets, **settings)
 
     def extra_repr(self) -> str:
         return (

@@ -159,7 +159,7 @@ class InstanceMemory(RowMemory):
         )  # fmt: skip
 
     def forward(self, x: Tensor, rows: Tensor, **settings) -> Tensor:
-        return loss_then_update(self, *_batch(x, rows), **settings)
+        return loss_then_update(self, _batch, x, rows, **settings)
 
     def extra_repr(self) -> str:
         return (

@@ -2,33 +2,49 @@
 """The loss of a memory that is updated when backward runs, as the published classes do in one call."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from fastreid_u.ranks import gather_in_rank_order
+from fastreid_u.ranks import agreed_lengths, gather_in_rank_order, gather_lengths
 
 
-def loss_then_update(memory: nn.Module, x: Tensor, targets: Tensor, **settings) -> Tensor:
+def loss_then_update(memory: nn.Module, checked: Callable, x: Tensor, targets: Tensor, **settings) -> Tensor:
     """``memory.loss(x, targets, **settings)``; when backward reaches it, ``memory.update_`` follows.
 
-    The loss is that of this rank's batch; the update takes in the batches of all ranks, in rank order.
+    The loss is that of this rank's batch; the update takes in the batches of all ranks, in rank order. Ranks may have
+    batches of different sizes. What is wrong with the batch of one is raised on all, here, before any waits for it.
 
     Nothing copies the memory: the gradient to ``x`` is made together with the loss, so several losses of one memory may
     go into one backward and all have seen the old rows. Without gradients there is no update. Only for a second
     derivative (``create_graph=True``) backward makes the gradient again, from a copy of the memory.
+
+    Args:
+        memory: with ``loss`` and ``update_``.
+        checked: makes ``x`` and ``targets`` tensors, or raises.
+        x, targets, settings: of ``memory.loss``.
     """
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return memory.loss(x, targets, **settings)
+    if not (torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad):
+        return memory.loss(*checked(x, targets), **settings)
     if torch.compiler.is_compiling():  # which splits forward and backward by itself
+        x, targets = checked(x, targets)
         return memory.loss(_UpdateLast.apply(x, targets, memory), targets, **settings)
-    return _LossAndGradient.apply(x, targets, memory, settings)
+    return _LossAndGradient.apply(x, targets, memory, checked, settings)
 
 
 class _LossAndGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, targets: Tensor, memory: nn.Module, settings: dict) -> Tensor:
-        loss, gradient = _loss_and_gradient(memory, x.detach().requires_grad_(), targets, settings)
+    def forward(ctx, x: Tensor, targets: Tensor, memory: nn.Module, checked: Callable, settings: dict) -> Tensor:
+        made: list[Tensor] = []
+
+        def of_this_rank() -> tuple[Tensor, Tensor]:
+            batch = checked(x, targets)
+            made.extend(_loss_and_gradient(memory, x.detach().requires_grad_(), batch[1], settings))
+            return batch
+
+        (_, targets), ctx.lengths = agreed_lengths(type(memory).__name__, of_this_rank)
+        loss, gradient = made
         ctx.memory, ctx.settings = memory, settings
         ctx.save_for_backward(x, targets, gradient)
         return loss.detach()
@@ -38,8 +54,8 @@ class _LossAndGradient(torch.autograd.Function):
         x, targets, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             gradient = _with_graph(ctx.memory, x, targets, ctx.settings, gradient)
-        ctx.memory.update_(*gather_in_rank_order(x, targets))
-        return (gradient * upstream.reshape(-1, 1)).to(x.dtype), None, None, None
+        ctx.memory.update_(*gather_lengths((x.detach(), targets), ctx.lengths))
+        return (gradient * upstream.reshape(-1, 1)).to(x.dtype), None, None, None, None
 
 
 def _loss_and_gradient(
