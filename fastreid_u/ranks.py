@@ -28,8 +28,8 @@ def require_one_rank(op: str) -> None:
     """Raise RuntimeError where there are several ranks: ``op`` would run on each as if alone, with other numbers."""
     if world_size() > 1:
         raise RuntimeError(
-            f"{op}: torch.distributed must have one rank, as gradients are not shared yet, got {world_size()}; start one "
-            "process, or end the group first"
+            f"{op}: torch.distributed must have one rank, as gradients are not shared yet, got {world_size()}; start "
+            "one process, or end the group first"
         )
 
 

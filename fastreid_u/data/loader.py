@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from fastreid_u._checks import one_or_more, require_int_at_least
 from fastreid_u.data.cache import PixelCache
 from fastreid_u.data.dataset import Sample
 from fastreid_u.data.images import BadImage, read_pixels
@@ -170,7 +171,7 @@ class ReIDLoader:
         if not 0 <= share[0] < share[1]:
             raise ValueError(f"make_loader: share must be (rank, ranks) with 0 <= rank < ranks, got {share}")
         self._epoch.batches, self._epoch.start, self._epoch.share = batches, start, share
-        self._epoch.seed = (seed,) if isinstance(seed, int) else tuple(int(s) for s in seed)
+        self._epoch.seed = _numbers(seed)
         try:
             return iter(self._batches)
         except RuntimeError as error:
@@ -196,6 +197,12 @@ class ReIDLoader:
 
     def __iter__(self) -> Iterator[Loaded]:
         return self.epoch()
+
+
+def _numbers(seed: object) -> tuple[int, ...]:
+    """A seed of one or several numbers, of any integer type."""
+    seeds = one_or_more("make_loader", "seed", seed)[0]
+    return tuple(require_int_at_least("make_loader", "seed", each, 0) for each in seeds)
 
 
 def _as_is(loaded: Loaded) -> Loaded:

@@ -29,7 +29,7 @@ def loss_then_update(memory: nn.Module, checked: Callable, x: Tensor, targets: T
         return memory.loss(*checked(x, targets), **settings)
     if torch.compiler.is_compiling():  # which splits forward and backward by itself
         x, targets = checked(x, targets)
-        return memory.loss(_UpdateLast.apply(x, targets, memory), targets, **settings)
+        return memory.loss(_UpdateLast.apply(x, targets, memory, _alike(settings)), targets, **settings)
     return _LossAndGradient.apply(x, targets, memory, checked, settings)
 
 
@@ -54,8 +54,13 @@ class _LossAndGradient(torch.autograd.Function):
         x, targets, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             gradient = _with_graph(ctx.memory, x, targets, ctx.settings, gradient)
-        ctx.memory.update_(*gather_lengths((x.detach(), targets), ctx.lengths))
+        ctx.memory.update_(*gather_lengths((x.detach(), targets), ctx.lengths), **_alike(ctx.settings))
         return (gradient * upstream.reshape(-1, 1)).to(x.dtype), None, None, None, None
+
+
+def _alike(settings: dict) -> dict:
+    """What of the loss's settings holds for the update as well."""
+    return {name: settings[name] for name in ("normalize",) if name in settings}
 
 
 def _loss_and_gradient(
@@ -86,13 +91,13 @@ class _UpdateLast(torch.autograd.Function):
     """Identity on the features: backward comes here when the loss is done with the old rows."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, targets: Tensor, memory: nn.Module) -> Tensor:
-        ctx.memory = memory
+    def forward(ctx, x: Tensor, targets: Tensor, memory: nn.Module, alike: dict) -> Tensor:
+        ctx.memory, ctx.alike = memory, alike
         ctx.save_for_backward(x, targets)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         x, targets = ctx.saved_tensors
-        ctx.memory.update_(*gather_in_rank_order(x, targets))
-        return upstream, None, None
+        ctx.memory.update_(*gather_in_rank_order(x, targets), **ctx.alike)
+        return upstream, None, None, None
