@@ -85,6 +85,25 @@ def require_ids(op: str, name: str, x: object) -> Tensor:
     return x.long() if x.numel() == 0 else require_integer(op, name, x).long()  # an empty list has no integer type
 
 
+def require_labels(op: str, name: str, x: object, count: int) -> Tensor:
+    """What a clustering returns of ``count`` images: (count,) whole numbers of any type; as int64, -1 for negative."""
+    x = require_1d(op, name, as_tensor(op, name, x))
+    if len(x) != count:
+        raise ValueError(f"{op}: {name} must have one entry for each image ({count}), got {len(x)}")
+    if x.is_floating_point():
+        broken = x[~(x == x.round())]  # NaN too
+        if len(broken):
+            raise ValueError(f"{op}: {name} must be whole numbers, got {broken[0].item():g}")
+        x = x.double().clamp(-1, 2.0**62)  # infinity is above the limit, as are numbers that int64 does not have
+    x = require_integer(op, name, x.long() if x.is_floating_point() or len(x) == 0 else x).long().clamp(min=-1)
+    return require_values_in(op, name, x, -1, label_limit(count), always=True)
+
+
+def label_limit(count: int) -> int:
+    """Labels of ``count`` images lie below: gaps between them cost memory, and other libraries mark noise so."""
+    return 100_000 + 10 * count
+
+
 def require_finite(op: str, name: str, x: Tensor, *, always: bool = False) -> Tensor:
     """``x`` holds no NaN and no infinity.
 

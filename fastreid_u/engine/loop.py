@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastreid_u._checks import require_ids, require_labels, require_same_length
 from fastreid_u.engine.card import table_head, table_row
 from fastreid_u.engine.curves import draw_curves
 from fastreid_u.engine.evaluate import rank_split
@@ -53,6 +54,7 @@ def run_epochs(session: Session) -> None:
             s.kept.forget()
         with _timed(seconds, "label"), display.phase("label", len(features)) as advance:
             labels = s.recipe.labels(features, epoch)
+            labels = require_labels("train", f"labels of {s.recipe.name!r}", labels, len(features)).to(features.device)
             advance(len(features))
         health = check_labels(s, labels.cpu().numpy(), epoch)
 
@@ -60,6 +62,8 @@ def run_epochs(session: Session) -> None:
             targets = s.recipe.begin_epoch(features, labels, epoch)
             if not isinstance(targets, torch.Tensor):
                 raise TypeError(f"train: begin_epoch of {s.recipe.name!r} must return (N,) targets, got {targets!r}")
+            targets = require_ids("train", f"targets of begin_epoch of {s.recipe.name!r}", targets)
+            require_same_length("train", f"targets of begin_epoch of {s.recipe.name!r}", targets, "features", features)
             loss = fit_epoch(s, epoch, targets)
         with _timed(seconds, "evaluate"):
             due = evaluation_due(config, epoch)

@@ -21,6 +21,7 @@ from fastreid_u.engine.folder import RunFolder, settings_text
 from fastreid_u.engine.loop import run_epochs
 from fastreid_u.engine.records import Records
 from fastreid_u.engine.session import Session, build_network, open_session, restore, start_networks
+from fastreid_u.ranks import require_one_rank
 from fastreid_u.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -93,12 +94,14 @@ def train(
 
     Raises:
         ValueError, TypeError: unknown method, data set or option, or a value out of range; nothing has been touched.
+        RuntimeError: torch.distributed is initialised with several ranks, which a run cannot use yet.
         LayoutError: the run to resume was written by a version that keeps runs in another form.
         FileNotFoundError: the data are not where they were looked for; the message names the places.
         FileExistsError: ``logs_dir`` holds a run and neither ``resume`` nor ``overwrite`` is given.
         NoClustersError: an epoch's labels hold no cluster. TooManyBadImages: more than 5 % of a split is unreadable.
         FloatingPointError: the network diverged. SaveError: the disk is full, say. All four keep finished epochs.
     """
+    require_one_rank("train")
     device = pick_device("train", device)
     arguments = Arguments(dataset, method, root, data, source_data, overrides)
     folder = None if logs_dir is None else RunFolder(logs_dir)

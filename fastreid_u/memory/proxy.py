@@ -145,7 +145,7 @@ class ProxyMemory(RowMemory):
         momentum_update_(self.features, x, targets, momentum=self.momentum, found_inf=found_inf)
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
-        return loss_then_update(self, *_batch(x, targets))
+        return loss_then_update(self, _batch, x, targets)
 
     def extra_repr(self) -> str:
         return (

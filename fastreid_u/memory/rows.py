@@ -30,7 +30,7 @@ class RowMemory(nn.Module):
             return
         for name, found in loaded.items():
             if found.shape != kept[name].shape:
-                setattr(self, name, kept[name].new_empty(found.shape))
+                self._buffers[name] = kept[name].new_empty(found.shape)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -50,13 +50,13 @@ def agreed(check: Callable[[], tuple[LabelStep, bool]], ranks: Ranks) -> tuple[L
     """What ``check`` returns, if it raises on no rank and returns the same on all.
 
     Raises:
-        TypeError, ValueError: on every rank, at this first exchange.
+        Exception: on every rank, at this first exchange.
     """
     found, error, seen = None, None, [0] * 16
     try:
         found = check()
         seen = _seen(found[0])
-    except (TypeError, ValueError) as fault:
+    except Exception as fault:  # raised again as soon as the other ranks have heard of it
         error = fault
     ranks.agree(error, seen)
     return found
