@@ -94,10 +94,11 @@ def check_labels(s: Session, labels: np.ndarray, epoch: int) -> dict[str, Any]:
             + ("" if epoch == 0 else "; the finished epochs of this one are saved")
         )
     if health["clusters"] == 1:
+        centring = target.has_train_cameras and not recipe.config.center_per_camera
         s.machine.display.line(
             f"warning: epoch {epoch}: one cluster holds all clustered images, so its labels tell nobody apart. "
             f"{recipe.labels.advice.one_cluster} (now {recipe.labels.settings(epoch)})"
-            + (" or try center_per_camera=True" if target.has_cameras and not recipe.config.center_per_camera else "")
+            + (" or try center_per_camera=True" if centring else "")
         )
     return health
 
