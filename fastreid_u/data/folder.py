@@ -114,7 +114,7 @@ def _label(part: Path, paths: list[str], layout: str, pattern: str | None) -> tu
     """Rows of one split, and in words where their labels come from."""
     below = _below(part, paths)
     if pattern is not None:
-        return _by_pattern(paths, below, pattern), f"labels by the pattern {pattern}"
+        return _by_pattern(paths, below, pattern), f"labels by the pattern {shown(pattern)}"
     if layout == "auto":
         layout = _guess(below)
     if layout == "market":

@@ -44,7 +44,9 @@ def from_rows(
     both = [*test[0], *test[1]]
     for row in both:
         if row.pid is None:
-            raise ValueError(f"{name}: query and gallery images must have an identity, got none for {shown(row.path)}")
+            raise ValueError(
+                f"{shown(name)}: query and gallery images must have an identity, got none for {shown(row.path)}"
+            )
     train_pids = numbering(row.pid for row in train)
     test_pids = numbering((row.pid for row in both), keep_integers=True)
     cameras = numbering(row.camera for row in (*train, *both))
@@ -107,8 +109,8 @@ def _label_notes(label: str, texts: Iterable[str | None]) -> list[str]:
     short = [text for text in written if (shortened_number(text) or 0) >= _SHORTENED_BY_PROGRAMS]
     if short:
         notes.append(
-            f"{label} of {len(short)} images: table programs shorten long numbers, as in {short[0]}, and may have merged "
-            "some"
+            f"{label} of {len(short)} images: table programs shorten long numbers, as in {short[0]}, and may have "
+            "merged some"
         )
     return notes
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastreid_u.data.locate import list_images, shown
 from fastreid_u.data.synthetic.config import RENDERER, SyntheticConfig
 from fastreid_u.data.synthetic.render import Shot, World
 
@@ -63,8 +64,8 @@ def generate(
 
     The folder is ``<root>/synthetic-<digest>``, with ``bounding_box_train``, ``query``, ``bounding_box_test`` and
     ``synthetic.json`` (dials and counts). It appears under that name only when it is complete; a broken run leaves
-    nothing behind. The bytes depend on the dials alone, not on ``workers``, as long as NumPy, Pillow and its JPEG
-    encoder are the same.
+    nothing behind, and a set of which images are gone is rendered anew. The bytes depend on the dials alone, not on
+    ``workers``, as long as NumPy, Pillow and its JPEG encoder are the same.
 
     Args:
         config: the dials; None means ``SyntheticConfig()``.
@@ -73,7 +74,7 @@ def generate(
         progress: called as ``progress(done, total)`` every few images, in the calling thread; not on a cache hit.
 
     Raises:
-        ValueError: ``workers`` is not positive.
+        ValueError: ``workers`` is not positive, or the folder holds images that were not rendered.
         OSError: the folder cannot be written (no permission, disk full); the message names it.
         RuntimeError: a rendering process died.
     """
@@ -83,9 +84,12 @@ def generate(
     root = os.environ.get("FASTREID_U_CACHE") or "~/.cache/fastreid_u" if root is None else root
     root = Path(root).expanduser()
     final = root / f"synthetic-{config.digest()}"
-    if (final / "synthetic.json").is_file():
-        return final
     plan = make_plan(config)
+    try:
+        if _is_whole(plan, final):
+            return final
+    except OSError as error:
+        raise _unwritable(root, error) from error
     if workers is None:
         workers = max(1, min(_cpus(), len(plan) // 100))
     try:
@@ -108,6 +112,27 @@ def generate(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return final
+
+
+def _is_whole(plan: Plan, final: Path) -> bool:
+    """Whether the files of ``plan`` are in ``final``, none of them empty. If some are gone, the marker goes too.
+
+    Raises:
+        ValueError: images lie there that ``plan`` does not have; they would be trained on or ranked.
+    """
+    marker = final / "synthetic.json"
+    if not marker.is_file():
+        return False
+    planned = {name for name, _ in plan}
+    present = {os.path.relpath(path, final).replace(os.sep, "/") for path in list_images(final, recursive=True)}
+    if more := sorted(present - planned):
+        raise ValueError(
+            f"generate: {shown(final)} must hold the rendered images alone, got {len(more)} others: {shown(more[0])}"
+        )
+    if all(name in present and os.path.getsize(final / name) for name in planned):
+        return True
+    marker.unlink()
+    return False
 
 
 def _cpus() -> int:
