@@ -76,6 +76,9 @@ def read_folder(folder: Path, *, layout: str = "auto", pattern: str | None = Non
     splits: dict[str, list[Row]] = {part: [] for part in PARTS}
     notes = []
     for part, (below, files) in split.used.items():
+        alike = called_like_parts(_below(folder / below, files.images)) if part == "train" else []
+        if guessed and len(alike) > 1:
+            raise _ambiguous(folder / below, alike)
         splits[part], how = _label(folder / below, files.images, layout, pattern)
         if files.images:
             notes.append(f"{split.title(part)}: {how}")
@@ -93,16 +96,20 @@ def _read_whole(folder: Path, layout: str, pattern: str | None, *, guessed: bool
         others = "".join(f" ({note})" for note in files.notes("folder"))
         raise ValueError(f"load_dataset: {shown(folder)} must hold images, got none{others}")
     notes = []
-    if alike := ", ".join(called_like_parts(_below(folder, files.images))):
+    if alike := called_like_parts(_below(folder, files.images)):
         if guessed:
-            raise ValueError(
-                f"load_dataset: {shown(folder)} must hold crops to train on, or train/, query/ and gallery/, got "
-                f"{alike}, with test images perhaps. Name the folder of the split or of the training images, rename, "
-                "or choose layout= or pattern= for all images"
-            )
-        notes = [f"{alike}: trained on as well, though called like parts of a split"]
+            raise _ambiguous(folder, alike)
+        notes = [f"{', '.join(alike)}: trained on as well, though called like parts of a split"]
     rows, how = _label(folder, files.images, layout, pattern)
     return from_rows(folder.name, folder, rows, [], [], notes=[f"folder: {how}", *notes, *files.notes("folder")])
+
+
+def _ambiguous(folder: Path, alike: list[str]) -> ValueError:
+    return ValueError(
+        f"load_dataset: {shown(folder)} must hold crops to train on, or train/, query/ and gallery/, got "
+        f"{', '.join(alike)}, with test images perhaps. Name the folder of the split or of the training images, rename, "
+        "or choose layout= or pattern= for all images"
+    )
 
 
 def _below(part: Path, paths: list[str]) -> list[str]:

@@ -162,6 +162,15 @@ def test_what_looks_like_a_split_and_is_none_is_refused(plant, files, named):
         assert f"{named}: trained on as well, though called like parts of a split" in data.notes
 
 
+def test_a_split_inside_the_training_folder_is_refused(plant):
+    folder = plant("crops", "train/train/1.jpg", "train/test/2.jpg", "val/3.jpg")
+    with pytest.raises(ValueError, match=r"crops/train must hold crops to train on, .* got test/, train/, .*layout="):
+        load_dataset(folder)
+    assert len(load_dataset(folder, layout="flat").train) == 2
+    plant("crops2", "train/ann/1.jpg", "train/test/2.jpg")
+    assert load_dataset(folder.with_name("crops2")).has_pids, "one of them alone may be anything"
+
+
 def test_one_folder_deeper_called_like_a_part_is_no_split(plant):
     """A person may be called Val, and a shard test."""
     data = load_dataset(plant("crops", "a/val/1.jpg", "a/tom/1.jpg", "b/tom/2.jpg"))
