@@ -107,8 +107,8 @@ def _read_whole(folder: Path, layout: str, pattern: str | None, *, guessed: bool
 def _ambiguous(folder: Path, alike: list[str]) -> ValueError:
     return ValueError(
         f"load_dataset: {shown(folder)} must hold crops to train on, or train/, query/ and gallery/, got "
-        f"{', '.join(alike)}, with test images perhaps. Name the folder of the split or of the training images, rename, "
-        "or choose layout= or pattern= for all images"
+        f"{', '.join(alike)}, with test images perhaps. Name the folder of the split or of the training images, "
+        "rename, or choose layout= or pattern= for all images"
     )
 
 

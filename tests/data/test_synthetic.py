@@ -133,7 +133,7 @@ def test_folder_without_its_marker_is_made_anew(tiny: Path, tmp_path: Path) -> N
     assert digests(generate(TINY, tmp_path, workers=1)) == digests(tiny)
 
 
-@pytest.mark.parametrize("damage", ["half is gone", "one is empty", "a folder is gone"])
+@pytest.mark.parametrize("damage", ["half is gone", "one is empty", "a folder is gone", "the counts are gone"])
 def test_a_set_that_is_no_longer_whole_is_made_anew(tiny: Path, tmp_path: Path, damage: str) -> None:
     """Else a part of it would be trained on without a word."""
     held = Path(shutil.copytree(tiny, tmp_path / tiny.name))
@@ -143,6 +143,8 @@ def test_a_set_that_is_no_longer_whole_is_made_anew(tiny: Path, tmp_path: Path, 
             path.unlink()
     elif damage == "one is empty":
         files[0].write_bytes(b"")
+    elif damage == "the counts are gone":
+        (held / "synthetic.json").write_text("{}")
     else:
         shutil.rmtree(held / "query")
     assert digests(generate(TINY, tmp_path, workers=1)) == digests(tiny)

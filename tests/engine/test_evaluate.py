@@ -251,8 +251,9 @@ def test_mistakes_are_named(own, call, error, message):
 
 
 def test_data_without_a_match_are_an_error_here(own, dataset, capsys):
-    one = tuple(sample for sample in dataset.query + dataset.gallery if sample.camid == 0)
-    lonely = dataclasses.replace(dataset, query=one[:1], gallery=one[1:])
+    query = next(sample for sample in dataset.query if sample.camid == 0)
+    gallery = tuple(sample for sample in dataset.gallery if sample.camid == 0 or sample.pid != query.pid)
+    lonely = dataclasses.replace(dataset, query=(query,), gallery=gallery)
     with pytest.raises(ValueError, match="evaluate: dataset must hold a query with a match in another camera, got"):
         fastreid_u.evaluate(own.folder, lonely, device="cpu", workers=0)
     assert "warning: " in capsys.readouterr().out

@@ -84,12 +84,12 @@ def generate(
     root = os.environ.get("FASTREID_U_CACHE") or "~/.cache/fastreid_u" if root is None else root
     root = Path(root).expanduser()
     final = root / f"synthetic-{config.digest()}"
-    plan = make_plan(config)
     try:
-        if _is_whole(plan, final):
+        if _is_whole(config, final):
             return final
     except OSError as error:
         raise _unwritable(root, error) from error
+    plan = make_plan(config)
     if workers is None:
         workers = max(1, min(_cpus(), len(plan) // 100))
     try:
@@ -114,23 +114,28 @@ def generate(
     return final
 
 
-def _is_whole(plan: Plan, final: Path) -> bool:
-    """Whether the files of ``plan`` are in ``final``, none of them empty. If some are gone, the marker goes too.
+def _is_whole(config: SyntheticConfig, final: Path) -> bool:
+    """Whether ``final`` holds the images that its marker counts, none of them empty. If not, the marker goes.
 
     Raises:
-        ValueError: images lie there that ``plan`` does not have; they would be trained on or ranked.
+        ValueError: images lie there that ``config`` does not have; they would be trained on or ranked.
     """
     marker = final / "synthetic.json"
     if not marker.is_file():
         return False
-    planned = {name for name, _ in plan}
-    present = {os.path.relpath(path, final).replace(os.sep, "/") for path in list_images(final, recursive=True)}
-    if more := sorted(present - planned):
+    present = [os.path.relpath(path, final).replace(os.sep, "/") for path in list_images(final, recursive=True)]
+    try:
+        told = json.loads(marker.read_text(encoding="utf-8"))["images"]
+    except (ValueError, LookupError, TypeError):  # not as _describe writes it
+        told = None
+    if told == Counter(name.partition("/")[0] for name in present) and all(
+        os.path.getsize(final / name) for name in present
+    ):
+        return True
+    if more := sorted({*present} - {name for name, _ in make_plan(config)}):
         raise ValueError(
             f"generate: {shown(final)} must hold the rendered images alone, got {len(more)} others: {shown(more[0])}"
         )
-    if all(name in present and os.path.getsize(final / name) for name in planned):
-        return True
     marker.unlink()
     return False
 
