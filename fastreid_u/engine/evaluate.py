@@ -49,19 +49,22 @@ class SplitImages(ImageSet):
 def test_split(dataset: "ReIDDataset", display: Display) -> Split | None:
     """What can be ranked, with a warning where it is less than a query and a gallery with cameras; None = nothing."""
     if dataset.query and dataset.gallery:
-        if not dataset.has_cameras:
+        if not dataset.has_test_cameras:
             display.line(
-                "warning: no camera ids, or one camera only: images of the query's own camera cannot be left out of "
-                "its ranking"
+                "warning: no camera ids for all of query and gallery, or one camera only: images of the query's own "
+                "camera cannot be left out of its ranking"
             )
-        return Split(dataset.query + dataset.gallery, len(dataset.query), dataset.has_cameras)
+        return Split(dataset.query + dataset.gallery, len(dataset.query), dataset.has_test_cameras)
+    if dataset.query or dataset.gallery:
+        there, missing = ("query", "gallery") if dataset.query else ("gallery", "query")
+        display.line(f"warning: {there} images but no {missing}: they are not ranked")
     named = tuple(sample for sample in dataset.train if sample.pid >= 0) if dataset.has_pids else ()
     if named:
         display.line(
             "warning: no query/gallery split: the training images with known identities are ranked against each "
             "other, which flatters the network"
         )
-        return Split(named, None, dataset.has_cameras)
+        return Split(named, None, dataset.has_train_cameras)
     display.line("warning: no query/gallery split and no identities: nothing to evaluate; labels are still reported")
     return None
 

@@ -35,7 +35,7 @@ def run_epochs(session: Session) -> None:
     s.watch = LabelWatch(
         len(s.target.samples),
         s.recipe.labels,
-        uncentred=s.datasets.target.has_cameras and not config.center_per_camera,
+        uncentred=s.datasets.target.has_train_cameras and not config.center_per_camera,
         before=s.folder.records,
     )
     if not s.folder.records:

@@ -121,9 +121,9 @@ def open_session(recipe: Recipe, datasets: Datasets, machine: Machine, folder: R
     from fastreid_u.data import test_transform
 
     config, target, source = recipe.config, datasets.target, datasets.source
-    if config.center_per_camera and not target.has_cameras:
+    if config.center_per_camera and not target.has_train_cameras:
         machine.display.line(
-            "warning: center_per_camera has no effect: these data have no camera ids, or one camera only"
+            "warning: center_per_camera has no effect: the training images have no camera ids, or one camera only"
         )
     reading = Reading(
         test_transform(config.height, config.width, pixel_norm=config.pixel_norm),

@@ -158,6 +158,8 @@ def _introduce(session: Session, model: "ReIDModel", experiment: Experiment) -> 
         display.line(f"learns also from the labelled training images of {datasets.source.name}:")
         for line in datasets.source.table().splitlines():
             display.line(line)
+        for note in datasets.source.notes:
+            display.line(f"note: {note}")
     display.line()
     selects = model_selection(recipe, session.test.split if session.test else None)
     name, device = experiment.name or datasets.target.name, str(session.machine.device)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -130,6 +131,34 @@ def test_folder_without_its_marker_is_made_anew(tiny: Path, tmp_path: Path) -> N
     (half / "query").mkdir(parents=True)
     (half / "query" / "0001_c1s1_000001_00.jpg").write_bytes(b"half")
     assert digests(generate(TINY, tmp_path, workers=1)) == digests(tiny)
+
+
+@pytest.mark.parametrize("damage", ["half is gone", "one is empty", "a folder is gone", "the counts are gone"])
+def test_a_set_that_is_no_longer_whole_is_made_anew(tiny: Path, tmp_path: Path, damage: str) -> None:
+    """Else a part of it would be trained on without a word."""
+    held = Path(shutil.copytree(tiny, tmp_path / tiny.name))
+    files = sorted(held.rglob("*.jpg"))
+    if damage == "half is gone":
+        for path in files[::2]:
+            path.unlink()
+    elif damage == "one is empty":
+        files[0].write_bytes(b"")
+    elif damage == "the counts are gone":
+        (held / "synthetic.json").write_text("{}")
+    else:
+        shutil.rmtree(held / "query")
+    assert digests(generate(TINY, tmp_path, workers=1)) == digests(tiny)
+
+
+def test_images_that_were_not_rendered_are_refused(tiny: Path, tmp_path: Path) -> None:
+    held = Path(shutil.copytree(tiny, tmp_path / tiny.name))
+    (held / "bounding_box_train" / ".DS_Store").touch()
+    assert generate(TINY, tmp_path) == held
+    (held / "bounding_box_train" / "9999_c1_mine.jpg").touch()
+    with pytest.raises(
+        ValueError, match=r"must hold the rendered images alone, got 1 others: bounding_box_train/9999_c1"
+    ):
+        generate(TINY, tmp_path)
 
 
 def test_root_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
