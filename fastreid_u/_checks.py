@@ -22,13 +22,14 @@ def as_tensor(op: str, name: str, x: object) -> Tensor:
     """Return ``x`` as a tensor on its own device, sharing memory where it can.
 
     Takes torch tensors, NumPy arrays, anything with ``__dlpack__`` (CuPy, JAX, ...) and flat or nested sequences of
-    numbers. NumPy arrays that torch cannot wrap are copied: read-only, reversed, fields of structured arrays, and
-    numbers longer than float64, which become float64.
+    numbers, which go to the CPU whatever torch's default device is. NumPy arrays that torch cannot wrap are copied:
+    read-only, reversed, fields of structured arrays, and numbers longer than float64, which become float64.
     """
     if isinstance(x, Tensor):
         return x
     if isinstance(x, np.ndarray):
         if x.dtype.kind not in "biuf":
+            _refuse_beyond_int64(op, name, x)
             raise TypeError(f"{op}: {name} must hold numbers, got dtype {x.dtype}")
         known = np.dtype(np.float64) if x.dtype.type is np.longdouble else x.dtype.newbyteorder("=")
         whole = all(stride >= 0 and stride % x.itemsize == 0 for stride in x.strides)
@@ -39,9 +40,10 @@ def as_tensor(op: str, name: str, x: object) -> Tensor:
     if isinstance(x, (list, tuple, range)):
         try:
             if not any(isinstance(row, np.ndarray) for row in x):
-                return torch.tensor(x)
+                return torch.tensor(x, device="cpu")
             rows = np.array(x)  # torch would take them number by number, with a warning
         except (TypeError, ValueError, RuntimeError) as error:
+            _refuse_beyond_int64(op, name, x)
             raise TypeError(f"{op}: {name} must hold numbers in equal rows, got {_kind(x)} ({error})") from error
         return as_tensor(op, name, rows)
     raise TypeError(f"{op}: {name} must be a tensor or an array with __dlpack__, got {_kind(x)}")
@@ -82,7 +84,12 @@ def require_integer(op: str, name: str, x: Tensor) -> Tensor:
 def require_ids(op: str, name: str, x: object) -> Tensor:
     """What stands for labels, targets or rows: (N,) integers; returned in int64, where -1 is the number of none."""
     x = require_1d(op, name, as_tensor(op, name, x))
-    return x.long() if x.numel() == 0 else require_integer(op, name, x).long()  # an empty list has no integer type
+    if x.numel() == 0:
+        return x.long()  # an empty list has no integer type
+    ids = require_integer(op, name, x).long()
+    if x.dtype == torch.uint64 and may_read(x) and ids.min() < 0:  # torch wraps what int64 does not hold
+        raise ValueError(f"{op}: {name} must be below 2**63, got {2**64 + int(ids.min())}")
+    return ids
 
 
 def require_labels(op: str, name: str, x: object, count: int) -> Tensor:
@@ -272,6 +279,15 @@ def _real(op: str, name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a real number, got {value!r}")
     return float(value)
+
+
+def _refuse_beyond_int64(op: str, name: str, x: object) -> None:
+    """If an integer beyond int64 is why ``x``, a sequence or an array of objects, is no tensor: an error about that."""
+    for value in x if isinstance(x, list | tuple) else x.flat if isinstance(x, np.ndarray) else ():
+        if isinstance(value, list | tuple):
+            _refuse_beyond_int64(op, name, value)
+        elif isinstance(value, numbers.Integral) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{op}: {name} must lie in [-2**63, 2**63), got {value}")
 
 
 def _kind(x: object) -> str:

@@ -51,9 +51,12 @@ def load_datasets(experiment: Experiment, display: Display) -> Datasets:
         ValueError: a set has no images to train on, or both are the same. FileNotFoundError: a set is not there.
     """
     from fastreid_u.data import ReIDDataset
+    from fastreid_u.data.same_file import with_shared_files_noted
 
     target = experiment.dataset
-    if not isinstance(target, ReIDDataset):
+    if isinstance(target, ReIDDataset):
+        target = with_shared_files_noted(target)
+    else:
         target = _load(target, experiment.root, experiment.data, display)
     if not target.train:
         raise ValueError(f"train: dataset must hold training images, got none in {target.root}")

@@ -57,6 +57,7 @@ def evaluate(
         FileNotFoundError: no such run, or its data are no longer where they were.
     """
     from fastreid_u.data import ReIDDataset, load_dataset
+    from fastreid_u.data.same_file import with_shared_files_noted
 
     if data is not None and not isinstance(data, Mapping):
         raise TypeError(f"evaluate: data must be a mapping of the reader's options, got {data!r}")
@@ -67,9 +68,13 @@ def evaluate(
     config = about["config"]
     if dataset is None:
         dataset, root, data = _own_dataset(run, root, data)
-    if not isinstance(dataset, ReIDDataset):
+    if isinstance(dataset, ReIDDataset):
+        dataset = with_shared_files_noted(dataset)
+    else:
         dataset = load_dataset(dataset, root, **dict(data or {}))
     display = Display(quiet=quiet)
+    for note in dataset.notes:
+        display.line(f"note: {note}")
     split = test_split(dataset, display)
     if split is None:
         raise ValueError(f"evaluate: dataset must have a query/gallery split or known identities, got {dataset.root}")
