@@ -64,10 +64,11 @@ def averaged_lists(rows: np.ndarray, ranking: np.ndarray) -> np.ndarray:
     return ranking[first]
 
 
-def encode(x: Tensor, index: Tensor, k1: int, k2: int, compat: bool) -> np.ndarray:
+def encode(x: Tensor, index: Tensor, k1: int, k2: int | None, compat: bool) -> np.ndarray:
     """The encoding, dense (N, N), in ``x``'s dtype; ``index`` (N, at least k1) ranks the neighbours."""
     n = len(x)
-    k1, k2 = min(k1, n), min(k2, n)
+    k1 = min(k1, n)
+    k2 = min(6 if k2 is None else k2, k1)
     rows, ranking = x.cpu().numpy(), index[:, :k1].cpu().numpy()
     half = int(np.around(k1 / 2)) + 1  # np.around rounds halves to even, as published: k1 = 25 gives 12 + 1
     v = np.zeros((n, n), rows.dtype)
@@ -108,7 +109,7 @@ def working_dtype(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def k_reciprocal_encoding(
-    x: Tensor, k1: int = 30, k2: int = 6, *, knn: tuple[Tensor, Tensor] | None = None, compat: bool = False
+    x: Tensor, k1: int = 30, k2: int | None = None, *, knn: tuple[Tensor, Tensor] | None = None, compat: bool = False
 ) -> Tensor:
     """The soft membership matrix (N, N), ``torch.sparse_csr``, rows summing to 1.
 

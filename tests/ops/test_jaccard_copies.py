@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact copies (frozen video frames, placeholder images, black crops) are 0 apart, in any order of the rows.
 
-What is right is the published code's algorithm in float64, with neighbour lists by (distance, index), which is the order
-that published code leaves to chance.
+What is right is the published code's algorithm in float64, with neighbour lists by (distance, index): among
+copies the published code leaves the order to chance.
 """
 
 import numpy as np
