@@ -121,7 +121,9 @@ class Config:
         4, "neighbours, itself included, that make a core point", source=LINEAGE, rule=at_least(1)
     )
     k1: int = option(30, "neighbours per k-reciprocal list, itself included", source=LINEAGE, rule=at_least(1))
-    k2: int = option(6, "rows averaged in query expansion, itself included; 1 = off", source=LINEAGE, rule=at_least(1))
+    k2: int = option(
+        6, "rows averaged in query expansion, itself included, k1 at most; 1 = off", source=LINEAGE, rule=at_least(1)
+    )
     center_per_camera: bool = option(
         False,
         "subtract each camera's mean feature before clustering (labels only; evaluation uses plain features)",

@@ -41,12 +41,17 @@ class DBSCANLabels(LabelGenerator):
         """Labels (n,) of ``features`` (n, D), or (len(eps), n) of several radii; ``settings`` as in the op."""
         c = self.config
         return pseudo_labels(
-            features, eps=eps, min_samples=c.min_samples, k1=c.k1, k2=c.k2, group=label_group(), **settings
+            features, eps=eps, min_samples=c.min_samples, k1=c.k1, k2=self.k2, group=label_group(), **settings
         )
+
+    @property
+    def k2(self) -> int:
+        """Rows averaged in query expansion: no more than a list has."""
+        return min(self.config.k2, self.config.k1)
 
     def describe(self) -> str:
         c = self.config
-        return f"k1 {c.k1}, k2 {c.k2}, eps {c.eps}, min_samples {c.min_samples}"
+        return f"k1 {c.k1}, k2 {self.k2}, eps {c.eps}, min_samples {c.min_samples}"
 
     def scale(self) -> str:
         return neighbours_and_images(self.config.k1, self.images.count)

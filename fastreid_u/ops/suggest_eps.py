@@ -54,7 +54,7 @@ def suggest_eps(
     grid: Sequence[float] = GRID,
     min_samples: int = 4,
     k1: int = 30,
-    k2: int = 6,
+    k2: int | None = None,
     knn: tuple[Tensor, Tensor] | None = None,
     compat: bool = False,
 ) -> EpsSuggestion:
