@@ -12,7 +12,7 @@ from fastreid_u.models.pooling import make_pooling
 from fastreid_u.models.reid import ReIDModel
 from fastreid_u.models.resnet import ALIASES, RESNETS, ResNet
 from fastreid_u.models.timm_backbone import TimmBackbone
-from fastreid_u.models.weights import imagenet_file, is_reid_checkpoint, load_weights, read_weights
+from fastreid_u.models.weights import imagenet_file, load_weights
 
 _drawing = threading.Lock()
 
@@ -89,12 +89,8 @@ def build_model(
         source = "random" if file is None else "imagenet (timm)"
         _fit_image_size(backbone, image_size)
     else:
-        state = read_weights(file)
         _fit_image_size(backbone, image_size)
-        # A checkpoint of ours holds positions for its own image size, a pre-trained backbone for any.
-        if isinstance(backbone, TimmBackbone) and "pos_embed" in state and not is_reid_checkpoint(state):
-            state["pos_embed"] = backbone.resampled_positions(state["pos_embed"])
-        source = str(load_weights(model, state, source=Path(file).name))
+        source = str(load_weights(model, file))
     model.card["weights"] = source
     set_bn_group(model, bn_group, bn_running)
     return model
