@@ -65,8 +65,8 @@ def generate(
 
     The folder is ``<root>/synthetic-<digest>``, with ``bounding_box_train``, ``query``, ``bounding_box_test`` and
     ``synthetic.json`` (dials and counts). It appears under that name only when it is complete; a broken run leaves
-    nothing behind, the next removes what a killed one has left, and a set of which images are gone is rendered anew. The
-    bytes depend on the dials alone, not on ``workers``, as long as NumPy, Pillow and its JPEG encoder are the same.
+    nothing behind, the next removes what a killed one has left, and a set of which images are gone is rendered anew.
+    The bytes depend on the dials alone, not on ``workers``, as long as NumPy, Pillow and its JPEG encoder are the same.
 
     Args:
         config: the dials; None means ``SyntheticConfig()``.
