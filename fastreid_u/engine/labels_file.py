@@ -2,9 +2,10 @@
 """``labels.csv``: which images an epoch took for one person, to be looked at beside the images."""
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
@@ -21,12 +22,13 @@ def write_labels(path: Path, samples: "Sequence[Sample]", labels: np.ndarray) ->
     byte that is not UTF-8 is written as it is.
     """
 
-    def write(partial: Path) -> None:
-        with partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-            writer.writerow(("path", "label", "camid"))
-            writer.writerows(
-                (sample.path, label, sample.camid) for sample, label in zip(samples, labels.tolist(), strict=True)
-            )
+    def write(file: IO[bytes]) -> None:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+        writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+        writer.writerow(("path", "label", "camid"))
+        writer.writerows(
+            (sample.path, label, sample.camid) for sample, label in zip(samples, labels.tolist(), strict=True)
+        )
+        text.detach()  # flushed; the file stays open
 
     write_whole(path, write)
