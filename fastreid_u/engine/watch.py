@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Warnings of labels that training cannot learn from, read off the counts of ``health.py``; identities take no part.
 
-The limits come from runs on real crops and rendered worlds. They are silent on runs whose ranking rose (also on those that began with most
-images un-clustered, which many do) and warn of those that fell into a few large clusters.
+The limits come from runs on real crops and rendered worlds. They are silent on runs whose ranking rose (also on those
+that began with most images un-clustered, which many do) and warn of those that fell into a few large clusters.
 """
 
 from collections.abc import Iterable
