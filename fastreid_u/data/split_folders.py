@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastreid_u.data.locate import Listing, list_files, plain_name, shown
+from fastreid_u.data.locate import Listing, is_folder, list_files, plain_name, shown
 
 PARTS = ("train", "query", "gallery")
 
@@ -54,7 +54,7 @@ def find_split(folder: Path) -> SplitFolders | None:
     gallery.
     """
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        names = sorted(entry.name for entry in entries if is_folder(entry) and not entry.name.startswith("."))
     named = [name for name in names if part_of(name)]
     if not named:
         return None

@@ -183,6 +183,15 @@ def test_options_for_labels_keep_the_split(plant, option):
     assert tuple(map(len, (data.train, data.query, data.gallery))) == (1, 1, 1)
 
 
+def test_links_beside_the_split(plant):
+    folder = plant("crops", *people("train", 1, 2), *people("elsewhere", 3))
+    (folder / "test").symlink_to(folder / "elsewhere")
+    (folder / "query").symlink_to("query")  # to itself: no folder
+    data = load_dataset(folder)
+    assert (len(data.train), len(data.query)) == (2, 0)
+    assert data.notes[1].startswith("test: 1 images left out")
+
+
 def test_training_folder_without_images(plant):
     folder = plant("crops", "Train/readme.txt", "query/1/a.jpg", "gallery/1/b.jpg")
     with pytest.raises(ValueError, match="Train must hold images, got none"):
