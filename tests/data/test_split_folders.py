@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from fastreid_u.data import load_dataset
+from fastreid_u.data.split_folders import part_of
 
 BY_ID = "one sub-folder for each identity"
 MARKET_NAMES = "names <pid>_c<camera>"
@@ -127,6 +128,24 @@ LAYOUTS = {
         ["folder: no labels"],
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("part", "names"),
+    [
+        ("train", "train TRAIN Training train_all trainval bounding_box_train Train-Images mask_train_v2 train2017"),
+        ("val", "val Valid validation val2017 images_val"),
+        ("query", "query Queries probe image_query"),
+        ("gallery", "gallery Galleries gallery_images"),
+        ("test", "test testing bounding_box_test image_test mask_test_v2 bbox_test test_set"),
+        (
+            None,
+            "12 tom crops images c1 latest contest trainer train1 trained valerie value tester unlabeled query_by_tom",
+        ),
+    ],
+)
+def test_what_a_folder_is_called(part, names):
+    assert {name: part_of(name) for name in names.split()} == dict.fromkeys(names.split(), part)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
