@@ -100,7 +100,7 @@ def list_files(folder: str | os.PathLike, *, recursive: bool = False) -> Listing
             for entry in entries:
                 if entry.name.startswith(".") or entry.name == skip:
                     continue
-                if _is_folder(entry):  # whatever its name ends with
+                if is_folder(entry):  # whatever its name ends with
                     if recursive:
                         (links if entry.is_symlink() else todo).append(entry.path)
                 elif not _may_be_read(entry):
@@ -121,10 +121,11 @@ def _missed(name: str) -> str:
     return shown(suffix) or "without suffix"
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether ``entry`` is a folder or a link to one; a link to itself is none."""
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, say
+    except OSError:
         return False
 
 

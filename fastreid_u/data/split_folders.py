@@ -2,26 +2,26 @@
 """Folders that are called like parts of a data set: which part each one is, and what is left out."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastreid_u.data.locate import Listing, list_files, plain_name, shown
+from fastreid_u.data.locate import Listing, is_folder, list_files, plain_name, shown
 
 PARTS = ("train", "query", "gallery")
 
-# Names compared by ``plain_name``; of several folders for one part the first in this order is used.
-_SPELLINGS = {
-    "train": (
-        "train", "training", "trainset", "trainimages", "imagetrain", "imagestrain", "boundingboxtrain", "masktrainv2",
-        "trainall", "trainval",
-    ),
-    "val": ("val", "valid", "validation", "valset", "valimages", "imageval", "imagesval"),
-    "query": ("query", "queries", "queryset", "queryimages", "imagequery", "probe", "probes"),
-    "gallery": ("gallery", "galleries", "galleryset", "galleryimages", "imagegallery"),
-    "test": ("test", "testing", "testset", "testimages", "imagetest", "imagestest", "boundingboxtest", "masktestv2"),
-}  # fmt: skip
-_PART_OF = {name: part for part, names in _SPELLINGS.items() for name in names}
-_RANK = {name: rank for names in _SPELLINGS.values() for rank, name in enumerate(names)}
+# What a part is called, in the letters and digits that ``plain_name`` leaves, and what may stand before and after it:
+# bounding_box_test, image_query, "Train images", mask_train_v2, val2017.
+_WORDS = {
+    "train": "train(?:ing)?(?:all|val)?",
+    "val": "val(?:id(?:ation)?)?",
+    "query": "quer(?:y|ies)|probes?",
+    "gallery": "galler(?:y|ies)",
+    "test": "test(?:ing)?",
+}
+_BEFORE = "(?:boundingbox|bbox|images?|imgs?|mask|crops?)?"
+_AFTER = r"(?:set|split|data|images?|imgs?|crops?)?(?:v\d|\d{4})?"
+_PARTS = {part: re.compile(f"{_BEFORE}(?:{word}){_AFTER}") for part, word in _WORDS.items()}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,14 @@ class SplitFolders:
 
 def part_of(name: str) -> str | None:
     """train, val, query, gallery or test for a folder that is called so, whatever its case; else None."""
-    return _PART_OF.get(plain_name(name))
+    plain = plain_name(name)
+    return next((part for part, pattern in _PARTS.items() if pattern.fullmatch(plain)), None)
+
+
+def _preference(name: str) -> tuple[bool, bool, bool, str]:
+    """Of several folders for one part the first is used: the plain word, small letters, no union of two parts."""
+    plain = plain_name(name)
+    return (plain not in (*PARTS, "test"), name != name.lower(), plain.endswith(("all", "val")), name)
 
 
 def find_split(folder: Path) -> SplitFolders | None:
@@ -54,13 +61,13 @@ def find_split(folder: Path) -> SplitFolders | None:
     gallery.
     """
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        names = sorted(entry.name for entry in entries if is_folder(entry) and not entry.name.startswith("."))
     named = [name for name in names if part_of(name)]
     if not named:
         return None
     files = {name: list_files(folder / name, recursive=True) for name in names}
     found: dict[str, list[str]] = {}
-    for name in sorted(named, key=lambda name: (not files[name].images, _RANK[plain_name(name)], name != name.lower())):
+    for name in sorted(named, key=lambda name: (not files[name].images, _preference(name))):
         if files[name].images or part_of(name) == "train":
             found.setdefault(part_of(name), []).append(name)
     chosen = {part: found[part][0] for part in PARTS if part in found}

@@ -4,7 +4,7 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,7 @@ from fastreid_u.engine.display import Display, Phase
 from fastreid_u.recipe import Images
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from fastreid_u.data import ReIDDataset, Sample
+    from fastreid_u.data import ReIDDataset
 
 
 @dataclass(frozen=True)
@@ -29,13 +27,11 @@ class Datasets:
         target: its training images are learned; its query and gallery, if any, are ranked.
         source: the labelled set, or None; its training images all have an identity.
         fingerprint: of both sets' training images, as ``fingerprint`` makes it.
-        test_fingerprint: of the target's query and gallery, as ``test_fingerprint`` makes it.
     """
 
     target: "ReIDDataset"
     source: "ReIDDataset | None"
     fingerprint: str
-    test_fingerprint: str
 
     def images(self) -> Images:
         """What a recipe may know of the target, and of the source with its identities."""
@@ -63,29 +59,19 @@ def load_datasets(experiment: Experiment, display: Display) -> Datasets:
     source = _load_source(experiment, display)
     if source is not None and not {s.path for s in target.train}.isdisjoint(s.path for s in source.train):
         raise ValueError(f"train: source must hold other images than the set to learn, got {target.root} for both")
-    return Datasets(target, source, fingerprint(target, source), test_fingerprint(target))
+    return Datasets(target, source, fingerprint(target, source))
 
 
 def fingerprint(*sets: "ReIDDataset | None") -> str:
     """A digest of the training images: their paths below the root, sizes in bytes, identities and cameras."""
-    return _digest((reid.train, reid.root) if reid else ((), None) for reid in sets)
-
-
-def test_fingerprint(reid: "ReIDDataset") -> str:
-    """The same digest of query and gallery: two runs with one were evaluated on the same files and labels."""
-    return _digest((samples, reid.root) for samples in (reid.query, reid.gallery))
-
-
-def _digest(parts: "Iterable[tuple[tuple[Sample, ...], Path | None]]") -> str:
-    """A digest of samples, each part with the folder that its paths are taken below."""
     digest = hashlib.sha256()
-    for samples, root in parts:
-        for sample in samples:
+    for reid in sets:
+        for sample in reid.train if reid else ():
             try:
                 size = os.stat(sample.path).st_size
             except OSError:
                 size = -1  # not readable now; the loader reports it when it reads the image
-            name = os.path.relpath(sample.path, root)
+            name = os.path.relpath(sample.path, reid.root)
             digest.update(f"{name}\0{size}\0{sample.pid}\0{sample.camid}\n".encode("utf-8", "surrogateescape"))
         digest.update(b"\n")
     return digest.hexdigest()

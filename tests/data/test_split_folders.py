@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from fastreid_u.data import load_dataset
+from fastreid_u.data.split_folders import part_of
 
 BY_ID = "one sub-folder for each identity"
 MARKET_NAMES = "names <pid>_c<camera>"
@@ -129,6 +130,24 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("part", "names"),
+    [
+        ("train", "train TRAIN Training train_all trainval bounding_box_train Train-Images mask_train_v2 train2017"),
+        ("val", "val Valid validation val2017 images_val"),
+        ("query", "query Queries probe image_query"),
+        ("gallery", "gallery Galleries gallery_images"),
+        ("test", "test testing bounding_box_test image_test mask_test_v2 bbox_test test_set"),
+        (
+            None,
+            "12 tom crops images c1 latest contest trainer train1 trained valerie value tester unlabeled query_by_tom",
+        ),
+    ],
+)
+def test_what_a_folder_is_called(part, names):
+    assert {name: part_of(name) for name in names.split()} == dict.fromkeys(names.split(), part)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_used_and_what_is_left_out(plant, layout):
     files, counts, notes = LAYOUTS[layout]
@@ -181,6 +200,15 @@ def test_one_folder_deeper_called_like_a_part_is_no_split(plant):
 def test_options_for_labels_keep_the_split(plant, option):
     data = load_dataset(plant("crops", "Train/1/a.jpg", "Query/2/a.jpg", "Gallery/2/b.jpg"), **option)
     assert tuple(map(len, (data.train, data.query, data.gallery))) == (1, 1, 1)
+
+
+def test_links_beside_the_split(plant):
+    folder = plant("crops", *people("train", 1, 2), *people("elsewhere", 3))
+    (folder / "test").symlink_to(folder / "elsewhere")
+    (folder / "query").symlink_to("query")  # to itself: no folder
+    data = load_dataset(folder)
+    assert (len(data.train), len(data.query)) == (2, 0)
+    assert data.notes[1].startswith("test: 1 images left out")
 
 
 def test_training_folder_without_images(plant):

@@ -259,6 +259,15 @@ def test_data_without_a_match_are_an_error_here(own, dataset, capsys):
     assert "warning: " in capsys.readouterr().out
 
 
+def test_extract_reads_what_a_list_reads_and_counts_the_rest(own, plant, capsys):
+    folder = plant("crops", "a.jfif", "b.jpe", "c.gif", "d.JPG", "e.avif", "f.txt")
+    result = fastreid_u.extract(own.folder, folder, device="cpu", workers=0, quiet=False)
+    assert [Path(path).name for path in result.paths] == ["a.jfif", "b.jpe", "c.gif", "d.JPG"]
+    assert not result.bad
+    assert "note: folder: 1 files left out, of types that are not read: 1 .avif" in capsys.readouterr().out
+    assert len(fastreid_u.extract(own.folder, folder / "a.jfif", device="cpu", workers=0).paths) == 1
+
+
 def test_extract_takes_every_image_below_a_folder(own, plant, tmp_path):
     folder = plant("cls", "bus/1.jpg", "car/1.jpg", "train/1.jpg", "query/no label.jpg", "2.jpg")
     result = fastreid_u.extract(own.folder, folder, device="cpu", workers=0)
