@@ -216,8 +216,8 @@ class Ranks:
         """The arrays of all ranks, one after the other in their order, along the first axis, which may differ."""
         if self.world == 1:
             return own.copy()
-        length = [int(each) for each in self._collect(torch.tensor([len(own)]))]
-        padded = torch.zeros(max(length), *own.shape[1:], dtype=torch.from_numpy(own[:0]).dtype)
+        length = [int(each) for each in self._collect(torch.tensor([len(own)], device="cpu"))]
+        padded = torch.zeros(max(length), *own.shape[1:], dtype=torch.from_numpy(own[:0]).dtype, device="cpu")
         padded[: len(own)] = torch.from_numpy(own)
         found = self._collect(padded)
         return torch.cat([each[:n].cpu() for each, n in zip(found, length, strict=True)]).numpy()
@@ -233,7 +233,8 @@ class Ranks:
 
         All ranks have to call it with as many numbers; without it one rank would raise and the others wait for it.
         """
-        found = torch.stack(self._collect(torch.tensor([error is not None, *fingerprint], dtype=torch.int64))).cpu()
+        own = torch.tensor([error is not None, *fingerprint], dtype=torch.int64, device="cpu")
+        found = torch.stack(self._collect(own)).cpu()
         if error is not None:
             raise error
         if found[:, 0].any():

@@ -137,5 +137,5 @@ def core_distances(graph: Tensor, min_samples: int) -> Tensor:
 def knee(ascending: Tensor, most: float) -> float:
     """Where an ascending curve, cut off at ``most``, is farthest below the chord from its first point to its last."""
     curve = ascending.double().clamp(max=most)
-    chord = torch.linspace(float(curve[0]), float(curve[-1]), len(curve), dtype=torch.float64)
+    chord = torch.linspace(float(curve[0]), float(curve[-1]), len(curve), dtype=torch.float64, device="cpu")
     return float(curve[(chord - curve).argmax()])

@@ -98,6 +98,7 @@ def to_torch(matrix: sparse.csr_array, device: torch.device) -> Tensor:
             torch.from_numpy(matrix.indices.astype(np.int64)).to(device),
             torch.from_numpy(matrix.data).to(device),
             matrix.shape,
+            device=device,
             check_invariants=False,
         )
 
