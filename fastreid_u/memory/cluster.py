@@ -15,7 +15,7 @@ from fastreid_u._checks import (
     require_same_width,
 )
 from fastreid_u.memory.one_call import loss_then_update
-from fastreid_u.memory.rows import RowMemory
+from fastreid_u.memory.rows import RowMemory, lasting
 from fastreid_u.ops.cluster_nce import cluster_nce
 from fastreid_u.ops.momentum_update import momentum_update_
 
@@ -72,7 +72,8 @@ class ClusterMemory(RowMemory):
     def from_centroids(cls, centroids: Tensor, **settings) -> "ClusterMemory":
         """A memory that starts at ``centroids`` (C, D), normalised to unit length."""
         centroids = require_features("ClusterMemory.from_centroids", "centroids", centroids)
-        memory = cls(centroids.shape[1], 0, **settings).to(centroids.device)
+        with lasting(centroids.device):
+            memory = cls(centroids.shape[1], 0, **settings)
         memory.restart(centroids)
         return memory
 
@@ -93,6 +94,7 @@ class ClusterMemory(RowMemory):
         """C, number of rows."""
         return len(self.features)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def restart(self, centroids: Tensor) -> None:
         """Replace the rows by ``centroids`` (C, D) for any C, normalised to unit length; the settings stay."""

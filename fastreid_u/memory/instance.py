@@ -19,7 +19,7 @@ from fastreid_u._checks import (
     require_values_in,
 )
 from fastreid_u.memory.one_call import loss_then_update
-from fastreid_u.memory.rows import RowMemory
+from fastreid_u.memory.rows import RowMemory, lasting
 from fastreid_u.ops.centroids import cluster_centroids
 from fastreid_u.ops.cluster_nce import cluster_nce
 from fastreid_u.ops.momentum_update import momentum_update_
@@ -92,10 +92,12 @@ class InstanceMemory(RowMemory):
             require_same_width(op, "source_centroids", sources, "features", rows)
             require_same_device(op, "source_centroids", sources, "features", rows)
             rows, settings["num_source_classes"] = torch.cat([sources, rows]), len(sources)
-        memory = cls(rows.shape[1], rows.shape[0], **settings).to(rows.device)
+        with lasting(rows.device):
+            memory = cls(rows.shape[1], rows.shape[0], **settings)
         memory.features.copy_(F.normalize(rows, dim=1))
         return memory
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def set_labels(self, labels: Tensor) -> None:
         """The clusters of an epoch: ``labels`` (N - S,) integers from 0, one per image; -1 takes the image out.
@@ -120,6 +122,7 @@ class InstanceMemory(RowMemory):
         if follow:
             self._gather_clusters()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _gather_clusters(self) -> None:
         if len(self.labels) != len(self.features):  # labels of other rows: there are no clusters until they are set

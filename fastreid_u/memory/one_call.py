@@ -45,13 +45,13 @@ class _LossAndGradient(torch.autograd.Function):
 
         (_, targets), ctx.lengths = agreed_lengths(type(memory).__name__, of_this_rank)
         loss, gradient = made
-        ctx.memory, ctx.settings = memory, settings
-        ctx.save_for_backward(x, targets, gradient)
+        ctx.memory, ctx.settings, ctx.targets = memory, settings, targets  # they may be of inference mode
+        ctx.save_for_backward(x, gradient)
         return loss.detach()
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        x, targets, gradient = ctx.saved_tensors
+        (x, gradient), targets = ctx.saved_tensors, ctx.targets
         if torch.is_grad_enabled():  # create_graph=True
             gradient = _with_graph(ctx.memory, x, targets, ctx.settings, gradient)
         ctx.memory.update_(*gather_lengths((x.detach(), targets), ctx.lengths), **_alike(ctx.settings))

@@ -1,9 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all memories share: buffers that have a row per prototype, and any number of rows."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+
+
+@contextmanager
+def lasting(device: torch.device) -> Iterator[None]:
+    """Tensors that are made inside lie on ``device``, and can be trained with also where inference mode is on."""
+    with device, torch.inference_mode(False):
+        yield
 
 
 class RowMemory(nn.Module):

@@ -1,16 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """What code written for the published classes does with a memory: sets its attributes, leaves rows unnormalised."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastreid_u.memory import ClusterMemory, InstanceMemory
+from fastreid_u.memory import ClusterMemory, InstanceMemory, ProxyMemory
 
 generator = torch.Generator().manual_seed(0)
 X, ROWS, OTHER = (torch.randn(n, 8, generator=generator) for n in (4, 10, 10))
 INDEX, LABELS, LATER = torch.tensor([0, 3, 5, 9]), torch.arange(10) // 2, torch.arange(10) % 3
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+SETTINGS = {
+    "default device": lambda: torch.device("meta"),
+    "inference mode": torch.inference_mode,
+    "deterministic algorithms": deterministic,
+}
+MEMORIES = {
+    "cluster": lambda rows, labels: ClusterMemory.from_centroids(rows),
+    "instance": lambda rows, labels: instance(labels, rows),
+    "proxy": lambda rows, labels: ProxyMemory.from_features(rows, labels, labels % 2),
+}
 
 
 def instance(labels, rows=ROWS, **settings):
@@ -130,3 +153,20 @@ def test_use_hard_may_be_changed_as_the_published_class_reads_it_at_each_call():
 def test_labels_of_numpy_and_any_integer_type_are_taken():
     for labels in (LATER.numpy().astype(np.uint16), LATER.to(torch.int8), tuple(LATER.tolist())):
         same(instance(labels), instance(LATER))
+
+
+@pytest.mark.parametrize("make", MEMORIES.values(), ids=MEMORIES)
+@pytest.mark.parametrize("setting", ["default device", "inference mode", "deterministic algorithms"])
+def test_a_memory_that_is_made_under_a_global_setting_of_torch_trains_as_any(make, setting):
+    """A default device that the inputs are not on, features and labels of inference mode, ..."""
+    found = []
+    for settings in (contextlib.nullcontext, SETTINGS[setting]):
+        with settings():
+            memory, targets = make(ROWS * 1, LABELS * 1), INDEX // 2
+        x = X.clone().requires_grad_()
+        with SETTINGS[setting]() if setting == "deterministic algorithms" else contextlib.nullcontext():
+            memory(x, targets).backward()
+        memory.update_(X, targets)
+        found.append((x.grad, *memory.buffers()))
+    for each, expected in zip(*found, strict=True):
+        assert torch.equal(each, expected)
