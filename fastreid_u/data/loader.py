@@ -4,9 +4,10 @@
 import multiprocessing
 import operator
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import accumulate
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from fastreid_u.data.dataset import Sample
 from fastreid_u.data.reader import Loaded, Reader, Task
 from fastreid_u.data.transforms import View
 from fastreid_u.data.workers import START_METHODS, Flight, Workers
+
+Result = TypeVar("Result")
 
 
 def chunks(indices: Sequence[int], size: int) -> list[Sequence[int]]:
@@ -180,21 +183,19 @@ class ReIDLoader:
             self._may_read_ahead = False
             self._workers.close()
             return None, None
-        with self._ending_workers():
-            return self._workers.begin(plan.tasks(number) for number in range(start, len(plan.batches))), flight
+        left = (plan.tasks(number) for number in range(start, len(plan.batches)))
+        return self._or_close(lambda: self._workers.begin(left)), flight
 
     def _receive(self, ahead: Iterator[Loaded]) -> Loaded:
-        with self._ending_workers():
-            return next(ahead)
+        return self._or_close(lambda: next(ahead))
 
-    @contextmanager
-    def _ending_workers(self) -> Iterator[None]:
+    def _or_close(self, action: Callable[[], Result]) -> Result:
         """After an error the workers are of no use, neither to this epoch, should it be read on, nor to the next."""
-        try:
-            yield
-        except BaseException:
-            self.close()
-            raise
+        with ExitStack() as on_error:
+            on_error.callback(self.close)
+            result = action()
+            on_error.pop_all()
+            return result
 
     def _read(self, tasks: list[Task]) -> Loaded:
         loaded = self._reader(tasks)

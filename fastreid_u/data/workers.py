@@ -192,22 +192,16 @@ class _Deliveries(_MultiProcessingDataLoaderIter):
 
     def _get_data(self) -> Any:
         """The next message from any worker. All waits go through here, also that for the end of an older epoch."""
-        with _Watch(self._workers, self._seconds) as watch:
+        with _Watch(self._workers, self._seconds):
             try:
                 return super()._get_data()
-            except Exception as error:
-                if watch.fired:
-                    raise TimeoutError(
-                        f"make_loader: workers must deliver a batch within {self._seconds:g} s, got none: a file "
-                        "system that does not answer, or a stopped process? Use workers=0, "
-                        f"worker_start='forkserver', or set {TIMEOUT_VARIABLE} to more seconds"
-                    ) from None
-                if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-                    raise RuntimeError(
-                        f"make_loader: workers must live until they are closed, got one that died ({error}); if memory "
-                        "was short, use fewer workers or workers=0"
-                    ) from None
-                raise
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker"):
+                    raise
+                raise RuntimeError(
+                    f"make_loader: workers must live until they are closed, got one that died ({error}); if memory was "
+                    "short, use fewer workers or workers=0"
+                ) from None
 
     def _shutdown_workers(self) -> None:
         try:
@@ -219,30 +213,39 @@ class _Deliveries(_MultiProcessingDataLoaderIter):
 
 
 class _Watch:
-    """A block in which ``processes`` are killed after ``seconds``, so that a wait for them ends.
+    """A block that waits for ``processes``. After ``seconds`` they are killed, which ends the wait with an error.
 
     The time counts in steps while this process runs, so that a pause of both (Ctrl-Z) is no delay.
+
+    Raises:
+        TimeoutError: the time was over, whatever error their end gave.
     """
 
     def __init__(self, processes: list, seconds: float) -> None:
-        self.fired = False
+        self._killed = False
+        self._seconds = seconds
         self._processes = processes
         self._steps = max(1, round(seconds))
         self._step = seconds / self._steps
         self._over = threading.Event()
 
-    def __enter__(self) -> "_Watch":
+    def __enter__(self) -> None:
         threading.Thread(target=self._watch, name="fastreid_u-watch", daemon=True).start()
-        return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._over.set()
+        if self._killed and isinstance(error, Exception):
+            raise TimeoutError(
+                f"make_loader: workers must deliver a batch within {self._seconds:g} s, got none: a file system that "
+                "does not answer, or a stopped process? Use workers=0, worker_start='forkserver', or set "
+                f"{TIMEOUT_VARIABLE} to more seconds"
+            ) from None
 
     def _watch(self) -> None:
         for _ in range(self._steps):
             if self._over.wait(self._step):
                 return
-        self.fired = True
+        self._killed = True
         for process in self._processes:
             with contextlib.suppress(OSError, ValueError):  # it has ended or was closed
                 process.kill()

@@ -123,6 +123,15 @@ def test_a_fork_while_another_thread_draws_random_numbers(samples, monkeypatch, 
         thread.join()
 
 
+def test_workers_end_with_the_loader(samples):
+    before = set(multiprocessing.active_children())
+    loader = make_loader(samples, test_transform(*SIZE), batch_size=4, workers=1)
+    assert len(pictures(loader)) == len(samples)
+    assert set(multiprocessing.active_children()) > before
+    del loader
+    assert set(multiprocessing.active_children()) == before
+
+
 class TestTooLittleSharedMemory:
     @pytest.fixture
     def little(self, monkeypatch):
