@@ -33,8 +33,10 @@ def open_own(path: Path, mode: str, **text: str) -> IO[str]:
     return file
 
 
-def read_own(path: Path, op: str) -> bytes:
-    """The bytes of a regular file at ``path``, or of one that a link there leads to. Reading never waits.
+def read_own(path: str | os.PathLike, op: str, most: int = -1) -> bytes:
+    """The bytes of a regular file at ``path``, or of one that a link there leads to; no more than ``most`` of them.
+
+    Reading never waits.
 
     Raises:
         FileNotFoundError: it is not there. PermissionError: it may not be read.
@@ -44,12 +46,12 @@ def read_own(path: Path, op: str) -> bytes:
         _require_regular(path, op, os.stat(path).st_mode)
         with open(path, "rb", opener=_at_once()) as file:
             _require_regular(path, op, os.fstat(file.fileno()).st_mode)
-            return file.read()
+            return file.read(most)
     except PermissionError as error:
         raise PermissionError(f"{op}: {path} must be a file that may be read, got {error.strerror}") from error
 
 
-def _require_regular(path: Path, op: str, mode: int) -> None:
+def _require_regular(path: str | os.PathLike, op: str, mode: int) -> None:
     if not stat.S_ISREG(mode):
         raise ValueError(f"{op}: {path} must be a regular file, got {_KINDS.get(stat.S_IFMT(mode), 'a device')}")
 

@@ -68,7 +68,7 @@ def _load_recipe(recipe: Recipe, found: dict[str, Tensor], *, same_dtypes: bool)
             raise ValueError(f"'recipe.{name}' as {tensor.dtype} instead of {own[name].dtype}")
     try:
         recipe.load_state_dict(found)
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         first = next((line.strip() for line in str(error).splitlines() if line.startswith("\t")), str(error))
         raise ValueError(f"another method's or network's tensors ({first[:300]})") from error
 

@@ -10,6 +10,7 @@ import torch
 from fastreid_u.engine.arguments import package_version
 from fastreid_u.engine.datasets import Datasets
 from fastreid_u.engine.evaluate import Split
+from fastreid_u.engine.own_file import read_own
 
 _IMAGES, _BYTES = 256, 65536  # of so many images of a set, spread over it, so many bytes are looked at
 
@@ -31,8 +32,8 @@ def _contents(datasets: Datasets) -> str:
     for reid in (datasets.target, datasets.source):
         train = reid.train if reid else ()
         for sample in train[:: -(-len(train) // _IMAGES) or 1]:
-            with suppress(OSError), open(sample.path, "rb") as file:  # the loader reports what cannot be read
-                digest.update(file.read(_BYTES))
+            with suppress(OSError, ValueError):  # the loader reports what cannot be read
+                digest.update(read_own(sample.path, "train", _BYTES))
             digest.update(b"\n")
     return digest.hexdigest()
 
