@@ -4,6 +4,7 @@
 import argparse
 
 from fastreid_u.cli.pairs import read_pairs
+from fastreid_u.cli.reading import add_reading_options
 
 
 def evaluate(words: list[str]) -> None:
@@ -23,6 +24,7 @@ def evaluate(words: list[str]) -> None:
     parser.add_argument(
         "--ignore-cameras", action=argparse.BooleanOptionalAction, help="rank images of the query's own camera too"
     )
+    add_reading_options(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default a GPU if there is one)")
     given = vars(parser.parse_args(words))
 

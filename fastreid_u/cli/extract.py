@@ -5,6 +5,8 @@ import argparse
 import os
 from pathlib import Path
 
+from fastreid_u.cli.reading import add_reading_options
+
 
 def extract(words: list[str]) -> None:
     """Write the features of a folder of crops to a NumPy .npz file."""
@@ -13,8 +15,9 @@ def extract(words: list[str]) -> None:
     parser.add_argument("images", help="folder of crops (every image below it), image, CSV, or a known set")
     parser.add_argument("--out", type=Path, default=Path("features.npz"), help="arrays: features (N, D), paths (N,)")
     parser.add_argument("--which", choices=("last", "best"), default="last", help="default: last")
+    add_reading_options(parser)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default a GPU if there is one)")
-    given = parser.parse_args(words)
+    given = vars(parser.parse_args(words))
 
     import numpy as np
 
@@ -22,15 +25,10 @@ def extract(words: list[str]) -> None:
     from fastreid_u.engine.display import Display
     from fastreid_u.trained import extract as trained
 
-    out = _writable(given.out)
-    result = trained.extract(given.run, given.images, which=given.which, device=given.device, quiet=False)
+    out = _writable(given.pop("out"))
+    result = trained.extract(given.pop("run"), given.pop("images"), quiet=False, **given)
     arrays = {"features": result.features.cpu().numpy(), "paths": np.array(result.paths)}
-
-    def write(partial: Path) -> None:
-        with partial.open("wb") as file:  # a file, not a name: savez would add a suffix to that
-            np.savez(file, **arrays)
-
-    write_whole(out, write)
+    write_whole(out, lambda file: np.savez(file, **arrays))  # a file, not a name: savez would add a suffix to that
     Display().line(f"{out}: {tuple(result.features.shape)} features, {len(result.bad)} unreadable")
 
 

@@ -13,7 +13,7 @@ from fastreid_u.data.csv_list import read_csv
 from fastreid_u.data.cuhk03 import CUHK03_LAYOUTS, read_cuhk03
 from fastreid_u.data.dataset import ReIDDataset
 from fastreid_u.data.folder import read_folder, read_unlabelled
-from fastreid_u.data.locate import IMAGE_SUFFIXES, DatasetNotFound, find_layout, plain_name
+from fastreid_u.data.locate import IMAGE_SUFFIXES, DatasetNotFound, find_layout, plain_name, shown
 from fastreid_u.data.market import (
     MARKET_FOLDERS,
     PERSONX_CAMERAS,
@@ -187,7 +187,7 @@ def load_dataset(
             return with_shared_files_noted(read_folder(path, **options))
         if path.is_file():
             if path.suffix.lower() in IMAGE_SUFFIXES:
-                raise ValueError(f"load_dataset: name must be a folder or a CSV file, got the image {path}")
+                raise ValueError(f"load_dataset: name must be a folder or a CSV file, got the image {shown(path)}")
             _check_options(text, read_csv, options)
             return with_shared_files_noted(read_csv(path, **options))
     close = difflib.get_close_matches(plain_name(text), dataset_names(), n=3, cutoff=0.5)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a file to uint8 RGB pixels, whatever the file is; what cannot be read is a named error, not a crash."""
 
+import io
 import os
 import stat
 import struct
@@ -52,14 +53,21 @@ class BadImage(ValueError):
         return f"{self.path}: {self.reason}"
 
 
-def read_rgb(path: str | os.PathLike) -> Image.Image:
+def read_rgb(path: str | os.PathLike, *, truncated: bool = False) -> Image.Image:
     """Decode a file to an 8-bit RGB image, upright.
 
     CMYK, palette and grey are converted; 16-bit grey keeps its upper 8 bits; transparent pixels are laid on black;
     the EXIF orientation is applied. At most ``MAX_PIXELS`` pixels, checked before anything is decoded.
 
+    Args:
+        path: the file.
+        truncated: take a file that ends early as far as it goes, with the pixels that Pillow gives under its
+            process-wide ``LOAD_TRUNCATED_IMAGES``, which is not touched. What is missing is grey or smeared in a
+            JPEG, black in other formats.
+
     Raises:
-        BadImage: empty, truncated, not an image, not a regular file, too large, or no longer there.
+        BadImage: empty, truncated (unless that is allowed and the header is whole), not an image, not a regular file,
+            too large, or no longer there.
     """
     path = os.fspath(path)
     try:
@@ -68,6 +76,7 @@ def read_rgb(path: str | os.PathLike) -> Image.Image:
         with Image.open(path, formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(path, f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+            image = _loaded(path, image) if truncated else image
             image.load()
             if image.getexif().get(_ORIENTATION, 1) != 1:
                 image = ImageOps.exif_transpose(image)
@@ -76,6 +85,21 @@ def read_rgb(path: str | os.PathLike) -> Image.Image:
         raise
     except _DECODE_ERRORS as error:
         raise BadImage(path, _reason(path, error)) from error
+
+
+def _loaded(path: str, image: Image.Image) -> Image.Image:
+    """``image`` of the file at ``path``, decoded as far as the file goes."""
+    try:
+        image.load()
+        return image
+    except OSError as error:
+        if not str(error).startswith("image file is truncated"):
+            raise
+    if image.format in ("JPEG", "MPO"):  # with the mark of its end, libjpeg fills up what is missing
+        with open(path, "rb") as file:
+            return Image.open(io.BytesIO(file.read() + b"\xff\xd9"), formats=_FORMATS)
+    image.tile = []  # nothing is left to decode: what was decoded is the picture
+    return image
 
 
 def _to_rgb(path: str, image: Image.Image) -> Image.Image:
@@ -105,9 +129,9 @@ def _reason(path: str, error: BaseException) -> str:
     return f"cannot be decoded ({type(error).__name__}: {error})"
 
 
-def read_pixels(path: str | os.PathLike, height: int, width: int) -> torch.Tensor:
+def read_pixels(path: str | os.PathLike, height: int, width: int, *, truncated: bool = False) -> torch.Tensor:
     """Decode and resize: (3, height, width) uint8, bicubic as Pillow computes it (the published pipelines do)."""
-    image = read_rgb(path)
+    image = read_rgb(path, truncated=truncated)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image, ImageFilter
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -98,8 +99,6 @@ class Blur:
     radius: tuple[float, float] = (0.1, 2.0)
 
     def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-        from PIL import Image, ImageFilter
-
         if rng.random() >= self.p:
             return image
         picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())

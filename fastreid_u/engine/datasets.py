@@ -118,6 +118,6 @@ def _load_source(experiment: Experiment, display: Display) -> "ReIDDataset | Non
 
 def _images(reid: "ReIDDataset", *, identities: bool = False) -> Images:
     """Identities, of a source only, are numbered 0 .. P - 1 in their own order."""
-    camids = torch.tensor([s.camid for s in reid.train]) if reid.has_cameras else None
+    camids = torch.tensor([s.camid for s in reid.train]) if reid.has_train_cameras else None
     pids = torch.tensor([s.pid for s in reid.train]).unique(return_inverse=True)[1] if identities else None
     return Images(len(reid.train), camids, pids)

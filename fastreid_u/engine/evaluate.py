@@ -67,14 +67,16 @@ def test_split(dataset: "ReIDDataset", display: Display, ignore_cameras: bool = 
 
     With ``ignore_cameras`` images of the query's own camera are ranked too.
     """
-    cameras = dataset.has_cameras and not ignore_cameras
-    if dataset.has_cameras and ignore_cameras:
+    ranked = dataset.query and dataset.gallery
+    cameras = dataset.has_test_cameras if ranked else dataset.has_train_cameras
+    if cameras and ignore_cameras:
+        cameras = False
         display.line("note: cameras are ignored in the ranking, which published figures do not do")
-    if dataset.query and dataset.gallery:
-        if not dataset.has_cameras:
+    if ranked:
+        if not dataset.has_test_cameras:
             display.line(
-                "warning: no camera ids, or one camera only: images of the query's own camera cannot be left out of "
-                "its ranking"
+                "warning: no camera ids for all of query and gallery, or one camera only: images of the query's own "
+                "camera cannot be left out of its ranking"
             )
         split = Split(dataset.query + dataset.gallery, len(dataset.query), cameras)
         queries, gallery = split.files[: split.queries], split.files[split.queries :]
@@ -85,6 +87,9 @@ def test_split(dataset: "ReIDDataset", display: Display, ignore_cameras: bool = 
                 "ranking"
             )
         return split
+    if dataset.query or dataset.gallery:
+        there, missing = ("query", "gallery") if dataset.query else ("gallery", "query")
+        display.line(f"warning: {there} images but no {missing}: they are not ranked")
     named = tuple(sample for sample in dataset.train if sample.pid >= 0) if dataset.has_pids else ()
     if named:
         display.line(
@@ -97,12 +102,17 @@ def test_split(dataset: "ReIDDataset", display: Display, ignore_cameras: bool = 
 
 
 def evaluate_split(model: nn.Module, images: SplitImages, ap: str) -> dict[str, Any]:
+    """``rank_split`` of the features that ``model`` gives."""
+    return rank_split(images.features(model, "evaluate"), images.split, ap)
+
+
+def rank_split(features: Tensor, split: Split, ap: str) -> dict[str, Any]:
     """mAP, mINP and CMC at ranks 1, 5, 10 (fractions), and how many queries had a match.
 
-    ``ap`` names the formula of average precision, as ``rank_metrics`` has it.
+    Rows of ``features`` (N, D) that are NaN are left out. ``ap`` names the formula of average precision, as
+    ``rank_metrics`` has it.
     """
-    split = images.split
-    features = images.features(model, "evaluate").cpu()
+    features = features.cpu()
     readable = torch.isfinite(features).all(dim=1)
     query = gallery = readable
     if split.queries is not None:

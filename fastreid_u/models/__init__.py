@@ -15,7 +15,8 @@ from fastreid_u.models.build import build_model, model_names
 from fastreid_u.models.domains import domain, single_domain, split_domains
 from fastreid_u.models.pooling import POOLINGS, GeM
 from fastreid_u.models.reid import ReIDModel
-from fastreid_u.models.weights import WeightsReport, load_weights, read_weights
+from fastreid_u.models.weight_files import read_weights
+from fastreid_u.models.weights import WeightsReport, load_weights
 
 __all__ = [
     "POOLINGS",

@@ -102,8 +102,23 @@ class GroupBatchNorm2d(_GroupBatchNorm, nn.BatchNorm2d):
     """As :class:`GroupBatchNorm1d`, for (B, C, H, W) maps, contiguous or channels_last."""
 
 
+class GroupBatchNormAct2d(GroupBatchNorm2d):
+    """As :class:`GroupBatchNorm2d`, for timm's BatchNorm that is fused with what follows it.
+
+    ``drop`` and ``act`` are the modules of the BatchNorm that it stands for; they see all groups at once. Made by
+    ``set_bn_group``. ``plain`` is timm's class, to go back to.
+    """
+
+    plain: type[nn.BatchNorm2d]
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
 def set_bn_group(model: nn.Module, group: int | None, running: str = "first") -> None:
-    """Set the group size of every BatchNorm1d and BatchNorm2d inside ``model``, in place.
+    """Set the group size of every BatchNorm1d, BatchNorm2d and BatchNormAct2d (timm's) inside ``model``, in place.
 
     Modules are replaced by their grouped or plain twin (hooks on them are lost); parameters and buffers stay the same
     objects, so optimisers, averaged copies and checkpoints are not disturbed.
@@ -114,8 +129,8 @@ def set_bn_group(model: nn.Module, group: int | None, running: str = "first") ->
         running: "first" or "mean", see :class:`GroupBatchNorm1d`.
 
     Raises:
-        ValueError: group or running break their rule, or ``model`` holds another kind of BatchNorm (fused with an
-            activation, synchronised, 3-D), which cannot be grouped; ``model`` is unchanged.
+        ValueError: group or running break their rule, or ``model`` holds another kind of BatchNorm (synchronised, 3-D,
+            a class of one's own), which cannot be grouped; ``model`` is unchanged.
     """
     if group is not None:
         require_positive_int("set_bn_group", "group", group)
@@ -126,24 +141,32 @@ def set_bn_group(model: nn.Module, group: int | None, running: str = "first") ->
         for name, child in parent.named_children()
         if isinstance(child, _BatchNorm)
     ]
-    other = next((type(norm).__name__ for _, _, norm in norms if type(norm) not in _TWINS), None)
+    other = next((type(norm).__name__ for _, _, norm in norms if _plain_type(norm) is None), None)
     if other is not None and group is not None:
-        raise ValueError(f"set_bn_group: model must hold no BatchNorm but BatchNorm1d and 2d, got a {other}")
+        raise ValueError(
+            f"set_bn_group: model must hold no BatchNorm but BatchNorm1d, 2d and timm's BatchNormAct2d, got a {other}; "
+            "use bn_group=None (--bn-group None)"
+        )
     for parent, name, norm in norms:
-        if type(norm) in _TWINS:
+        if _plain_type(norm) is not None:
             setattr(parent, name, _twin(norm, group, running))
 
 
-_TWINS = {
-    nn.BatchNorm1d: (nn.BatchNorm1d, GroupBatchNorm1d),
-    nn.BatchNorm2d: (nn.BatchNorm2d, GroupBatchNorm2d),
-    GroupBatchNorm1d: (nn.BatchNorm1d, GroupBatchNorm1d),
-    GroupBatchNorm2d: (nn.BatchNorm2d, GroupBatchNorm2d),
-}
+_GROUPED = {nn.BatchNorm1d: GroupBatchNorm1d, nn.BatchNorm2d: GroupBatchNorm2d}
+_PLAIN = {grouped: plain for plain, grouped in _GROUPED.items()}
+
+
+def _plain_type(norm: _BatchNorm) -> type[_BatchNorm] | None:
+    """The ungrouped class of ``norm``; None if it cannot be grouped."""
+    if isinstance(norm, GroupBatchNormAct2d):
+        return norm.plain
+    kind = _PLAIN.get(type(norm), type(norm))
+    timm = sys.modules.get("timm.layers")  # not imported: a network of timm is here only if timm is
+    return kind if kind in _GROUPED or kind is getattr(timm, "BatchNormAct2d", None) else None
 
 
 def _twin(old: _BatchNorm, group: int | None, running: str) -> _BatchNorm:
-    plain, grouped = _TWINS[type(old)]
+    plain = _plain_type(old)
     options = {
         "eps": old.eps,
         "momentum": old.momentum,
@@ -151,7 +174,12 @@ def _twin(old: _BatchNorm, group: int | None, running: str) -> _BatchNorm:
         "track_running_stats": old.track_running_stats,
         "device": "meta",  # its tensors are replaced below
     }
-    new = plain(old.num_features, **options) if group is None else grouped(old.num_features, group, running, **options)
+    if group is None:
+        new = plain(old.num_features, **options)
+    else:
+        new = _GROUPED.get(plain, GroupBatchNormAct2d)(old.num_features, group, running, **options)
+    if plain not in _GROUPED:
+        new.plain, new.drop, new.act = plain, old.drop, old.act
     new._parameters.update(old._parameters)
     new._buffers.update(old._buffers)
     return new.train(old.training)

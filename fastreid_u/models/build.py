@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an architecture's name to a network with weights."""
 
+import difflib
+import importlib.util
 import threading
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from fastreid_u.models.pooling import make_pooling
 from fastreid_u.models.reid import ReIDModel
 from fastreid_u.models.resnet import ALIASES, RESNETS, ResNet
 from fastreid_u.models.timm_backbone import TimmBackbone
-from fastreid_u.models.weights import imagenet_file, is_reid_checkpoint, load_weights, read_weights
+from fastreid_u.models.weights import imagenet_file, load_weights
 
 _drawing = threading.Lock()
 
@@ -48,7 +50,8 @@ def build_model(
         last_stride: stride of the last stage, 1 or 2. ResNets of ``model_names()`` only.
         stem_relu: False leaves out the ReLU after the stem, as published CAP does. ResNets of ``model_names()`` only.
         drop_path: stochastic depth of timm's networks in training, in [0, 1).
-        image_size: (height, width), for transformers with a fixed grid of positions; other networks take any size.
+        image_size: (height, width) of the images that will come. Positions of transformers are fitted to it; a timm
+            network that takes images of its own size only refuses others here. ResNets take any size.
         seed: of the random weights; torch's global generator is then left as it was. None draws from that generator.
 
     Returns:
@@ -62,11 +65,15 @@ def build_model(
     arch = ALIASES.get(arch, arch)
     if arch not in RESNETS and not arch.startswith("timm/"):
         known = ", ".join([*RESNETS, *ALIASES])
-        raise ValueError(f"build_model: arch must be one of {known} or timm/<name>, got {arch!r}")
+        raise ValueError(f"build_model: arch must be one of {known} or timm/<name>, got {arch!r}{_meant(arch)}")
     if last_stride not in (1, 2):
         raise ValueError(f"build_model: last_stride must be 1 or 2, got {last_stride!r}")
     if not stem_relu and arch not in RESNETS:
-        raise ValueError(f"build_model: stem_relu must be True for {arch}, got {stem_relu!r}")
+        raise ValueError(
+            f"build_model: stem_relu must be True for {arch}, got {stem_relu!r} (--stem-relu in the shell)"
+        )
+    if weights == "imagenet_v2" and arch not in RESNETS:
+        raise ValueError(f"build_model: weights must be 'imagenet', None or a file for {arch}, got {weights!r}")
 
     if drop_path and arch in RESNETS:
         raise ValueError(f"build_model: drop_path must be 0 for {arch}, got {drop_path!r}")
@@ -80,26 +87,27 @@ def build_model(
             card = {"pooling": pooling, "last_stride": last_stride, "stem_relu": stem_relu}
             pool = make_pooling(pooling)
         else:
-            backbone = TimmBackbone(arch.removeprefix("timm/"), pretrained=weights == "imagenet", drop_path=drop_path)
+            name = arch.removeprefix("timm/")
+            backbone = TimmBackbone(name, pretrained=weights == "imagenet", drop_path=drop_path, image_size=image_size)
             card = {"pooling": pooling if backbone.gives_map else "the network's own"}
             pool = make_pooling(pooling) if backbone.gives_map else nn.Identity()
     model = ReIDModel(backbone, pool, arch=arch, card=card)
 
     if file is None or file == "imagenet":  # timm fetched its own
         source = "random" if file is None else "imagenet (timm)"
-        _fit_image_size(backbone, image_size)
     else:
-        state = read_weights(file)
-        _fit_image_size(backbone, image_size)
-        # A checkpoint of ours holds positions for its own image size, a pre-trained backbone for any.
-        if isinstance(backbone, TimmBackbone) and "pos_embed" in state and not is_reid_checkpoint(state):
-            state["pos_embed"] = backbone.resampled_positions(state["pos_embed"])
-        source = str(load_weights(model, state, source=Path(file).name))
+        source = str(load_weights(model, file))
     model.card["weights"] = source
     set_bn_group(model, bn_group, bn_running)
     return model
 
 
-def _fit_image_size(backbone: nn.Module, image_size: tuple[int, int]) -> None:
-    if isinstance(backbone, TimmBackbone):
-        backbone.set_image_size(image_size)
+def _meant(arch: str) -> str:
+    """The network that was meant by an unknown name: timm's of that name, or ours of one like it."""
+    if importlib.util.find_spec("timm") is not None:
+        import timm
+
+        if timm.is_model(arch):
+            return f"; did you mean timm/{arch}?"
+    close = difflib.get_close_matches(arch, [*RESNETS, *ALIASES], n=1)
+    return f"; did you mean {close[0]}?" if close else ""

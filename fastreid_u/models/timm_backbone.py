@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backbones of the timm library, as ``timm/<name>``; timm is an optional dependency.
 
-Convolutional networks give their feature map, pooled like any other. Token networks (ViT) pool as their own head
-does, by class token or mean, so ``pooling`` does not apply to them. Strides are timm's.
+Convolutional networks give their feature map, pooled like any other. Token networks (ViT), and those whose head cannot
+be taken off, pool as their own head does, so ``pooling`` does not apply to them. Strides are timm's.
 """
 
 import math
+import socket
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# What networks raise on images of a size that they do not take.
+_WRONG_SIZE = (RuntimeError, AssertionError, ValueError, TypeError, LookupError, ArithmeticError)
 
 
 class TimmBackbone(nn.Module):
@@ -19,6 +25,7 @@ class TimmBackbone(nn.Module):
         name: timm's name, with or without the tag of its weights ("vit_small_patch16_224.dino").
         pretrained: take timm's weights, downloaded on first use.
         drop_path: stochastic depth of the last block in training, in [0, 1); it rises linearly from the first.
+        image_size: (height, width); one image of this size is run through the network.
 
     Attributes:
         num_features: D.
@@ -26,10 +33,12 @@ class TimmBackbone(nn.Module):
 
     Raises:
         RuntimeError: timm is not installed, or the weights cannot be had.
-        ValueError: timm knows no such name.
+        ValueError: timm has no network of this name, or the network does not take images of this size.
     """
 
-    def __init__(self, name: str, *, pretrained: bool, drop_path: float = 0.0) -> None:
+    def __init__(
+        self, name: str, *, pretrained: bool, drop_path: float = 0.0, image_size: tuple[int, int] = (256, 128)
+    ) -> None:
         try:
             import timm
         except ImportError as error:
@@ -41,36 +50,47 @@ class TimmBackbone(nn.Module):
                 f"build_model: arch must be a model of timm {timm.__version__} (near: {near}), got {name!r}"
             )
         super().__init__()
+        if pretrained:
+            _refuse_offline(name)
         try:
             more = {"drop_path_rate": drop_path} if drop_path else {}
             self.net = timm.create_model(name, pretrained=pretrained, num_classes=0, **more)
         except (OSError, RuntimeError) as error:
             if not pretrained:
                 raise
-            raise RuntimeError(
-                f"build_model: could not get timm's weights of {name} ({error}). Without a network, give "
-                "weights=<path of the file>, or weights=None for random weights"
-            ) from error
+            raise RuntimeError(_no_weights(name, error)) from error
 
         training = self.net.training
-        with torch.no_grad():
-            probe = torch.zeros(1, *self.net.pretrained_cfg["input_size"])
-            self.gives_map = self.net.eval().forward_features(probe).ndim == 4
-            if self.gives_map:
-                self.net.reset_classifier(0, "")  # no pooling either
-            self.channels_last_map = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
-            self.num_features: int = self.forward(probe).shape[1]
+        try:
+            self._fit(tuple(image_size))
+        except _WRONG_SIZE as error:
+            own = " x ".join(map(str, self.net.pretrained_cfg["input_size"][1:]))
+            raise ValueError(
+                f"build_model: image_size must be one that timm/{name} takes, as {own}, got {image_size[0]} x "
+                f"{image_size[1]} ({(str(error).splitlines() or [type(error).__name__])[0]})"
+            ) from error
         self.net.train(training)
+
+    @torch.no_grad()
+    def _fit(self, size: tuple[int, int]) -> None:
+        """Fit position embeddings to ``size``, and see what the network makes of an image."""
+        if hasattr(self.net, "set_input_size"):
+            self.net.set_input_size(img_size=size)
+        probe = torch.zeros(1, 3, *size)
+        features = self.net.eval().forward_features(probe)
+        self.gives_map = isinstance(features, Tensor) and features.ndim == 4
+        if self.gives_map:
+            try:
+                self.net.reset_classifier(0, "")  # no pooling either
+            except AssertionError:  # EfficientViT's heads: layers after the pooling, which stay, and pool
+                self.gives_map = False
+        self.channels_last_map = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
+        self.num_features: int = self.forward(probe).shape[1]
 
     @property
     def positions(self) -> int | None:
         """Number of learned positions, class token included; None for a network without."""
         return self.net.pos_embed.shape[1] if getattr(self.net, "pos_embed", None) is not None else None
-
-    def set_image_size(self, size: tuple[int, int]) -> None:
-        """Fit position embeddings to (height, width) images; nothing to do for a network that takes any size."""
-        if hasattr(self.net, "set_input_size"):
-            self.net.set_input_size(img_size=tuple(size))
 
     def resampled_positions(self, given: Tensor) -> Tensor:
         """Learned positions (1, T, D) of a square grid or one twice as high as wide, bilinearly on this network's grid.
@@ -92,3 +112,31 @@ class TimmBackbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.net(images)
         return x.permute(0, 3, 1, 2) if self.gives_map and self.channels_last_map else x
+
+
+def _no_weights(name: str, reason: object) -> str:
+    return (
+        f"build_model: could not get timm's weights of {name} ({reason}). Without a network, give "
+        "weights=<path of the file>, or weights=None for random weights"
+    )
+
+
+def _refuse_offline(name: str) -> None:
+    """Without a network the download of weights is tried for a minute; whether there is one shows at once.
+
+    Raises:
+        RuntimeError: the weights of ``name`` are not on this machine, and the name of their server is not resolved.
+    """
+    import timm
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    about = timm.get_pretrained_cfg(name)
+    if about is None or not about.hf_hub_id or getproxies():  # a proxy resolves names by itself
+        return
+    files = ("model.safetensors", "pytorch_model.bin")
+    if any(isinstance(try_to_load_from_cache(about.hf_hub_id, file), str) for file in files):
+        return
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError as error:
+        raise RuntimeError(_no_weights(name, error)) from error

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading weight files and fitting them to a network.
+"""Fitting weights to a network, all of them or none.
 
-Understood: torchvision, IBN-Net and timm files, checkpoints of this library, checkpoints of the Re-ID code bases that
-descend from SpCL (``base.0`` ... ``gap.p``, ``feat_bn``), transformers of DINO and TransReID-SSL; bare or inside a
-``state_dict`` or ``teacher`` entry, with or without the ``module.`` that DataParallel puts before every name. Nothing
-in a file is executed: safetensors, or torch's restricted unpickler.
+Understood: torchvision, IBN-Net and timm files, checkpoints of this library and of the Re-ID code bases that
+``published_names.py`` lists; bare or inside a ``state_dict`` or ``teacher`` entry, with or without the ``module.``
+that DataParallel puts before every name.
 """
 
-import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,16 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
+from fastreid_u.models.published_names import Checkpoint, backbone_prefix, under_our_names
 from fastreid_u.models.reid import ReIDModel
 from fastreid_u.models.resnet import RESNETS
 from fastreid_u.models.timm_backbone import TimmBackbone
+from fastreid_u.models.weight_files import named_tensors, read_weights
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher")
-# What torch.load lets through on a damaged or foreign file, besides its own errors; tests/models/test_weights.py makes
-# such files.
-_DAMAGE = (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError)
-_PREFIXES = ("module.", "_orig_mod.")  # DataParallel and DDP; torch.compile
+# Beside parameters: counters of BatchNorm and of profilers, which change no feature.
+_COUNTERS = ("num_batches_tracked", "total_ops", "total_params")
+# Parts of a backbone's file that are no backbone: what a pre-training put on top of it, or in hidden parts' place.
+_HEAD = re.compile(r"(fc|classifier|heads?|head_dist|projector|predictor|decoder|mask_token|masked_embed)(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -44,155 +44,104 @@ class WeightsReport:
         return text + ")"
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a weight file by name, on the CPU; out of their wrapper and without prefixes.
-
-    ``.safetensors`` is read by that library, anything else by ``torch.load(weights_only=True)``.
-
-    Raises:
-        FileNotFoundError: no such file.
-        RuntimeError: not a weight file, or one that holds other objects than tensors, numbers and text.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"read_weights: path must be a file, got {path}")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            found = load_file(path)
-        except SafetensorError as error:
-            raise RuntimeError(f"read_weights: path must be a safetensors file, got {path}: {error}") from error
-    else:
-        found = _torch_load(path)
-    for key in _WRAPPERS:
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping):
-        raise RuntimeError(f"read_weights: path must hold a dict of tensors, got a {type(found).__name__} in {path}")
-    return _bare_transformer({_strip(name): value for name, value in found.items() if isinstance(value, Tensor)})
-
-
-class _Discarded:
-    """Stands for a NumPy scalar in a checkpoint (its best mAP, say): whatever it is made from is dropped unread."""
-
-    def __init__(self, *args: object) -> None: ...
-
-    def __setstate__(self, state: object) -> None: ...
-
-
-_NUMPY_SCALAR = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")
-
-
-def _torch_load(path: Path) -> object:
-    try:
-        with torch.serialization.safe_globals([(_Discarded, name) for name in _NUMPY_SCALAR]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise RuntimeError(
-            f"read_weights: path must hold tensors, numbers and text only, got {path}, whose other objects would have "
-            "to be executed. If you trust it, save its state_dict alone where it was made, and load that"
-        ) from error
-    except _DAMAGE as error:
-        raise RuntimeError(
-            f"read_weights: path must be a readable weight file, got {path} ({type(error).__name__}: {error})"
-        ) from error
-
-
-def _strip(name: str) -> str:
-    while name.startswith(_PREFIXES):
-        name = name.removeprefix("module.").removeprefix("_orig_mod.")
-    return name
-
-
-def _bare_transformer(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A transformer that DINO or TransReID-SSL saved inside a larger network, without that network's prefix."""
-    prefix = next((p for p in ("backbone.", "base.") if f"{p}patch_embed.proj.weight" in state), None)
-    return state if prefix is None else {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-
-
-def is_reid_checkpoint(state: Mapping[str, Tensor]) -> bool:
-    """Whether ``state`` (of ``read_weights``) is of a whole Re-ID network rather than of a bare backbone."""
-    return any(name.startswith(("backbone.", "base.")) for name in state)
-
-
-def _our_names(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool | None]:
-    """SpCL's names to ours, and whether that network had a ReLU in its stem (None: not such a checkpoint).
-
-    There ``base`` is a Sequential of conv1, bn1, [relu], maxpool, layer1, ...: the children's numbers tell of the ReLU.
-    ``gap`` is the pooling, ``feat_bn`` the neck.
-    """
-    if "base.0.weight" not in state:
-        return dict(state), None
-    stem_relu = not any(name.startswith("base.3.") for name in state)
-    first = 4 if stem_relu else 3
-    names = {"base.0.": "backbone.conv1.", "base.1.": "backbone.bn1.", "gap.": "pooling.", "feat_bn.": "bnneck."}
-    names |= {f"base.{first + i}.": f"backbone.layer{i + 1}." for i in range(4)}
-    renamed = {}
-    for name, tensor in state.items():
-        old = next((old for old in names if name.startswith(old)), "")
-        renamed[names.get(old, "") + name.removeprefix(old)] = tensor
-    return renamed, stem_relu
-
-
 def load_weights(model: ReIDModel, weights: str | Path | Mapping[str, Tensor], source: str = "") -> WeightsReport:
     """Copy weights into ``model``, in place.
 
     A backbone's file fills the backbone; a Re-ID checkpoint fills pooling and neck too. The backbone must be filled
-    entirely: a network that is half random looks like one that trains badly. Tensors without a place (classifiers)
-    are listed in the report.
+    entirely, and the file's backbone must be used entirely: a network that is half random, or that has lost half of
+    its blocks, looks like one that trains badly. Only heads (classifiers, projections) may stay without a place; the
+    report lists them. Learned positions of another grid of patches are resampled, unless a run of ours wrote them.
 
     Args:
         model: from ``build_model``.
-        weights: a file, or what ``read_weights`` gave.
+        weights: a file, or what ``read_weights`` gave, or another state dict.
         source: name for the report; the file's name if empty.
 
     Raises:
-        ValueError: a tensor of the backbone is missing or has another shape, or the checkpoint was trained with
-            another pooling or stem; names, and both shapes, are in the message. ``model`` is unchanged.
+        ValueError: a tensor of the backbone is missing, has another shape, or has no place in this one; or the
+            checkpoint was trained with another pooling or stem. Names, and both shapes, are in the message. ``model``
+            is unchanged.
     """
     if isinstance(weights, (str, Path)):
         source = source or Path(weights).name
         weights = read_weights(weights)
     source = source or "a state dict"
-    state, stem_relu = _our_names(weights)
-    if is_reid_checkpoint(state):
-        target, required = model, "backbone."
-        _check_head(model, state, stem_relu, source)
-    else:
-        target, required = model.backbone, ""
-        if isinstance(target, TimmBackbone):
-            target = target.net  # the network that timm's files are of
+    found = under_our_names(named_tensors(weights), model, source)
+    state, inner, own = found.tensors, backbone_prefix(model), model.state_dict()
+    if isinstance(model.backbone, TimmBackbone) and not found.ours and f"{inner}pos_embed" in state:
+        state[f"{inner}pos_embed"] = model.backbone.resampled_positions(state[f"{inner}pos_embed"])
 
-    own = target.state_dict()
-    missing = [n for n in own if n.startswith(required) and n not in state and not n.endswith("num_batches_tracked")]
+    def shown(names: list[str]) -> list[str]:
+        return names if found.whole else [name.removeprefix(inner) for name in names]
+
+    _check_head(model, found, source)
+    missing = [n for n in own if n.startswith("backbone.") and n not in state and not n.endswith(_COUNTERS)]
     if missing:
-        wanted = sum(n.startswith(required) for n in own)
+        wanted = sum(name.startswith("backbone.") for name in own)
         raise ValueError(
             f"load_weights: weights must hold every tensor of the backbone ({model.arch}), got {source}, which lacks "
-            f"{len(missing)} of {wanted}: {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
+            f"{len(missing)} of {wanted}: {_listed(shown(missing))}"
+        )
+    extra = [name for name in state if name not in own]
+    unplaced = [name for name in extra if name.startswith(inner) and not _is_head(model, name.removeprefix(inner))]
+    if not found.whole:  # a part of the file that this backbone has not at all is a head, by whatever name
+        parts = {name.removeprefix(inner).partition(".")[0] for name in own if name.startswith(inner)}
+        unplaced = [name for name in unplaced if name.removeprefix(inner).partition(".")[0] in parts]
+    if unplaced:
+        raise ValueError(
+            f"load_weights: weights must be of the backbone that is built ({model.arch}), got {source}, which holds "
+            f"{len(unplaced)} more tensors of a backbone: {_listed(shown(unplaced))}"
         )
     fitting = {name: tensor for name, tensor in state.items() if name in own}
     for name, tensor in fitting.items():
         if tensor.shape != own[name].shape:
             raise ValueError(
-                f"load_weights: {name} must have shape {tuple(own[name].shape)} for {model.arch}, "
+                f"load_weights: {shown([name])[0]} must have shape {tuple(own[name].shape)} for {model.arch}, "
                 f"got {tuple(tensor.shape)} in {source}"
             )
-    target.load_state_dict(fitting, strict=False)
-    return WeightsReport(source, len(fitting), tuple(name for name in state if name not in own))
+    model.load_state_dict(fitting, strict=False)
+    return WeightsReport(source, len(fitting), tuple(shown(extra)))
 
 
-def _check_head(model: ReIDModel, state: Mapping[str, Tensor], stem_relu: bool | None, source: str) -> None:
-    gem = "pooling.p" in state
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+
+
+def _is_head(model: ReIDModel, name: str) -> bool:
+    """Whether a backbone that works without the tensor ``name`` (a backbone file's) is the same network."""
+    if name.endswith(_COUNTERS) or _HEAD.match(name) or ".BN_S." in name:  # SpCL's BatchNorms of the source domain
+        return True
+    if not isinstance(model.backbone, TimmBackbone):
+        return False
+    net = model.backbone.net
+    classifiers = net.pretrained_cfg.get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    return name.startswith(tuple(f"{part}." for part in classifiers)) or name in dict(net.named_buffers())
+
+
+def _check_head(model: ReIDModel, found: Checkpoint, source: str) -> None:
+    """Pooling, neck and stem of a whole Re-ID network must be those of ``model``."""
+    if not found.whole:
+        return
+    gem = "pooling.p" in found.tensors
     if gem != ("pooling.p" in model.state_dict()):
         rule = "be 'gem'" if gem else "not be 'gem'"
         raise ValueError(f"load_weights: pooling of the model must {rule} for {source}, got {model.pooling}")
-    if stem_relu is not None and hasattr(model.backbone, "relu"):
-        has_relu = isinstance(model.backbone.relu, nn.ReLU)
-        if has_relu != stem_relu:
-            raise ValueError(f"load_weights: stem_relu must be {stem_relu} for {source}, got {has_relu}")
+    neck = [f"bnneck.{part}" for part in ("weight", "running_mean", "running_var")]
+    if 0 < sum(name in found.tensors for name in neck) < len(neck):
+        lost = ", ".join(name for name in neck if name not in found.tensors)
+        raise ValueError(f"load_weights: weights must hold the whole neck or none, got {source}, which lacks {lost}")
+    if not hasattr(model.backbone, "relu"):
+        return
+    has_relu = isinstance(model.backbone.relu, nn.ReLU)
+    if found.stem_relu is not None and has_relu != found.stem_relu:
+        raise ValueError(f"load_weights: stem_relu must be {found.stem_relu} for {source}, got {has_relu}")
+    if found.strong_baseline and has_relu:
+        warnings.warn(
+            f"load_weights: {source} has the names of reid-strong-baseline, whose ResNets have no ReLU after the stem; "
+            "if it comes from there, stem_relu must be False",
+            stacklevel=3,
+        )
 
 
 def imagenet_file(arch: str, version: str = "imagenet") -> Path:

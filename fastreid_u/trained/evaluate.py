@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastreid_u._checks import require_choice
-from fastreid_u.engine.arguments import stored_root
+from fastreid_u._default_device import on_cpu
+from fastreid_u.engine.arguments import stored_method, stored_root
 from fastreid_u.engine.card import metric_block
 from fastreid_u.engine.device import Machine, pick_device, uses_bfloat16
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.evaluate import SplitImages, evaluate_split, test_split
 from fastreid_u.engine.folder import RunFolder
 from fastreid_u.ops.rerank import STYLES
-from fastreid_u.trained.model import load_model, reading_of, refuse_import, run_path
+from fastreid_u.trained.model import load_model, reading_of, run_path
 
 if TYPE_CHECKING:
     from fastreid_u.data import ReIDDataset
 
 
+@on_cpu()
 def evaluate(
     run: str | os.PathLike,
     dataset: "str | os.PathLike | ReIDDataset | None" = None,
@@ -35,6 +37,8 @@ def evaluate(
     ignore_cameras: bool | None = None,
     batch_size: int | None = None,
     workers: int = 4,
+    worker_start: str | None = None,
+    truncated_images: bool | None = None,
     device: str | torch.device | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -52,7 +56,8 @@ def evaluate(
             k2 = 6 and lambda = 0.3, in 4 Q G bytes and its time. Published figures are without, unless they say so.
         ignore_cameras: rank images of the query's own camera too; default as the run did in training.
         batch_size: images per batch; changes speed, and figures in the last bits.
-        which, workers, device, quiet: as for ``train`` and ``load_model``.
+        truncated_images: use images whose file ends early, as far as they go; default as in training.
+        which, workers, worker_start, device, quiet: as for ``train`` and ``load_model``.
 
     Raises:
         ValueError: the data set has neither a query/gallery split nor known identities, or no query has a match; there
@@ -89,7 +94,10 @@ def evaluate(
     if rerank is not None and split.queries is None:
         raise ValueError(f"evaluate: dataset must have a query/gallery split to be re-ranked, got {dataset.root}")
     machine = Machine(device, uses_bfloat16(config["amp"], device), display)
-    images = SplitImages(replace(split, style=rerank), reading_of(config, batch_size, workers), machine)
+    reading = reading_of(
+        config, batch_size=batch_size, workers=workers, worker_start=worker_start, truncated=truncated_images
+    )
+    images = SplitImages(replace(split, style=rerank), reading, machine)
     with closing(images), display.hearing_warnings():
         metrics = evaluate_split(model, images, config["ap"] if ap is None else ap)
     if not metrics["queries"]:
@@ -115,7 +123,7 @@ def _own_dataset(
             f"evaluate: dataset must be given for a model file outside its run's folder, got none for {run}"
         )
     stored = folder.settings("evaluate")
-    refuse_import("evaluate", folder.config, stored["run"]["method"])
+    stored_method("evaluate", folder.config, stored["run"]["method"], to_train=False)
     name, options = stored["run"]["dataset"], stored["data"]
     known = known_name(name)
     if known is None and not os.path.isabs(name):  # empty for a ready ReIDDataset
