@@ -3,22 +3,16 @@
 
 import unicodedata
 
-_BIDIRECTIONAL = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-
 
 def visible(text: str) -> str:
-    """``text`` with line breaks, control characters and marks of writing direction as backslash escapes.
+    """``text`` with all that does not print as backslash escapes.
+
+    That is line breaks, control characters, marks of writing direction and bytes of a name that are no text.
 
     >>> print(visible("a\\n\\x1b[2Jb.jpg"))
     a\\n\\x1b[2Jb.jpg
     """
-    return "".join(_escaped(char) if _acts(char) else char for char in text)
-
-
-def _acts(char: str) -> bool:
-    """Whether a terminal does something else than to show ``char``."""
-    return char in _BIDIRECTIONAL or unicodedata.category(char) in ("Cc", "Zl", "Zp")
-
-
-def _escaped(char: str) -> str:
-    return char.encode("unicode_escape").decode("ascii")
+    if text.isprintable():
+        return text
+    plain = (c.isprintable() or unicodedata.category(c) == "Zs" for c in text)
+    return "".join(c if ok else c.encode("unicode_escape").decode("ascii") for c, ok in zip(text, plain, strict=True))

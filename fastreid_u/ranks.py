@@ -18,6 +18,9 @@ from torch import Tensor
 
 from fastreid_u._checks import as_tensor
 
+# What checks and computations raise, out of memory included; the other ranks have to hear of it.
+FAULTS = (TypeError, ValueError, LookupError, RuntimeError, MemoryError)
+
 
 def world_size() -> int:
     """How many ranks there are; 1 where torch.distributed is not initialised."""
@@ -71,7 +74,7 @@ def agreed_lengths(op: str, make: Callable[[], Sequence[Tensor]]) -> tuple[Seque
     try:
         tensors = make()
         forms = [_form(op, tensor) for tensor in tensors]
-    except Exception as error:  # raised again as soon as the other ranks have heard of it
+    except FAULTS as error:  # raised again as soon as the other ranks have heard of it
         fault, forms = error, []
     found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, (fault and f"{type(fault).__name__}: {fault}", forms))

@@ -2,11 +2,12 @@
 """Finding folders and images on disk, and saying what was missing."""
 
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from fastreid_u._text import visible
 
 # Every name that Pillow gives the formats of data/images.py, so that a folder reads what a list of files reads.
 IMAGE_SUFFIXES = (
@@ -42,11 +43,7 @@ def plain_name(name: str) -> str:
 
 def shown(path: str | os.PathLike) -> str:
     """``path`` for messages: characters that steer a terminal, line breaks among them, become escapes."""
-    text = os.fspath(path)
-    if text.isprintable():
-        return text
-    plain = (c.isprintable() or unicodedata.category(c) == "Zs" for c in text)
-    return "".join(c if ok else ascii(c)[1:-1] for c, ok in zip(text, plain, strict=True))
+    return visible(os.fspath(path))
 
 
 class Listing(NamedTuple):

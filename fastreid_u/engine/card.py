@@ -15,6 +15,7 @@ from fastreid_u.recipe import Recipe
 _MACHINE = {
     "compat",
     "workers",
+    "worker_start",
     "cache_images",
     "channels_last",
     "print_freq",

@@ -25,7 +25,7 @@ from torch import Tensor
 from fastreid_u.ops.k_reciprocal import index_array
 from fastreid_u.ops.knn import knn as nearest_neighbours
 from fastreid_u.ops.knn import own_first
-from fastreid_u.ranks import Ranks, bits_of
+from fastreid_u.ranks import FAULTS, Ranks, bits_of
 
 
 class LabelStep(NamedTuple):
@@ -56,7 +56,7 @@ def agreed(check: Callable[[], tuple[LabelStep, bool]], ranks: Ranks) -> tuple[L
     try:
         found = check()
         seen = _seen(found[0])
-    except Exception as fault:  # raised again as soon as the other ranks have heard of it
+    except FAULTS as fault:  # raised again as soon as the other ranks have heard of it
         error = fault
     ranks.agree(error, seen)
     return found

@@ -95,7 +95,7 @@ def test_no_readable_image_at_all_is_named_before_batchnorm_is_calibrated(world,
         damage(world / sample.path, "text")
     with pytest.raises(TooManyBadImages, match=rf"{len(dataset.train)} of {len(dataset.train)} images") as stop:
         fastreid_u.train(dataset, logs_dir=tmp_path / "run", quiet=True, calibrate_bn=3, **SETTINGS)
-    assert dataset.train[0].path in str(stop.value)
+    assert str(stop.value).count(": not an image") == 10
 
 
 def test_without_query_and_gallery_a_bad_image_is_named_once(world, tmp_path):
@@ -114,7 +114,8 @@ def test_without_query_and_gallery_a_bad_image_is_named_once(world, tmp_path):
 
 def test_files_that_end_early_are_used_on_request(world, tmp_path):
     dataset = load_dataset("market1501", world)
-    damage(world / dataset.train[5].path, "truncated")
+    path = world / dataset.train[5].path
+    path.write_bytes(path.read_bytes()[:-20])
     settings = SETTINGS | {"epochs": 1, "truncated_images": True}
     run = fastreid_u.train(dataset, logs_dir=tmp_path / "run", **settings)
     assert dataset.train[5].path not in (run.folder / "log.txt").read_text()
