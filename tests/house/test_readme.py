@@ -112,7 +112,9 @@ def test_python_snippets(crops, monkeypatch):
     assert len(snippets) == 2
     run: dict = {}
     exec(snippets[0], run)
-    assert run["features"].shape == (72, run["model"].num_features)
+    count = len(list((crops / "path" / "to" / "crops").glob("*.jpg")))
+    assert run["features"].shape == (count, run["model"].num_features)
+    assert count == 48
     assert not run["unreadable"]
 
     pieces = {"fastreid_u": fastreid_u, "features": features, "batch_labels": torch.arange(4).repeat_interleave(4)}
