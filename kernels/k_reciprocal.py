@@ -225,6 +225,7 @@ def k_reciprocal(
     compat: bool = False,
     half: int | None = None,
     measure=None,
+    averaged: torch.Tensor | None = None,
     fixed: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """Encode every row of ``x``.
@@ -239,6 +240,8 @@ def k_reciprocal(
         half: entries of the half lists, at most k1; round-half-even(k1 / 2) + 1 if None.
         measure: a function; ``measure(row, col)``, both (pairs,) int64, gives the float64 distances that weights are
             made of, in place of those of ``x``.
+        averaged: (N, k2) int32 or int64, the rows that query expansion sums. If None, the first of ``index``, of copies
+            among the rows of ``x`` those of the copy of the lowest index; with ``measure`` always the row's own.
         fixed: integers; if not, the published arithmetic: distances are summed in float64 and rounded once, weights and
             all further sums, those of a softmax by column and those of query expansion by rank, are float32.
 
@@ -269,7 +272,8 @@ def k_reciprocal(
         crow, col, mass = _encode(x, lists[:, :k1].contiguous(), half, scale, compat, measure)
         if k2 > 1:
             expand = _expand_query if fixed else _average_rows
-            averaged = lists if measure else lists[_first_copies(x, lists)]
+            if averaged is None:
+                averaged = lists if measure else lists[_first_copies(x, lists)]
             crow, col, mass = expand(crow, col, mass, averaged[:, :k2])
     return crow, col, mass, k2 << bits(k2) if fixed else 1
 

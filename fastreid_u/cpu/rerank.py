@@ -79,7 +79,7 @@ def encode(
     ranking: np.ndarray,
     k: int,
     half: int,
-    k2: int,
+    averaged: np.ndarray,
     num_query: int,
     measure: Callable[[np.ndarray, np.ndarray], np.ndarray],
     threads: int,
@@ -87,10 +87,10 @@ def encode(
     """Encode n images of which the first ``num_query`` are queries.
 
     Args:
-        ranking: (n, at least k, half and k2) int32, nearest first, no repeats in a row.
+        ranking: (n, at least k and half) int32, nearest first, no repeats in a row.
         k: entries of the full lists.
         half: entries of the half lists, at most k.
-        k2: rows added up in query expansion; 1 turns it off.
+        averaged: (n, k2) int32, the rows that query expansion adds up, alike for copies; a k2 of 1 turns it off.
         num_query: at least 1 and less than n.
         measure: ``measure(row, column)`` gives the float64 distances of pairs, int64 both; weights are softmax of minus
             them.
@@ -99,7 +99,7 @@ def encode(
     Memory: 8 bytes an entry of the encoding and 8 more for its inverted lists; 20 bytes an entry of the sets before
     query expansion; n k.
     """
-    n, lists = len(ranking), np.ascontiguousarray(ranking[:, :k])
+    n, k2, lists = len(ranking), averaged.shape[1], np.ascontiguousarray(ranking[:, :k])
     mutual = mutual_neighbours(lists, half, threads)
     indptr, column, _ = Rows.put_together(over_rows(_collect_sets, n, threads, lists, half, mutual))
     row = np.repeat(np.arange(n), np.diff(indptr))
@@ -109,8 +109,7 @@ def encode(
     over_rows(_weigh, n, threads, indptr, distance, 1 << bits(k2), mass)
     rows = Rows(indptr, column, mass)
     if k2 > 1:
-        nearest = np.ascontiguousarray(ranking[:, :k2])
-        rows = average_rows(rows, nearest, k2, threads)
+        rows = average_rows(rows, np.ascontiguousarray(averaged), k2, threads)
 
     start, holder, list_mass = invert(rows, rows.indptr[1:], num_query)
     return InvertedRows(rows, start, holder - num_query, list_mass, row_weight(k2))

@@ -6,7 +6,8 @@ by its maximum. Nothing but that maximum needs all pairs: it is found in one pas
 single distance or block of rows can be had without the rest. Three sources offer the same:
 
     num_query, device
-    ranking(k)               (n, k) int64: nearest first, of equal ones the row itself, then the lower index
+    ranking(k)               (n, k) int64, twice: nearest first, of equal ones the row itself, then the lower index; and
+                             of equal ones the lower index, the row itself no exception, which copies have in common
     pairs(row, column)       float64: these pairs
     to_gallery(first, last)  (last - first, G) float64: these queries against the gallery
 """
@@ -44,8 +45,14 @@ class FromFeatures:
         self.norm = torch.cat([rows.square().sum(dim=1) for rows in self._tiles(0)])
         self.scale = self._scale()
 
-    def ranking(self, k: int) -> Tensor:
-        return self.search(self.x, k)[1]
+    def ranking(self, k: int) -> tuple[Tensor, Tensor]:
+        sq_dist, index = self.search(self.x, k)
+        if k == 1:
+            return index, index
+        # of copies, the one of the lowest index has none before it: its list is by index, and it is the list of all
+        own = torch.arange(len(index), device=index.device)
+        first = torch.where(sq_dist[:, 1] == 0, torch.minimum(index[:, 1], own), own)
+        return index, index[first]
 
     def pairs(self, row: Tensor, column: Tensor) -> Tensor:
         return (self._sq_dist(row, column) * self.scale[row]) ** self.power
@@ -121,17 +128,20 @@ class FromMatrices:
         self.largest = torch.cat([block.amax(dim=1) for _, block in self._blocks()])
         self.largest.masked_fill_(self.largest <= 0, 1)
 
-    def ranking(self, k: int) -> Tensor:
+    def ranking(self, k: int) -> tuple[Tensor, Tensor]:
         found = []
         for first, block in self._blocks():
             block /= self.largest[first : first + len(block), None]
             key = ordered_bits(block) << 32  # one integer a pair; the row itself is number 0
             key += torch.arange(1, key.shape[1] + 1, device=key.device)
             own = torch.arange(len(block), device=key.device)
-            key[own, first + own] &= ~0xFFFFFFFF
-            number = key.topk(k, largest=False).values & 0xFFFFFFFF
-            found.append(torch.where(number == 0, first + own[:, None], number - 1))
-        return torch.cat(found)
+            own_key = key[own, first + own][:, None]
+            by_index = key.topk(k, largest=False).values
+            others = by_index.masked_fill(by_index == own_key, torch.iinfo(key.dtype).max)
+            own_first = torch.cat([own_key & ~0xFFFFFFFF, others], dim=1).sort(dim=1).values[:, :k] & 0xFFFFFFFF
+            own_first = torch.where(own_first == 0, first + own[:, None], own_first - 1)
+            found.append((own_first, (by_index & 0xFFFFFFFF) - 1))
+        return tuple(map(torch.cat, zip(*found, strict=True)))
 
     def pairs(self, row: Tensor, column: Tensor) -> Tensor:
         queries = self.num_query

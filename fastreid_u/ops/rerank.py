@@ -84,9 +84,14 @@ def rerank(
     (Q + G)^2 bytes. Time goes into two products of matrices, one to find neighbours, one in float64 for the maxima.
 
     Counts beyond the number of images are clipped with a warning. Equal distances rank the image itself first, then by
-    index. Rows of zeros have no direction: under "cosine" they are at 1 from all others and at 0 from each other.
-    Overlaps are integers, exact for the encoding, so the result does not depend on threads or atomics; it is within
-    2e-6 of the published float32. Not differentiable. Zhong et al., CVPR 2017; Open-ReID, torchreid, fast-reid and
+    index; query expansion takes them by index alone. So copies (equal rows of features; with ``distmats`` equal columns
+    of q_q or g_g and equal rows or columns of q_g beside them) have one result for ``k2`` of 2 and more, in any order
+    of the rows, and a Jaccard distance of 0. It is above 0 only where ``distmats`` leave one of the k2 images averaged
+    without a reciprocal neighbour, itself included. What is mixed in is equal within the rounding of float64 products.
+
+    Rows of zeros have no direction: under "cosine" they are at 1 from all others and at 0 from each other. Overlaps are
+    integers, exact for the encoding, so the result does not depend on threads or atomics; it is within 2e-6 of the
+    published float32. Not differentiable. Zhong et al., CVPR 2017; Open-ReID, torchreid, fast-reid and
     OpenUnReID for the rules that go by ``style``.
     """
     op = "rerank"
@@ -136,12 +141,12 @@ def _numba(
 
     source, threads = _source(query, gallery, style=style, backend="numba", **given), torch.get_num_threads()
     full = full_list(k1, style)
-    ranking = source.ranking(max(full, k2)).numpy().astype(np.int32)
+    ranking, by_index = (lists.numpy().astype(np.int32) for lists in source.ranking(max(full, k2)))
     encoding = cpu.encode(
         ranking,
         full,
         half_list(k1),
-        k2,
+        by_index[:, :k2],
         source.num_query,
         lambda row, column: source.pairs(*map(torch.from_numpy, (row, column))).numpy(),
         threads,
@@ -170,8 +175,10 @@ def _triton(
 
     source = _source(query, gallery, style=style, backend="triton", **given)
     full = full_list(k1, style)
-    ranking = source.ranking(max(full, k2))
-    *rows, weight = k_reciprocal(None, ranking, full, k2, half=half_list(k1), measure=source.pairs)
+    ranking, by_index = source.ranking(max(full, k2))
+    *rows, weight = k_reciprocal(
+        None, ranking, full, k2, half=half_list(k1), measure=source.pairs, averaged=by_index[:, :k2]
+    )
     size = len(ranking) - source.num_query
     inverted = kernel.invert(*rows, source.num_query)
 

@@ -33,7 +33,7 @@ def rerank(
     "original" is the incoming distance, with "openreid" squared again, divided by the largest of its column; lists hold
     k1 + 1 entries, self included; weights are exp(-original) over the expanded reciprocal set. With "clustering" it is
     the distance as it is, and the Jaccard distance that of the clustering code. Ties rank the row itself first, then by
-    index. Takes 20 (Q + G)^2 bytes.
+    index; query expansion takes them by index alone, so that copies average the same rows. Takes 20 (Q + G)^2 bytes.
     """
     if distmats is None:
         query, gallery = working_dtype(query), working_dtype(gallery)
@@ -70,13 +70,13 @@ def _rerank(
 
     n = len(original)
     k1, k2 = min(k1, n - 1), min(k2, n)
-    ranking = np.stack([_ranked(row, i)[: max(k1 + 1, k2)] for i, row in enumerate(original)])
+    ranking = np.stack([_ranked(row, i)[: k1 + 1] for i, row in enumerate(original)])
     v = np.zeros_like(original)
     for i, members in enumerate(reciprocal_sets(ranking, k1 + 1, int(np.around(k1 / 2)) + 1)):
         weight = np.exp(-original[i, members])
         v[i, members] = weight / weight.sum()
     if k2 != 1:
-        v = expand_query(v, ranking, k2)
+        v = expand_query(v, np.stack([row.argsort(kind="stable")[:k2] for row in original]), k2)
 
     jaccard = np.stack([to_distance(mass[num_query:]) for mass in shared_mass(v, range(num_query))])
     mix = original.dtype.type(lambda_value)

@@ -71,15 +71,22 @@ def test_encoding_is_the_cpus(clustered, k, half, k2):
     """Bit for bit: counts, columns and integers, with half lists and distances of the caller's."""
     x = clustered(30, 9)
     source = FromFeatures(x[:12], x[12:], "sqeuclidean", reference_knn.knn)
-    ranking = source.ranking(max(k, k2))
+    ranking, by_index = source.ranking(max(k, k2))
     crow, col, mass, weight = k_reciprocal.k_reciprocal(
-        None, ranking.to(DEVICE), k, k2, half=half, measure=lambda i, j: source.pairs(i.cpu(), j.cpu()).to(DEVICE)
+        None,
+        ranking.to(DEVICE),
+        k,
+        k2,
+        half=half,
+        measure=lambda i, j: source.pairs(i.cpu(), j.cpu()).to(DEVICE),
+        averaged=by_index[:, :k2].to(DEVICE),
     )
 
     def measure(i, j):
         return source.pairs(torch.from_numpy(i), torch.from_numpy(j)).numpy()
 
-    encoding = cpu.encode(ranking.numpy().astype(np.int32), k, half, k2, 12, measure, 1)
+    ranking, by_index = (lists.numpy().astype(np.int32) for lists in (ranking, by_index))
+    encoding = cpu.encode(ranking, k, half, by_index[:, :k2], 12, measure, 1)
     cpu_rows.sort_rows(encoding.rows, np.arange(30, dtype=np.int32), 1)
     for found, expected in zip((crow, col, mass), encoding.rows, strict=True):
         np.testing.assert_array_equal(found.cpu().numpy(), expected)
