@@ -5,16 +5,16 @@ import argparse
 import os
 from pathlib import Path
 
+from fastreid_u.cli.network import add_network_options, run_or_weights
+
 
 def extract(words: list[str]) -> None:
     """Write the features of a folder of crops to a NumPy .npz file."""
     parser = argparse.ArgumentParser(prog="fastreid-u extract", description=extract.__doc__)
-    parser.add_argument("run", help="run folder or model_*.safetensors")
+    add_network_options(parser)
     parser.add_argument("images", help="folder of crops (every image below it), image, CSV, or a known set")
     parser.add_argument("--out", type=Path, default=Path("features.npz"), help="arrays: features (N, D), paths (N,)")
-    parser.add_argument("--which", choices=("last", "best"), default="last", help="default: last")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default a GPU if there is one)")
-    given = parser.parse_args(words)
+    given = vars(parser.parse_args(words))
 
     import numpy as np
 
@@ -22,8 +22,8 @@ def extract(words: list[str]) -> None:
     from fastreid_u.engine.display import Display
     from fastreid_u.trained import extract as trained
 
-    out = _writable(given.out)
-    result = trained.extract(given.run, given.images, which=given.which, device=given.device, quiet=False)
+    out = _writable(given.pop("out"))
+    result = trained.extract(run_or_weights(given), given.pop("images"), **given, quiet=False)
     arrays = {"features": result.features.cpu().numpy(), "paths": np.array(result.paths)}
 
     def write(partial: Path) -> None:

@@ -66,16 +66,21 @@ def read_rgb(path: str | os.PathLike) -> Image.Image:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for a writer
             raise BadImage(path, "not a file")
         with Image.open(path, formats=_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise BadImage(path, f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-            image.load()
-            if image.getexif().get(_ORIENTATION, 1) != 1:
-                image = ImageOps.exif_transpose(image)
-            return _to_rgb(path, image)
+            return upright_rgb(path, image)
     except BadImage:
         raise
     except _DECODE_ERRORS as error:
         raise BadImage(path, _reason(path, error)) from error
+
+
+def upright_rgb(path: str, image: Image.Image) -> Image.Image:
+    """What ``read_rgb`` does with an opened ``image``; ``path`` names it in the error, and the decoder's own pass."""
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage(path, f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+    image.load()
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    return _to_rgb(path, image)
 
 
 def _to_rgb(path: str, image: Image.Image) -> Image.Image:
@@ -107,7 +112,11 @@ def _reason(path: str, error: BaseException) -> str:
 
 def read_pixels(path: str | os.PathLike, height: int, width: int) -> torch.Tensor:
     """Decode and resize: (3, height, width) uint8, bicubic as Pillow computes it (the published pipelines do)."""
-    image = read_rgb(path)
+    return resized_pixels(read_rgb(path), height, width)
+
+
+def resized_pixels(image: Image.Image, height: int, width: int) -> torch.Tensor:
+    """An RGB image as (3, height, width) uint8; see ``read_pixels``."""
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

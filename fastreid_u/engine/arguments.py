@@ -14,6 +14,7 @@ import torch
 
 from fastreid_u._toml import plain
 from fastreid_u.config import Config
+from fastreid_u.engine.network_settings import fitted_to_network
 from fastreid_u.recipe import Recipe
 from fastreid_u.recipes import get_method, methods
 
@@ -124,6 +125,7 @@ def experiment_of(arguments: Arguments, stored: Mapping[str, Any] | None = None)
         overrides["source"] = absolute_name("source", overrides["source"], root)
     if stored is None:
         config = recipe_class.Config.for_dataset(dataset.name if ready else name, **overrides)
+        config = fitted_to_network(config, overrides)
     else:
         config = _resumed_config(stored, recipe_class, overrides)
 

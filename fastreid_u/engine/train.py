@@ -18,6 +18,7 @@ from fastreid_u.engine.device import Machine, pick_device, uses_bfloat16
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.folder import RunFolder, settings_text
 from fastreid_u.engine.loop import run_epochs
+from fastreid_u.engine.network_settings import pixel_warning
 from fastreid_u.engine.records import Records
 from fastreid_u.engine.session import Session, build_network, open_session, restore, start_networks
 from fastreid_u.recipe import Recipe
@@ -158,7 +159,8 @@ def _introduce(session: Session, model: "ReIDModel", experiment: Experiment) -> 
     selects = model_selection(recipe, session.test.split if session.test else None)
     name, device = experiment.name or datasets.target.name, str(session.machine.device)
     card = RecipeCard(type(recipe), recipe.config, name, model.describe(), recipe.labels.describe(), device, selects)
-    for line in [*card.lines(), f"  run folder  {session.folder}", ""]:
+    unlike = pixel_warning(recipe.config)
+    for line in [*card.lines(), f"  run folder  {session.folder}", *([unlike] if unlike else []), ""]:
         display.line(line)
 
 

@@ -10,35 +10,41 @@ import torch
 
 from fastreid_u.engine.arguments import stored_root
 from fastreid_u.engine.card import metric_block
-from fastreid_u.engine.device import Machine, pick_device, uses_bfloat16
+from fastreid_u.engine.device import Machine, default_device_cpu, pick_device, uses_bfloat16
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.evaluate import SplitImages, evaluate_split, test_split
 from fastreid_u.engine.folder import RunFolder
-from fastreid_u.trained.model import load_model, reading_of, refuse_import, run_path
+from fastreid_u.engine.image_set import Reading
+from fastreid_u.trained.model import Choice, network_and_config, reading_of, refuse_import, run_path
 
 if TYPE_CHECKING:
     from fastreid_u.data import ReIDDataset
+    from fastreid_u.models import ReIDModel
 
 
 def evaluate(
-    run: str | os.PathLike,
+    run: str | os.PathLike | None,
     dataset: "str | os.PathLike | ReIDDataset | None" = None,
     *,
+    arch: str | None = None,
     root: str | os.PathLike | None = None,
     data: Mapping[str, Any] | None = None,
     which: str = "last",
     ap: str | None = None,
+    amp: str | None = None,
     batch_size: int | None = None,
     workers: int = 4,
     device: str | torch.device | None = None,
     quiet: bool = False,
+    **settings: Any,
 ) -> dict[str, Any]:
     """mAP, mINP and CMC of a trained network, printed and returned as fractions.
 
     Precision, batch size and formula are the run's own, so on a CPU the figures of an epoch come out again exactly.
 
     Args:
-        run: run folder or model file.
+        run: run folder or model file; with ``arch``, what ``train`` takes as ``weights``.
+        arch, amp, **settings: as for ``extract``: a network without a run, and the precision.
         dataset: as for ``train``; default the set that the network was trained on, where the run's folder knows it.
         root: as for ``train``; with the default ``dataset``, the place where the run found it.
         data: the reader's options; with the default ``dataset`` they change the run's own.
@@ -57,21 +63,28 @@ def evaluate(
         raise TypeError(f"evaluate: data must be a mapping of the reader's options, got {data!r}")
     if isinstance(dataset, ReIDDataset) and (data or root is not None):
         raise ValueError(f"evaluate: root and data must be left out with a ready dataset, got {root!r} and {data!r}")
-    device = pick_device("evaluate", device)
-    model, about = load_model(run, which=which, device=device)
-    config = about["config"]
-    if dataset is None:
-        dataset, root, data = _own_dataset(run, root, data)
-    if not isinstance(dataset, ReIDDataset):
-        dataset = load_dataset(dataset, root, **dict(data or {}))
-    display = Display(quiet=quiet)
+    with default_device_cpu():
+        device = pick_device("evaluate", device)
+        model, config = network_and_config("evaluate", run, Choice(arch, settings, which, amp), device)
+        if dataset is None and arch is not None:
+            raise ValueError("evaluate: dataset must be given for a network without a run, got None")
+        if dataset is None:
+            dataset, root, data = _own_dataset(run, root, data)
+        if not isinstance(dataset, ReIDDataset):
+            dataset = load_dataset(dataset, root, **dict(data or {}))
+        machine = Machine(device, uses_bfloat16(config["amp"], device), Display(quiet=quiet))
+        reading = reading_of(config, batch_size, workers)
+        return _ranked(model, dataset, machine, reading, config["ap"] if ap is None else ap)
+
+
+def _ranked(model: "ReIDModel", dataset: "ReIDDataset", machine: Machine, reading: Reading, ap: str) -> dict[str, Any]:
+    display = machine.display
     split = test_split(dataset, display)
     if split is None:
         raise ValueError(f"evaluate: dataset must have a query/gallery split or known identities, got {dataset.root}")
-    machine = Machine(device, uses_bfloat16(config["amp"], device), display)
-    images = SplitImages(split, reading_of(config, batch_size, workers), machine)
+    images = SplitImages(split, reading, machine)
     with closing(images), display.hearing_warnings():
-        metrics = evaluate_split(model, images, config["ap"] if ap is None else ap)
+        metrics = evaluate_split(model, images, ap)
     if not metrics["queries"]:
         elsewhere = " in another camera" if split.has_cameras else ""
         raise ValueError(f"evaluate: dataset must hold a query with a match{elsewhere}, got none in {dataset.root}")

@@ -2,20 +2,24 @@
 """A trained network gives features of any images."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastreid_u.engine.device import Machine, pick_device, uses_bfloat16
+from fastreid_u.engine.device import Machine, default_device_cpu, pick_device, uses_bfloat16
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.image_set import ImageSet
-from fastreid_u.trained.model import load_model, reading_of
+from fastreid_u.trained.crops import lies_in_memory, listed, rgb_image
+from fastreid_u.trained.model import Choice, network_and_config, reading_of
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from fastreid_u.data import Sample
 
 
@@ -28,51 +32,70 @@ class Extracted(NamedTuple):
 
 
 def extract(
-    run: str | os.PathLike,
-    images: str | os.PathLike | Sequence[str | os.PathLike],
+    run: str | os.PathLike | None,
+    images: Any,
     *,
+    arch: str | None = None,
     which: str = "last",
+    amp: str | None = None,
     batch_size: int | None = None,
     workers: int = 4,
     device: str | torch.device | None = None,
     quiet: bool = True,
+    **settings: Any,
 ) -> Extracted:
     """Unit features of images, in the precision that the network was trained in.
 
     Args:
-        run: run folder or model file.
+        run: run folder or model file; with ``arch``, what ``train`` takes as ``weights``.
+        arch: a network without a run: the name that ``train`` takes.
         images: a folder (every image below it, sorted by path, whatever its sub-folders are called), an image file, a
-            CSV file or the name of a known set (train, query and gallery in turn, without junk), or a list of files.
+            CSV file or the name of a known set (train, query and gallery in turn, without junk), or a list of files. Or
+            crops in memory, one or a list, also mixed with files: uint8 arrays (H, W, 3) or tensors (3, H, W) in the
+            order red, green, blue, grey ones (H, W), batches of one size, PIL images. They give the bits that a
+            lossless file of them gives, are called "images[0]", ... in ``paths``, and take 3 * height * width bytes
+            each; one process reads the files beside them.
+        amp: "off", "bf16" or "auto" in place of the run's own. In bfloat16 features differ in the third digit.
         batch_size: images per batch, default the run's own; changes speed, and features in the last bits.
         which, workers, device, quiet: as for ``train`` and ``load_model``.
+        **settings: with ``arch``, the settings of ``train`` that the network and its images have: height, width,
+            pooling_type, stem_relu, pixel_norm, channels_last.
 
     Returns:
         ``Extracted``: features (N, D) float32 on ``device``, the N paths in the same order, and unreadable images.
 
     Raises:
-        ValueError: no image, or none that can be read.
+        ValueError: no image, or none that can be read, or a crop of another shape.
+        TypeError: a crop of another dtype than uint8.
         FileNotFoundError: no such run or images.
     """
-    device = pick_device("extract", device)
-    samples = _samples(images)
-    if not samples:
-        raise ValueError(f"extract: images must name at least one file, got none in {images!r}")
-    model, about = load_model(run, which=which, device=device)
-    config = about["config"]
-    display = Display(quiet=quiet)
-    machine = Machine(device, uses_bfloat16(config["amp"], device), display)
-    wanted = ImageSet(samples, reading_of(config, batch_size, workers), machine, bad_share=1.0)
-    with closing(wanted), display.hearing_warnings():
-        features = wanted.features(model)
+    with default_device_cpu():
+        device = pick_device("extract", device)
+        samples, crops = _samples(images)
+        if not samples:
+            raise ValueError(f"extract: images must name at least one file, got none in {images!r}")
+        model, config = network_and_config("extract", run, Choice(arch, settings, which, amp), device)
+        display = Display(quiet=quiet)
+        machine = Machine(device, uses_bfloat16(config["amp"], device), display)
+        reading = reading_of(config, batch_size, 0 if crops else workers)
+        wanted = ImageSet(samples, replace(reading, cache=bool(crops)), machine, bad_share=1.0)
+        for number, crop in crops.items():
+            wanted.plain.cache.put(number, crop)
+        with closing(wanted), display.hearing_warnings():
+            features = wanted.features(model)
     return Extracted(features, [sample.path for sample in samples], wanted.bad.reasons)
 
 
-def _samples(images: str | os.PathLike | Sequence[str | os.PathLike]) -> "tuple[Sample, ...]":
-    """What ``images`` names. A folder's is not read as a data set, which leaves out images that are in no split."""
+def _samples(images: Any) -> "tuple[tuple[Sample, ...], dict[int, Image]]":
+    """What ``images`` names, and those that lie in memory, by their number.
+
+    A folder is not read as a data set, which leaves out images that are in no split.
+    """
     from fastreid_u.data import Sample, known_name, load_dataset
     from fastreid_u.data.catalogue import data_root
     from fastreid_u.data.locate import IMAGE_SUFFIXES, list_images
 
+    images = listed(images)
     if isinstance(images, str | os.PathLike):
         path = Path(images).expanduser()
         if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
@@ -82,7 +105,15 @@ def _samples(images: str | os.PathLike | Sequence[str | os.PathLike]) -> "tuple[
             images = images if folder is None else list_images(folder, recursive=True)
     if isinstance(images, str | os.PathLike):
         reid = load_dataset(os.fspath(images))
-        return reid.train + reid.query + reid.gallery
+        return reid.train + reid.query + reid.gallery, {}
     if not isinstance(images, Iterable):
-        raise TypeError(f"extract: images must be a folder, a CSV file, a known set or a list of files, got {images!r}")
-    return tuple(Sample(os.fspath(path), -1, 0) for path in images)
+        raise TypeError(f"extract: images must be a folder, a CSV file, a known set, or files or crops, got {images!r}")
+    samples, crops = [], {}
+    for number, item in enumerate(images):
+        name = f"images[{number}]"
+        if lies_in_memory(item):
+            crops[number] = rgb_image(item, name)
+        elif not isinstance(item, str | os.PathLike):
+            raise TypeError(f"extract: {name} must be a path, an array, a tensor or a PIL image, got {item!r}")
+        samples.append(Sample(name if number in crops else os.fspath(item), -1, 0))
+    return tuple(samples), crops
