@@ -124,9 +124,7 @@ class Config:
     )
 
     # batches
-    batch_size: int = option(
-        256, "images per step; BatchNorm needs two", source=LINEAGE, flags=("-b",), rule=at_least(2)
-    )
+    batch_size: int = option(256, "images per step", source=LINEAGE, flags=("-b",), rule=at_least(2))
     num_instances: int = option(16, "images per cluster in a batch", source=LINEAGE, rule=at_least(1))
     no_cam: bool = option(False, "draw a cluster's images without regard to cameras", source=LINEAGE)
 
