@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from fastreid_u.ops.centroids import cluster_centroids, proxy_centroids
     from fastreid_u.ops.cluster_nce import cluster_nce
     from fastreid_u.ops.cosine_align import cosine_align
-    from fastreid_u.ops.dbscan import DBSCAN, dbscan
+    from fastreid_u.ops.dbscan import dbscan
+    from fastreid_u.ops.dbscan_estimator import DBSCAN
     from fastreid_u.ops.ema_update import ema_update_
     from fastreid_u.ops.infomap_labels import infomap_labels
     from fastreid_u.ops.jaccard import jaccard_distance, jaccard_graph
@@ -57,7 +58,7 @@ _HOME = {
     "jaccard_graph": "ops.jaccard",
     "jaccard_distance": "ops.jaccard",
     "dbscan": "ops.dbscan",
-    "DBSCAN": "ops.dbscan",
+    "DBSCAN": "ops.dbscan_estimator",
     "pseudo_labels": "ops.pseudo_labels",
     "infomap_labels": "ops.infomap_labels",
     "reliable_clusters": "ops.reliable_clusters",

@@ -17,18 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_LONGEST = 2.0**63
+
 
 def as_tensor(op: str, name: str, x: object) -> Tensor:
     """Return ``x`` as a tensor on its own device, sharing memory where it can.
 
     Takes torch tensors, NumPy arrays, anything with ``__dlpack__`` (CuPy, JAX, ...) and flat or nested sequences of
-    numbers. NumPy arrays that torch cannot wrap are copied: read-only, reversed, fields of structured arrays, and
-    numbers longer than float64, which become float64.
+    numbers, which go to the CPU whatever torch's default device is. NumPy arrays that torch cannot wrap are copied:
+    read-only, reversed, fields of structured arrays, and numbers longer than float64, which become float64.
     """
     if isinstance(x, Tensor):
         return x
     if isinstance(x, np.ndarray):
         if x.dtype.kind not in "biuf":
+            _refuse_beyond_int64(op, name, x)
             raise TypeError(f"{op}: {name} must hold numbers, got dtype {x.dtype}")
         known = np.dtype(np.float64) if x.dtype.type is np.longdouble else x.dtype.newbyteorder("=")
         whole = all(stride >= 0 and stride % x.itemsize == 0 for stride in x.strides)
@@ -39,9 +42,10 @@ def as_tensor(op: str, name: str, x: object) -> Tensor:
     if isinstance(x, (list, tuple, range)):
         try:
             if not any(isinstance(row, np.ndarray) for row in x):
-                return torch.tensor(x)
+                return torch.tensor(x, device="cpu")
             rows = np.array(x)  # torch would take them number by number, with a warning
         except (TypeError, ValueError, RuntimeError) as error:
+            _refuse_beyond_int64(op, name, x)
             raise TypeError(f"{op}: {name} must hold numbers in equal rows, got {_kind(x)} ({error})") from error
         return as_tensor(op, name, rows)
     raise TypeError(f"{op}: {name} must be a tensor or an array with __dlpack__, got {_kind(x)}")
@@ -82,7 +86,31 @@ def require_integer(op: str, name: str, x: Tensor) -> Tensor:
 def require_ids(op: str, name: str, x: object) -> Tensor:
     """What stands for labels, targets or rows: (N,) integers; returned in int64, where -1 is the number of none."""
     x = require_1d(op, name, as_tensor(op, name, x))
-    return x.long() if x.numel() == 0 else require_integer(op, name, x).long()  # an empty list has no integer type
+    if x.numel() == 0:
+        return x.long()  # an empty list has no integer type
+    ids = require_integer(op, name, x).long()
+    if x.dtype == torch.uint64 and may_read(x) and ids.min() < 0:  # torch wraps what int64 does not hold
+        raise ValueError(f"{op}: {name} must be below 2**63, got {2**64 + int(ids.min())}")
+    return ids
+
+
+def require_labels(op: str, name: str, x: object, count: int) -> Tensor:
+    """What a clustering returns of ``count`` images: (count,) whole numbers of any type; as int64, -1 for negative."""
+    x = require_1d(op, name, as_tensor(op, name, x))
+    if len(x) != count:
+        raise ValueError(f"{op}: {name} must have one entry for each image ({count}), got {len(x)}")
+    if x.is_floating_point():
+        broken = x[~(x == x.round())]  # NaN too
+        if len(broken):
+            raise ValueError(f"{op}: {name} must be whole numbers, got {broken[0].item():g}")
+        x = x.double().clamp(-1, 2.0**62)  # infinity is above the limit, as are numbers that int64 does not have
+    x = require_integer(op, name, x.long() if x.is_floating_point() or len(x) == 0 else x).long().clamp(min=-1)
+    return require_values_in(op, name, x, -1, label_limit(count), always=True)
+
+
+def label_limit(count: int) -> int:
+    """Labels of ``count`` images lie below: gaps between them cost memory, and other libraries mark noise so."""
+    return 100_000 + 10 * count
 
 
 def require_finite(op: str, name: str, x: Tensor, *, always: bool = False) -> Tensor:
@@ -144,9 +172,31 @@ def require_marked(op: str, name: str, x: Tensor, mask_name: str, mask: Tensor, 
 
 
 def require_features(op: str, name: str, x: object) -> Tensor:
-    """What ops that run once an epoch take as features: (N, D), floating, finite in float32; returned so, detached."""
+    """What ops that run once an epoch take as features: (N, D), floating, finite in float32; returned so, detached.
+
+    No row is longer than 2**63: squared distances stay below 2**128, where float32 ends.
+    """
     x = require_floating(op, name, require_2d(op, name, as_tensor(op, name, x)))
-    return require_finite(op, name, x.detach().float(), always=True)  # float64 may hold more than float32 can
+    x = x.detach().float()  # float64 may hold more than float32 can
+    if x.numel() == 0 or torch.stack(x.aminmax()).abs().max() * math.sqrt(x.shape[1]) <= _LONGEST:  # not if it is NaN
+        return x
+    require_finite(op, name, x, always=True)
+    length = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+    far = (length > _LONGEST).nonzero().flatten()
+    if len(far):
+        raise ValueError(
+            f"{op}: {name} must have no row longer than 2**63 (9.2e18), whose squares float32 cannot hold, "
+            f"got length {length[far[0]]:.2g} in {len(far)} of {len(x)} rows (first: row {int(far[0])})"
+        )
+    return x
+
+
+def require_cluster_numbers(op: str, name: str, labels: Tensor) -> Tensor:
+    """Labels for which a row each is set aside up to the largest: -1 for none, else below 2 N or 131072.
+
+    What is far beyond the number of rows is no cluster but another's mark for noise, such as 2147483647.
+    """
+    return require_values_in(op, name, labels, -1, max(2 * len(labels), 2**17), always=True)
 
 
 def require_same_length(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> Tensor:
@@ -253,6 +303,15 @@ def _real(op: str, name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} must be a real number, got {value!r}")
     return float(value)
+
+
+def _refuse_beyond_int64(op: str, name: str, x: object) -> None:
+    """If an integer beyond int64 is why ``x``, a sequence or an array of objects, is no tensor: an error about that."""
+    for value in x if isinstance(x, list | tuple) else x.flat if isinstance(x, np.ndarray) else ():
+        if isinstance(value, list | tuple):
+            _refuse_beyond_int64(op, name, value)
+        elif isinstance(value, numbers.Integral) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{op}: {name} must lie in [-2**63, 2**63), got {value}")
 
 
 def _kind(x: object) -> str:

@@ -3,6 +3,7 @@
 
 import numbers
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +26,8 @@ def dump_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
     for table, values in tables.items():
         lines.append(f"[{table}]")
         for key, value in values.items():
-            lines.append(f"# {key} = none" if value is None else f"{key} = {_toml_value(value)}")
+            name = key if re.fullmatch("[A-Za-z0-9_-]+", key) else _toml_value(key)
+            lines.append(f"# {name} = none" if value is None else f"{name} = {_toml_value(value)}")
         lines.append("")
     return "\n".join(lines)
 

@@ -109,6 +109,12 @@ class Config:
     workers: int = option(
         4, "processes that read images; 0 reads in the main process", source=LINEAGE, flags=("-j",), rule=NOT_NEGATIVE
     )
+    worker_start: str | None = option(
+        None,
+        "how workers start, with equal results; None = fork on Linux, else Python's default",
+        choices=("fork", "forkserver", "spawn"),
+    )
+    truncated_images: bool = option(False, "use images whose file ends early, as far as they go; off = leave them out")
     cache_images: bool = option(False, "keep decoded, resized images in memory (3*height*width bytes each)")
 
     # pseudo-labels
@@ -117,7 +123,9 @@ class Config:
         4, "neighbours, itself included, that make a core point", source=LINEAGE, rule=at_least(1)
     )
     k1: int = option(30, "neighbours per k-reciprocal list, itself included", source=LINEAGE, rule=at_least(1))
-    k2: int = option(6, "rows averaged in query expansion, itself included; 1 = off", source=LINEAGE, rule=at_least(1))
+    k2: int = option(
+        6, "rows averaged in query expansion, itself included, k1 at most; 1 = off", source=LINEAGE, rule=at_least(1)
+    )
     center_per_camera: bool = option(
         False,
         "subtract each camera's mean feature before clustering (labels only; evaluation uses plain features)",
@@ -154,7 +162,12 @@ class Config:
     reset_optimizer: bool = option(False, "forget the optimiser's moments at the start of every epoch", source=LINEAGE)
     lr: float = option(3.5e-4, "learning rate", source=LINEAGE, rule=POSITIVE)
     weight_decay: float = option(5e-4, "L2 penalty, on all parameters", source=LINEAGE, rule=NOT_NEGATIVE)
-    epochs: int = option(50, "epochs; labels are made anew in each", source=LINEAGE, rule=at_least(1))
+    epochs: int = option(
+        50,
+        "epochs; labels are made anew in each; 0 = only evaluate and save the network before training",
+        source=LINEAGE,
+        rule=at_least(0),
+    )
     iters: int = option(400, "steps per epoch; 0 = one pass of the sampler", source=LINEAGE, rule=NOT_NEGATIVE)
     step_size: int = option(20, "epochs between learning-rate drops; 0 = never", source=LINEAGE, rule=NOT_NEGATIVE)
     gamma: float = option(0.1, "factor of a learning-rate drop", source=LINEAGE, rule=POSITIVE)
@@ -238,7 +251,7 @@ def validate(config: Config) -> None:
         value = _typed(field.name, getattr(config, field.name), hints[field.name])
         object.__setattr__(config, field.name, value)
         choices, rule = field.metadata.get("choices"), field.metadata.get("rule")
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise ValueError(f"config: {field.name} must be one of {', '.join(map(str, choices))}, got {value!r}")
         if rule and value is not None and not rule.holds(value):
             raise ValueError(f"config: {field.name} must {rule.words}, got {value!r}")

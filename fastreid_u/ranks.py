@@ -8,7 +8,7 @@ and the labels of the whole batch, so that losses and memories are those of one 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,22 @@ from torch import Tensor
 
 from fastreid_u._checks import as_tensor
 
+# What checks and computations raise, out of memory included; the other ranks have to hear of it.
+FAULTS = (TypeError, ValueError, LookupError, RuntimeError, MemoryError)
+
 
 def world_size() -> int:
     """How many ranks there are; 1 where torch.distributed is not initialised."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def require_one_rank(op: str) -> None:
+    """Raise RuntimeError where there are several ranks: ``op`` would run on each as if alone, with other numbers."""
+    if world_size() > 1:
+        raise RuntimeError(
+            f"{op}: torch.distributed must have one rank, as gradients are not shared yet, got {world_size()}; start "
+            "one process, or end the group first"
+        )
 
 
 def label_group() -> str | None:
@@ -32,13 +44,68 @@ def label_group() -> str | None:
 def gather_in_rank_order(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Each tensor of every rank, concatenated along its first dimension, rank 0's first; detached.
 
-    All ranks must call this together, with tensors of the same shapes and dtypes. Without ``torch.distributed``, or
-    with one rank, what was given comes back. Memory: world size times the tensors.
+    All ranks must call this together. They may have different numbers of rows, as where an image of one could not be
+    read, and none at all. Without ``torch.distributed``, or with one rank, what was given comes back. Memory: world
+    size times the tensors.
+
+    Raises:
+        TypeError, ValueError: on every rank, if one was given no tensors, or tensors that differ from rank 0's in
+        number, dtype, kind of device or in the size of a row.
     """
-    tensors = tuple(as_tensor("gather_in_rank_order", "tensors", tensor) for tensor in tensors)
+    op = "gather_in_rank_order"
+    tensors, lengths = agreed_lengths(op, lambda: tuple(as_tensor(op, "tensors", tensor) for tensor in tensors))
+    return gather_lengths(tensors, lengths)
+
+
+def agreed_lengths(op: str, make: Callable[[], Sequence[Tensor]]) -> tuple[Sequence[Tensor], list[list[int]]]:
+    """What ``make`` returns, and of each tensor the number of rows on each rank.
+
+    All ranks must call this together: they tell each other what they have before anything that one would wait for.
+    With one rank nothing is exchanged.
+
+    Raises:
+        Exception: what ``make`` raised here. ValueError: it raised on another rank, or ranks made tensors that cannot
+        be joined.
+    """
     if world_size() == 1:
-        return tensors
-    return tuple(torch.cat(_from_all(tensor.detach())) for tensor in tensors)
+        tensors = make()
+        return tensors, [[tensor.shape[0] if tensor.ndim else 1] for tensor in tensors]
+    tensors, fault = (), None
+    try:
+        tensors = make()
+        forms = [_form(op, tensor) for tensor in tensors]
+    except FAULTS as error:  # raised again as soon as the other ranks have heard of it
+        fault, forms = error, []
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, (fault and f"{type(fault).__name__}: {fault}", forms))
+    if fault is not None:
+        raise fault
+    for rank, (text, other) in enumerate(found):
+        if text is not None:
+            raise ValueError(f"{op}: input must be valid on every rank, got a fault on rank {rank}: {text}")
+        kinds, own = ([form[1:] for form in each] for each in (other, found[0][1]))
+        if kinds != own:
+            rule = "tensors must be as many, and equal in dtype, device and size of a row, on every rank"
+            raise ValueError(f"{op}: {rule}, got {_listed(own)} on rank 0 and {_listed(kinds)} on rank {rank}")
+    return tensors, [[each[i][0] for _, each in found] for i in range(len(forms))]
+
+
+def gather_lengths(tensors: Sequence[Tensor], lengths: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+    """Each tensor of every rank, rank 0's first, given how many rows each rank has; detached."""
+    if world_size() == 1:
+        return tuple(tensors)
+    return tuple(torch.cat(_parts(own, each)) for own, each in zip(tensors, lengths, strict=True))
+
+
+def _form(op: str, tensor: Tensor) -> tuple[int, str, str, tuple[int, ...]]:
+    """Rows, and what must be equal on all ranks."""
+    if tensor.ndim == 0:
+        raise ValueError(f"{op}: tensors must have a first dimension, got a single number")
+    return len(tensor), str(tensor.dtype).removeprefix("torch."), tensor.device.type, tuple(tensor.shape[1:])
+
+
+def _listed(kinds: list[tuple]) -> str:
+    return ", ".join(f"{dtype} rows of {row} on {device}" for dtype, device, row in kinds) or "none"
 
 
 def gather_batch(outputs: Any, batch: Any) -> tuple[Any, Any]:
@@ -54,31 +121,35 @@ def gather_batch(outputs: Any, batch: Any) -> tuple[Any, Any]:
         the batch, ``indices``, ``targets`` and ``camids`` are gathered, in ``source`` too; ``views`` stay this rank's.
         With one rank, what was given comes back.
 
-    All ranks must call this together, with the same structure. Memory: world size times the outputs.
+    All ranks must call this together, with the same structure; a ValueError on all of them where it differs. Memory:
+    world size times the outputs.
     """
     if world_size() == 1:
         return outputs, batch
-    own = list(_tensors((outputs, _facts(batch))))
-    lengths = torch.stack(_from_all(torch.tensor([len(each) for each in own], device=own[0].device))).tolist()
-    whole = iter([_joined(each, [row[i] for row in lengths]) for i, each in enumerate(own)])
+    own, lengths = agreed_lengths("gather_batch", lambda: list(_tensors((outputs, _facts(batch)))))
+    whole = iter([_joined(each, rows) for each, rows in zip(own, lengths, strict=True)])
     outputs, facts = _put_back((outputs, _facts(batch)), whole)
     return outputs, _with_facts(batch, facts)
 
 
-def _joined(own: Tensor, lengths: list[int]) -> Tensor:
+def _joined(own: Tensor, lengths: Sequence[int]) -> Tensor:
     """``own`` (n, ...) of all ranks, which have ``lengths`` rows; only this rank's rows have a graph."""
-    padded = own.detach().new_zeros(max(lengths), *own.shape[1:])
-    padded[: len(own)] = own.detach()
-    parts = [part[:length] for part, length in zip(_from_all(padded), lengths, strict=True)]
+    parts = _parts(own, lengths)
     parts[dist.get_rank()] = own
     return torch.cat(parts)
 
 
-def _from_all(own: Tensor) -> list[Tensor]:
-    own = own.contiguous()
-    parts = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(parts, own)
-    return parts
+def _parts(own: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """``own`` (n, ...) of each rank, without graph.
+
+    Bytes travel, which every backend takes, and from every rank as many as the longest has.
+    """
+    padded = own.detach().new_zeros(max(lengths), *own.shape[1:])
+    padded[: len(own)] = own.detach()
+    sent = padded.flatten().view(torch.uint8)
+    found = [torch.empty_like(sent) for _ in lengths]
+    dist.all_gather(found, sent)
+    return [part.view(own.dtype).view(padded.shape)[:length] for part, length in zip(found, lengths, strict=True)]
 
 
 def _facts(batch: Any) -> tuple | None:
@@ -148,8 +219,8 @@ class Ranks:
         """The arrays of all ranks, one after the other in their order, along the first axis, which may differ."""
         if self.world == 1:
             return own.copy()
-        length = [int(each) for each in self._collect(torch.tensor([len(own)]))]
-        padded = torch.zeros(max(length), *own.shape[1:], dtype=torch.from_numpy(own[:0]).dtype)
+        length = [int(each) for each in self._collect(torch.tensor([len(own)], device="cpu"))]
+        padded = torch.zeros(max(length), *own.shape[1:], dtype=torch.from_numpy(own[:0]).dtype, device="cpu")
         padded[: len(own)] = torch.from_numpy(own)
         found = self._collect(padded)
         return torch.cat([each[:n].cpu() for each, n in zip(found, length, strict=True)]).numpy()
@@ -165,7 +236,8 @@ class Ranks:
 
         All ranks have to call it with as many numbers; without it one rank would raise and the others wait for it.
         """
-        found = torch.stack(self._collect(torch.tensor([error is not None, *fingerprint], dtype=torch.int64))).cpu()
+        own = torch.tensor([error is not None, *fingerprint], dtype=torch.int64, device="cpu")
+        found = torch.stack(self._collect(own)).cpu()
         if error is not None:
             raise error
         if found[:, 0].any():

@@ -167,11 +167,11 @@ def to_distance(overlap: torch.Tensor, weight: int) -> torch.Tensor:
 
 def least_overlap(radius: float, weight: int) -> int:
     """The smallest T with float32 J(T) <= float32(radius) and J(T) < 1."""
-    radius = float(torch.tensor(radius, dtype=torch.float32))
+    radius = float(torch.tensor(radius, dtype=torch.float32, device="cpu"))
     low, high = 1, weight  # J(weight) = 0 fits
     while low < high:
         middle = (low + high) // 2
-        distance = float(to_distance(torch.tensor(middle), weight))
+        distance = float(to_distance(torch.tensor(middle, device="cpu"), weight))
         low, high = (low, middle) if distance <= radius and distance < 1 else (middle + 1, high)
     return low
 

@@ -269,7 +269,8 @@ def k_reciprocal(
         crow, col, mass = _encode(x, lists[:, :k1].contiguous(), half, scale, compat, measure)
         if k2 > 1:
             expand = _expand_query if fixed else _average_rows
-            crow, col, mass = expand(crow, col, mass, lists[:, :k2])
+            averaged = lists if measure else lists[_first_copies(x, lists)]
+            crow, col, mass = expand(crow, col, mass, averaged[:, :k2])
     return crow, col, mass, k2 << bits(k2) if fixed else 1
 
 
@@ -335,6 +336,18 @@ def _encode(x, lists, h, scale, compat, measure):
         masses.append(mass[alive])
         counts.append(_starts(alive)[crow].diff())
     return _starts(torch.cat(counts)), torch.cat(cols), torch.cat(masses)
+
+
+def _first_copies(x, lists):
+    """(N,) the copy of the lowest index of each row: its list is in the order of (distance, index), as all their lists
+    would be if a row did not stand before its copies in its own."""
+    first = torch.arange(len(x), device=x.device)
+    rows = ((lists[:, 0] == first) & (lists[:, 1] < first)).nonzero()[:, 0]
+    for part in rows.split(max(1, _SLOTS // max(1, x.shape[1]))):
+        other = lists[part, 1].long()
+        sq_dist = (x[part].double() - x[other].double()).square().sum(dim=1).float()
+        first[part] = torch.where(sq_dist == 0, other, part)
+    return first
 
 
 def _expand_query(crow, col, mass, lists):

@@ -258,7 +258,7 @@ class _Search:
         self.mean = y.mean(dim=0, dtype=torch.float64).float()
         ends = (end for part in (x, y) for end in torch.aminmax(part, dim=0))
         largest = max(float((end.double() - self.mean).abs().max()) for end in ends)
-        exponent = int(torch.tensor(largest, dtype=torch.float64).frexp().exponent)
+        exponent = int(torch.tensor(largest, dtype=torch.float64, device="cpu").frexp().exponent)
         # Entries up to 2**14 leave float16 exact to 2**-11 over 28 binary orders; powers of two change no other bit.
         self.scale = 2.0 ** max(-100, min(100, 14 - exponent))
         self.width = triton.cdiv(dim, 8) * 8  # rows of 16 bytes, as tensor cores want them

@@ -169,17 +169,89 @@ def too_long_for_float32():
     return x
 
 
-@pytest.mark.parametrize(
+of_features = pytest.mark.parametrize(
     "op",
     [
         lambda x: fastreid_u.knn(x, 3),
+        lambda x: fastreid_u.k_reciprocal_encoding(x),
+        lambda x: fastreid_u.jaccard_graph(x),
+        lambda x: fastreid_u.jaccard_distance(x),
         lambda x: fastreid_u.pseudo_labels(x),
+        lambda x: fastreid_u.suggest_eps(x),
+        lambda x: fastreid_u.infomap_labels(x),
+        lambda x: fastreid_u.refine_clusters(x, [0] * 6, [0, 1] * 3),
         lambda x: fastreid_u.cluster_centroids(x, [0] * 6),
+        lambda x: fastreid_u.proxy_centroids(x, [0] * 6, [0] * 6),
         lambda x: fastreid_u.rank_metrics(x, x, [0] * 6, [0] * 6),
         lambda x: fastreid_u.rerank(x, x),
     ],
-    ids=["knn", "pseudo_labels", "cluster_centroids", "rank_metrics", "rerank"],
+    ids=[
+        "knn", "k_reciprocal_encoding", "jaccard_graph", "jaccard_distance", "pseudo_labels", "suggest_eps",
+        "infomap_labels", "refine_clusters", "cluster_centroids", "proxy_centroids", "rank_metrics", "rerank",
+    ],
+)  # fmt: skip
+
+
+@of_features
+def test_rows_whose_squares_float32_cannot_hold_are_refused_by_name(op, request):
+    """They were ranked by index, without a word."""
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    x[4] *= 1e20
+    expected = f"^{request.node.callspec.id}: (x|query) must have no row longer than .*, got length .*e.20 in 1 of 6"
+    with pytest.raises(ValueError, match=expected + r" rows \(first: row 4\)"):
+        op(x)
+
+
+def test_memories_refuse_rows_whose_squares_float32_cannot_hold():
+    x = torch.full((6, 3), 1e20)
+    for make in (
+        fastreid_u.ClusterMemory.from_centroids,
+        fastreid_u.InstanceMemory.from_features,
+        lambda rows: fastreid_u.ProxyMemory.from_features(rows, [0, 1] * 3, [0] * 6),
+    ):
+        with pytest.raises(ValueError, match="must have no row longer than"):
+            make(x)
+
+
+@pytest.mark.parametrize("exponent", [-40, 0, 40, 60])
+@pytest.mark.parametrize("backend", ["numba", "faiss", "reference"])
+def test_rows_of_any_length_up_to_there_are_ranked_alike(backend, exponent):
+    x = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    index = fastreid_u.knn(x * 2.0**exponent, 9, backend=backend)[1]
+    assert torch.equal(index, fastreid_u.knn(x, 9)[1])
+
+
+def test_the_longest_row_may_have_its_length_in_one_column_or_in_all():
+    one, all_columns = torch.zeros(2, 16), torch.zeros(2, 16)
+    one[0, 3], all_columns[0] = 2.0**63, 2.0**61
+    for x in (one, all_columns):
+        assert torch.equal(checks.require_features("op", "x", x), x)
+        with pytest.raises(ValueError, match=r"op: x must have no row longer .* 1 of 2 rows \(first: row 0\)"):
+            checks.require_features("op", "x", x * 1.001)
+
+
+@pytest.mark.parametrize(
+    ("op", "run"),
+    [
+        ("cluster_centroids", lambda labels: fastreid_u.cluster_centroids(torch.eye(4), labels)),
+        ("proxy_centroids", lambda labels: fastreid_u.proxy_centroids(torch.eye(4), labels, [0, 1, 0, 1])),
+        ("segment_sum", lambda labels: fastreid_u.segment_sum(torch.eye(4), labels)),
+        ("segment_mean", lambda labels: fastreid_u.segment_mean(torch.eye(4), labels)),
+        ("reliable_clusters", lambda labels: fastreid_u.reliable_clusters(labels, labels, labels)),
+        ("refine_clusters", lambda labels: fastreid_u.refine_clusters(torch.eye(4), labels, labels, k1=3)),
+    ],
 )
+def test_noise_marked_by_the_largest_int32_is_refused_by_name(op, run):
+    """Memory was asked for up to the largest label: 16 GiB and more."""
+    with pytest.raises(ValueError, match=rf"{op}: labels must lie in \[-1, \d+\), got 2147483647"):
+        run([0, 1, 2147483647, 0])
+
+
+def test_cluster_numbers_may_have_gaps():
+    assert fastreid_u.cluster_centroids(torch.eye(4), [0, 7, 99_999, -1]).shape == (100_000, 4)
+
+
+@of_features
 def test_float64_beyond_float32_is_refused_by_name(op, request):
     name = request.node.callspec.id
     with pytest.raises(ValueError, match=f"^{name}: (x|query) must be finite, got NaN or infinity in 1 of 6 rows"):

@@ -65,7 +65,7 @@ def test_missing_core_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fresh")
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore:suggest_eps. the knee:UserWarning")
 def test_an_unbuilt_core_is_one_error_and_no_slow_reference_is_promised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastreid_u._C", None)
     distances, features = 1 - torch.eye(4), torch.eye(4)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import fastreid_u
 from fastreid_u import ranks
 from fastreid_u.memory import ClusterMemory
 from fastreid_u.recipe import Batch
@@ -103,6 +104,13 @@ def test_a_step_of_several_ranks_is_that_of_one_process(tmp_path, world):
                 assert torch.equal(ours, expected)
             for ours, expected in zip(seen[f"own {step}"], alone[f"own {step}"], strict=True):
                 assert torch.equal(ours, expected[share(len(expected), rank, world)])
+
+
+def test_train_refuses_several_ranks_before_it_makes_a_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match=r"train: torch.distributed must have one rank, as .* got 2; start one"):
+        fastreid_u.train("synthetic", logs_dir=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_process_gets_back_what_it_gave():

@@ -19,3 +19,11 @@ def test_toml_round_trip():
 def test_toml_refuses_what_it_cannot_say():
     with pytest.raises(TypeError, match="got \\[1\\]"):
         dump_toml({"data": {"list": [1]}})
+
+
+def test_names_of_any_letters_come_back():
+    """A method of one's own may name its settings in any language that Python reads."""
+    tables = {"config": {"größe": 3, "a b": 0.5, 'x"=y': "z", "plain_name-1": True}}
+    assert load_toml(dump_toml(tables)) == tables
+    assert "plain_name-1 = true" in dump_toml(tables)
+    assert load_toml(dump_toml({"config": {"größe": None}})) == {"config": {}}

@@ -5,8 +5,10 @@ The files import argparse and little else; a command imports what it needs once 
 """
 
 import argparse
+import os
 import sys
 
+from fastreid_u._text import visible
 from fastreid_u.cli.doctor import doctor
 from fastreid_u.cli.evaluate import evaluate
 from fastreid_u.cli.extract import extract
@@ -14,6 +16,11 @@ from fastreid_u.cli.methods import methods
 from fastreid_u.cli.train import train
 
 DESCRIPTION = "Unsupervised person re-identification. Without a command: what this installation can do."
+
+# Errors that end a command with one line.
+_NAMED = (
+    ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError, OSError, ImportError, MemoryError,
+)  # fmt: skip
 
 COMMANDS = {
     "train": (train, "learn a feature from unlabelled images"),
@@ -26,6 +33,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status (0 done, 1 refused or failed with a message, 130 interrupted)."""
+    _fill_closed_descriptors()
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="fastreid-u", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", metavar="command")
@@ -35,12 +43,33 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command(argv[1:])
     except KeyboardInterrupt as stop:
-        print("\n" + ": ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
+        _complain("\n" + ": ".join(["interrupted", *map(str, stop.args)]))
         return 130
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         sys.stdout = None
         return 1
-    except (ValueError, TypeError, RuntimeError, ArithmeticError, OSError, ImportError, MemoryError) as error:
-        print(f"error: {error or type(error).__name__}", file=sys.stderr)
+    except LookupError as error:  # its text is the key alone
+        _complain(f"error: {type(error).__name__}: {error}")
+        return 1
+    except _NAMED as error:
+        _complain(f"error: {error or type(error).__name__}")
         return 1
     return 0
+
+
+def _complain(text: str) -> None:
+    """``text`` on standard error, if there is one; what would act on a terminal becomes escapes."""
+    if sys.stderr is not None:
+        print("\n".join(visible(line) for line in text.split("\n")), file=sys.stderr)
+
+
+def _fill_closed_descriptors() -> None:
+    """Standard input, output and error that the caller closed (``>&-``) lead nowhere from here on.
+
+    The next files to be opened, those of a run, would get their numbers otherwise, and with them what libraries print.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)

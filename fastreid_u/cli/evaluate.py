@@ -5,6 +5,7 @@ import argparse
 
 from fastreid_u.cli.network import add_network_options, run_or_weights
 from fastreid_u.cli.pairs import read_pairs
+from fastreid_u.cli.reading import add_reading_options
 
 
 def evaluate(words: list[str]) -> None:
@@ -17,6 +18,7 @@ def evaluate(words: list[str]) -> None:
         "--data", action="append", default=[], metavar="KEY=VALUE", help="option of the data set's reader"
     )
     parser.add_argument("--ap", choices=("rank", "sklearn", "trapezoid"), help="default: the run's own")
+    add_reading_options(parser)
     given = vars(parser.parse_args(words))
 
     from fastreid_u.trained import evaluate as trained

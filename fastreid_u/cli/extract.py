@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from fastreid_u.cli.network import add_network_options, run_or_weights
+from fastreid_u.cli.reading import add_reading_options
 
 
 def extract(words: list[str]) -> None:
@@ -14,6 +15,7 @@ def extract(words: list[str]) -> None:
     add_network_options(parser)
     parser.add_argument("images", help="folder of crops (every image below it), image, CSV, or a known set")
     parser.add_argument("--out", type=Path, default=Path("features.npz"), help="arrays: features (N, D), paths (N,)")
+    add_reading_options(parser)
     given = vars(parser.parse_args(words))
 
     import numpy as np
@@ -23,14 +25,9 @@ def extract(words: list[str]) -> None:
     from fastreid_u.trained import extract as trained
 
     out = _writable(given.pop("out"))
-    result = trained.extract(run_or_weights(given), given.pop("images"), **given, quiet=False)
+    result = trained.extract(run_or_weights(given), given.pop("images"), quiet=False, **given)
     arrays = {"features": result.features.cpu().numpy(), "paths": np.array(result.paths)}
-
-    def write(partial: Path) -> None:
-        with partial.open("wb") as file:  # a file, not a name: savez would add a suffix to that
-            np.savez(file, **arrays)
-
-    write_whole(out, write)
+    write_whole(out, lambda file: np.savez(file, **arrays))  # a file, not a name: savez would add a suffix to that
     Display().line(f"{out}: {tuple(result.features.shape)} features, {len(result.bad)} unreadable")
 
 

@@ -87,7 +87,7 @@ def _method(given: argparse.Namespace) -> str | None:
     folder = RunFolder(given.logs_dir)
     if not folder.has_settings:
         return None
-    return stored_method(folder.settings("train"))
+    return stored_method("train", folder.config, folder.settings("train")["run"]["method"], to_train=True)
 
 
 def _with_dashes(words: list[str]) -> list[str]:

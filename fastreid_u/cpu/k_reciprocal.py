@@ -162,6 +162,24 @@ def _encode(begin, end, x, lists, half, mutual, measured, first, compat, unit, l
 
 
 @kernel
+def _find_first_copies(begin, end, x, lists, first):
+    for i in range(begin, end):
+        j = lists[i, 1] if lists[i, 0] == i else i
+        first[i] = j if j < i and np.float32(sq_dist(x, x, i, j)) == 0 else i
+
+
+def averaged_lists(x: np.ndarray, lists: np.ndarray, k2: int, threads: int) -> np.ndarray:
+    """(N, k2) int32: the rows that query expansion averages, the first ``k2`` by (distance, index); ``k2`` above 1.
+
+    ``lists`` has the row itself before its copies. The copy of the lowest index has no copy to overtake, so its list is
+    in that order, and it is the list of all of them, also where more copies than k1 drive a row out of its own.
+    """
+    first = np.empty(len(lists), np.int32)
+    over_rows(_find_first_copies, len(lists), threads, x, lists, first)
+    return lists[first, :k2]
+
+
+@kernel
 def _average(begin, end, lists, k2, indptr, column, mass, divisor):
     """Rows of query expansion: sums, in rank order, over the first ``k2`` neighbours, divided; columns unordered."""
     widest = total = 0
@@ -254,7 +272,7 @@ def encode(x: np.ndarray, lists: np.ndarray, k2: int, *, compat: bool, fixed: bo
 
     Args:
         x: (N, D) float32, contiguous, N > 0.
-        lists: (N, k1) int32, nearest first.
+        lists: (N, k1) int32, nearest first, the row itself before its copies.
         k2: rows averaged, at most k1.
         compat: weigh by 2 - 2 x.y instead of the squared distance.
         fixed: integers, every row that has members summing to 2^w before query expansion, w = ``bits(k2)``; else the
@@ -265,13 +283,13 @@ def encode(x: np.ndarray, lists: np.ndarray, k2: int, *, compat: bool, fixed: bo
     mutual = mutual_neighbours(lists, half_length(lists.shape[1]), threads)
     v = soft_rows(x, lists, mutual, k2, compat=compat, fixed=fixed, threads=threads)
     del mutual
-    return v if k2 == 1 else average_rows(v, lists, k2, threads)
+    return v if k2 == 1 else average_rows(v, averaged_lists(x, lists, k2, threads), k2, threads)
 
 
 def k_reciprocal_encoding(x: np.ndarray, lists: np.ndarray, k2: int, *, compat: bool = False, threads: int = 1) -> Rows:
     """:func:`encode` in the published float32 arithmetic, columns ascending.
 
-    Memory beside the result: 9 N k1 bytes, and V before query expansion.
+    Memory beside the result: 9 N k1 bytes, or 4 N k2 and V before query expansion.
     """
     rows = encode(x, lists, k2, compat=compat, fixed=False, threads=threads)
     sort_rows(rows, np.arange(len(x), dtype=np.int32), threads)

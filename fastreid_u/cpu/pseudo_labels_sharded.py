@@ -31,7 +31,7 @@ from .graph_free import (
     unite,
 )
 from .jaccard import Index, count_columns, index_sorted, least_overlap, rare_first
-from .k_reciprocal import average_rows, half_length, mutual_neighbours, soft_rows
+from .k_reciprocal import average_rows, averaged_lists, half_length, mutual_neighbours, soft_rows
 from .rows import Rows, row_weight, sort_rows
 
 
@@ -101,7 +101,7 @@ def encode_sorted(x: np.ndarray, lists: np.ndarray, k2: int, ranks: Exchange, *,
     v = soft_rows(x, lists, mutual, k2, compat=compat, fixed=True, threads=threads, rows=own)
     del mutual
     if k2 > 1:
-        v = average_rows(_gathered(v, ranks), lists, k2, threads, own)
+        v = average_rows(_gathered(v, ranks), averaged_lists(x, lists, k2, threads), k2, threads, own)
     count = ranks.gather(count_columns(v, len(lists))).reshape(ranks.world, len(lists)).sum(axis=0)
     sort_rows(v, rare_first(count), threads)
     return _gathered(v, ranks)

@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from fastreid_u.data.catalogue import dataset_names, known_name, load_dataset
     from fastreid_u.data.dataset import ReIDDataset, Sample
     from fastreid_u.data.images import BadImage, read_rgb
-    from fastreid_u.data.loader import Loaded, ReIDLoader, chunks, make_loader
+    from fastreid_u.data.loader import ReIDLoader, chunks, make_loader
     from fastreid_u.data.locate import DatasetNotFound
+    from fastreid_u.data.reader import Loaded
     from fastreid_u.data.samplers import (
         ClassUniformly,
         IdentitySampler,
@@ -31,7 +32,7 @@ _HOME = {
     "BadImage": "images",
     "read_rgb": "images",
     "PixelCache": "cache",
-    "Loaded": "loader",
+    "Loaded": "reader",
     "chunks": "loader",
     "ReIDLoader": "loader",
     "make_loader": "loader",

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoded pixels that stay in memory, so that an image is read once a run and not once an epoch."""
 
-import os
-import shutil
-
 import torch
 from PIL import Image
 
 from fastreid_u.data.images import read_pixels, resized_pixels
+from fastreid_u.data.shared_memory import free_shared_memory
 
 
 class PixelCache:
@@ -25,16 +23,17 @@ class PixelCache:
     def __init__(self, num: int, height: int, width: int, *, shared: bool = False) -> None:
         if shared:
             _require_shared_memory(num * 3 * height * width)
-        self.pixels = torch.empty(num, 3, height, width, dtype=torch.uint8)  # untouched pages cost nothing yet
-        self.ready = torch.zeros(num, dtype=torch.bool)
+        # Untouched pages cost nothing yet.
+        self.pixels = torch.empty(num, 3, height, width, dtype=torch.uint8, device="cpu")
+        self.ready = torch.zeros(num, dtype=torch.bool, device="cpu")
         if shared:
             self.pixels.share_memory_()
             self.ready.share_memory_()
 
-    def get(self, index: int, path: str) -> torch.Tensor:
-        """(3, height, width) uint8 of image ``index``, decoded from ``path`` the first time."""
+    def get(self, index: int, path: str, *, truncated: bool = False) -> torch.Tensor:
+        """(3, height, width) uint8 of image ``index``, decoded from ``path`` the first time, as ``read_rgb`` does."""
         if not self.ready[index]:
-            self.pixels[index] = read_pixels(path, *self.pixels.shape[-2:])
+            self.pixels[index] = read_pixels(path, *self.pixels.shape[-2:], truncated=truncated)
             self.ready[index] = True
         return self.pixels[index]
 
@@ -45,10 +44,9 @@ class PixelCache:
 
 
 def _require_shared_memory(needed: int) -> None:
-    if os.path.isdir("/dev/shm"):  # elsewhere shared memory has no such limit
-        free = shutil.disk_usage("/dev/shm").free
-        if needed > free:
-            raise MemoryError(
-                f"make_loader: cache must fit into shared memory, got {needed / 1e9:.2f} GB for {free / 1e9:.2f} GB "
-                "free in /dev/shm; use workers=0, cache=False, or more (docker run --shm-size)"
-            )
+    free = free_shared_memory()
+    if free is not None and needed > free:
+        raise MemoryError(
+            f"make_loader: cache must fit into shared memory, got {needed / 1e9:.2f} GB for {free / 1e9:.2f} GB "
+            "free in /dev/shm; use workers=0, cache=False, or more (docker run --shm-size)"
+        )

@@ -13,7 +13,7 @@ from fastreid_u.data.csv_list import read_csv
 from fastreid_u.data.cuhk03 import CUHK03_LAYOUTS, read_cuhk03
 from fastreid_u.data.dataset import ReIDDataset
 from fastreid_u.data.folder import read_folder, read_unlabelled
-from fastreid_u.data.locate import IMAGE_SUFFIXES, DatasetNotFound, find_layout, plain_name
+from fastreid_u.data.locate import IMAGE_SUFFIXES, DatasetNotFound, find_layout, plain_name, shown
 from fastreid_u.data.market import (
     MARKET_FOLDERS,
     PERSONX_CAMERAS,
@@ -22,6 +22,7 @@ from fastreid_u.data.market import (
     read_market_like,
 )
 from fastreid_u.data.msmt17 import MSMT17_LAYOUTS, read_msmt17
+from fastreid_u.data.same_file import with_shared_files_noted
 from fastreid_u.data.vehicleid import VEHICLEID_LAYOUTS, read_vehicleid
 from fastreid_u.data.vehiclex import VEHICLEX_LAYOUTS, read_vehiclex
 
@@ -179,16 +180,16 @@ def load_dataset(
         entry = KNOWN_SETS[known]
         _check_options(known, entry.read, options)
         folder, _ = find_layout(known, data_root(root), entry.folders, entry.layouts, entry.access)
-        return entry.read(folder, **options)
+        return with_shared_files_noted(entry.read(folder, **options))
     for path in (Path(text).expanduser(), data_root(root) / text):
         if path.is_dir():
             _check_options(text, read_folder, options)
-            return read_folder(path, **options)
+            return with_shared_files_noted(read_folder(path, **options))
         if path.is_file():
             if path.suffix.lower() in IMAGE_SUFFIXES:
-                raise ValueError(f"load_dataset: name must be a folder or a CSV file, got the image {path}")
+                raise ValueError(f"load_dataset: name must be a folder or a CSV file, got the image {shown(path)}")
             _check_options(text, read_csv, options)
-            return read_csv(path, **options)
+            return with_shared_files_noted(read_csv(path, **options))
     close = difflib.get_close_matches(plain_name(text), dataset_names(), n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise DatasetNotFound(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastreid_u.data.dataset import ReIDDataset, Sample, relabel, sort_samples
-from fastreid_u.data.locate import DatasetNotFound
+from fastreid_u.data.locate import DatasetNotFound, shown
 from fastreid_u.data.market import MARKET_FOLDERS, one_based, read_market_like
 
 _VARIANTS = ("detected", "labeled")
@@ -32,7 +32,7 @@ def read_cuhk03(folder: Path, *, variant: str | None = None) -> ReIDDataset:
         variant: "detected" or "labeled" boxes; default: detected if they are there.
 
     Raises:
-        ValueError: an unknown variant, or a split file of another form.
+        ValueError: an unknown variant, a split file of another form, or a split without images.
         DatasetNotFound: the variant, or an image that the split names, is not there.
     """
     if variant not in (None, *_VARIANTS):
@@ -67,9 +67,13 @@ def _read_split(folder: Path, variant: str, note: str) -> ReIDDataset:
         }
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"cuhk03: {file} must be a list with one split of [path, pid, camid], got {error}") from error
-    for samples in splits.values():
-        if samples and not os.path.exists(samples[0].path):
-            raise DatasetNotFound(f"cuhk03: {file} must list images under {images}, got {samples[0].path}")
+    for subset, samples in splits.items():
+        if not samples:
+            raise ValueError(f"cuhk03: {shown(file)} must list {subset} images, got none")
+        if not os.path.exists(samples[0].path):
+            raise DatasetNotFound(
+                f"cuhk03: {shown(file)} must list images under {shown(images)}, got {shown(samples[0].path)}"
+            )
     return ReIDDataset(
         name="cuhk03",
         root=folder,

@@ -3,11 +3,14 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
-from fastreid_u.data.dataset import ReIDDataset, Row, Sample, from_rows
-from fastreid_u.data.locate import list_images
+from fastreid_u.data.dataset import ReIDDataset, Sample
+from fastreid_u.data.locate import list_files, shown
 from fastreid_u.data.market import MARKET_FOLDERS, MARKET_NAME, read_market_like
+from fastreid_u.data.rows import Row, from_rows
+from fastreid_u.data.split_folders import PARTS, called_like_parts, find_split
 
 _LAYOUTS = ("auto", "flat", "market", "by-identity", "by-camera")
 
@@ -24,19 +27,23 @@ def read_unlabelled(folder: Path) -> ReIDDataset:
 
     About 0.3 kB of memory for an image; no file is opened.
     """
-    samples = tuple(Sample(path, -1, 0) for path in list_images(folder, recursive=True))
+    files = list_files(folder, recursive=True)
+    samples = tuple(Sample(path, -1, 0) for path in files.images)
     if not samples:
-        raise ValueError(f"load_dataset: {folder} must hold images, got none")
+        raise ValueError(f"load_dataset: {shown(folder)} must hold images, got none")
+    notes = ("no labels", *files.notes("folder"))
     return ReIDDataset(
-        name=folder.name.lower(), root=folder, train=samples, has_pids=False, has_cameras=False, notes=("no labels",)
+        name=folder.name.lower(), root=folder, train=samples, has_pids=False, has_cameras=False, notes=notes
     )
 
 
 def read_folder(folder: Path, *, layout: str = "auto", pattern: str | None = None) -> ReIDDataset:
     """Read a folder of crops. The labels found serve evaluation, cameras and diagnosis; training needs none.
 
-    ``train/``, ``query/`` and ``gallery/`` inside the folder become the splits; without ``train/`` everything is
-    training data and there is nothing to evaluate, which is legal. ``bounding_box_train/``, ``query/`` and
+    ``train/``, ``query/`` and ``gallery/`` inside the folder become the splits, in any case and in the other spellings
+    that are in use (``split_folders``); ``test/`` beside ``query/`` is the gallery. Notes count what is left out.
+    Without such folders everything is training data and there is nothing to evaluate, which is legal; so are a query
+    and a gallery without training images, for a network that is trained. ``bounding_box_train/``, ``query/`` and
     ``bounding_box_test/`` are read as Market-1501 is, whatever the cameras and pids.
 
     Args:
@@ -51,46 +58,80 @@ def read_folder(folder: Path, *, layout: str = "auto", pattern: str | None = Non
 
     Raises:
         ValueError: no images; a pattern without these groups or that does not fit every image; labels missing from
-            query or gallery.
+            query or gallery; without ``layout`` and ``pattern``, folders that are called like parts of a split and do
+            not make one, here or further down.
     """
     folder = Path(os.path.abspath(folder))
     name = folder.name
     if layout not in _LAYOUTS:
         raise ValueError(f"load_dataset: layout must be one of {_LAYOUTS}, got {layout!r}")
-    if pattern is None and layout == "auto" and all((folder / part).is_dir() for part in MARKET_FOLDERS):
-        return read_market_like(name, folder)
-    parts = [folder / part for part in ("train", "query", "gallery")]
-    if not parts[0].is_dir():
-        parts = [folder]
-    splits, notes = [], []
-    for part in parts:
-        paths = list_images(part, recursive=True) if part.is_dir() else []
-        rows, how = _label(part, paths, layout, pattern)
-        splits.append(rows)
-        if paths:
-            notes.append(f"{part.relative_to(folder).as_posix() if part != folder else 'folder'}: {how}")
-    if not splits[0]:
-        raise ValueError(f"load_dataset: {parts[0]} must hold images, got none")
-    splits += [[] for _ in range(3 - len(splits))]
-    return from_rows(name, folder, *splits, notes=notes)
+    guessed = pattern is None and layout == "auto"
+    split = find_split(folder)
+    if split is None:
+        return _read_whole(folder, layout, pattern, guessed=guessed)
+    names = [split.used[part][0] if part in split.used else "" for part in PARTS]
+    if guessed and tuple(name.lower() for name in names) == MARKET_FOLDERS:
+        dataset = read_market_like(name, folder, folders=names)
+        return replace(dataset, notes=(*dataset.notes, *split.notes))
+    splits: dict[str, list[Row]] = {part: [] for part in PARTS}
+    notes = []
+    for part, (below, files) in split.used.items():
+        alike = called_like_parts(_below(folder / below, files.images)) if part == "train" else []
+        if guessed and len(alike) > 1:
+            raise _ambiguous(folder / below, alike)
+        splits[part], how = _label(folder / below, files.images, layout, pattern)
+        if files.images:
+            notes.append(f"{split.title(part)}: {how}")
+        elif part == "train":
+            raise ValueError(f"load_dataset: {shown(folder / below)} must hold images, got none")
+    for part, (_, files) in split.used.items():
+        notes += files.notes(split.title(part))
+    return from_rows(name, folder, *splits.values(), notes=[*notes, *split.notes])
+
+
+def _read_whole(folder: Path, layout: str, pattern: str | None, *, guessed: bool) -> ReIDDataset:
+    """A folder without a split: every image below it is a training image."""
+    files = list_files(folder, recursive=True)
+    if not files.images:
+        others = "".join(f" ({note})" for note in files.notes("folder"))
+        raise ValueError(f"load_dataset: {shown(folder)} must hold images, got none{others}")
+    notes = []
+    if alike := called_like_parts(_below(folder, files.images)):
+        if guessed:
+            raise _ambiguous(folder, alike)
+        notes = [f"{', '.join(alike)}: trained on as well, though called like parts of a split"]
+    rows, how = _label(folder, files.images, layout, pattern)
+    return from_rows(folder.name, folder, rows, [], [], notes=[f"folder: {how}", *notes, *files.notes("folder")])
+
+
+def _ambiguous(folder: Path, alike: list[str]) -> ValueError:
+    return ValueError(
+        f"load_dataset: {shown(folder)} must hold crops to train on, or train/, query/ and gallery/, got "
+        f"{', '.join(alike)}, with test images perhaps. Name the folder of the split or of the training images, "
+        "rename, or choose layout= or pattern= for all images"
+    )
+
+
+def _below(part: Path, paths: list[str]) -> list[str]:
+    skip = len(os.path.join(part, ""))
+    return [path[skip:].replace(os.sep, "/") for path in paths]
 
 
 def _label(part: Path, paths: list[str], layout: str, pattern: str | None) -> tuple[list[Row], str]:
     """Rows of one split, and in words where their labels come from."""
-    skip = len(os.path.join(part, ""))
-    below = [path[skip:].replace(os.sep, "/") for path in paths]
+    below = _below(part, paths)
     if pattern is not None:
-        return _by_pattern(paths, below, pattern), f"labels by the pattern {pattern}"
+        return _by_pattern(paths, below, pattern), f"labels by the pattern {shown(pattern)}"
     if layout == "auto":
         layout = _guess(below)
     if layout == "market":
         return _by_pattern(paths, below, _MARKET_PATH), "names <pid>_c<camera>"
     tops = [path.split("/", 1)[0] if "/" in path else None for path in below]
     if layout == "by-identity":
-        return [(path, top, None) for path, top in zip(paths, tops, strict=True)], "one sub-folder for each identity"
+        return [Row(path, top, None) for path, top in zip(paths, tops, strict=True)], "one sub-folder for each identity"
     if layout == "by-camera":
-        return [(path, None, top) for path, top in zip(paths, tops, strict=True)], "one sub-folder for each camera"
-    return [(path, None, None) for path in paths], "no labels"
+        return [Row(path, None, top) for path, top in zip(paths, tops, strict=True)], "one sub-folder for each camera"
+    return [Row(path, None, None) for path in paths], "no labels"
 
 
 def _by_pattern(paths: list[str], below: list[str], pattern: str) -> list[Row]:
@@ -104,7 +145,7 @@ def _by_pattern(paths: list[str], below: list[str], pattern: str) -> list[Row]:
         if match is None:
             raise ValueError(f"load_dataset: pattern must fit every image, got {text!r}, which {pattern!r} does not")
         found = match.groupdict()
-        rows.append((path, found.get("pid"), found.get("camid")))
+        rows.append(Row(path, found.get("pid"), found.get("camid")))
     return rows
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a file to uint8 RGB pixels, whatever the file is; what cannot be read is a named error, not a crash."""
 
+import io
 import os
 import stat
 import struct
@@ -52,31 +53,58 @@ class BadImage(ValueError):
         return f"{self.path}: {self.reason}"
 
 
-def read_rgb(path: str | os.PathLike) -> Image.Image:
+def read_rgb(path: str | os.PathLike, *, truncated: bool = False) -> Image.Image:
     """Decode a file to an 8-bit RGB image, upright.
 
     CMYK, palette and grey are converted; 16-bit grey keeps its upper 8 bits; transparent pixels are laid on black;
     the EXIF orientation is applied. At most ``MAX_PIXELS`` pixels, checked before anything is decoded.
 
+    Args:
+        path: the file.
+        truncated: take a file that ends early as far as it goes, with the pixels that Pillow gives under its
+            process-wide ``LOAD_TRUNCATED_IMAGES``, which is not touched. What is missing is grey or smeared in a
+            JPEG, black in other formats.
+
     Raises:
-        BadImage: empty, truncated, not an image, not a regular file, too large, or no longer there.
+        BadImage: empty, truncated (unless that is allowed and the header is whole), not an image, not a regular file,
+            too large, or no longer there.
     """
     path = os.fspath(path)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for a writer
             raise BadImage(path, "not a file")
         with Image.open(path, formats=_FORMATS) as image:
-            return upright_rgb(path, image)
+            _refuse_large(path, image)
+            return upright_rgb(path, _loaded(path, image) if truncated else image)
     except BadImage:
         raise
     except _DECODE_ERRORS as error:
         raise BadImage(path, _reason(path, error)) from error
 
 
-def upright_rgb(path: str, image: Image.Image) -> Image.Image:
-    """What ``read_rgb`` does with an opened ``image``; ``path`` names it in the error, and the decoder's own pass."""
+def _loaded(path: str, image: Image.Image) -> Image.Image:
+    """``image`` of the file at ``path``, decoded as far as the file goes."""
+    try:
+        image.load()
+        return image
+    except OSError as error:
+        if not str(error).startswith("image file is truncated"):
+            raise
+    if image.format in ("JPEG", "MPO"):  # with the mark of its end, libjpeg fills up what is missing
+        with open(path, "rb") as file:
+            return Image.open(io.BytesIO(file.read() + b"\xff\xd9"), formats=_FORMATS)
+    image.tile = []  # nothing is left to decode: what was decoded is the picture
+    return image
+
+
+def _refuse_large(path: str, image: Image.Image) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise BadImage(path, f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+
+
+def upright_rgb(path: str, image: Image.Image) -> Image.Image:
+    """What ``read_rgb`` makes of an opened ``image``; ``path`` names it in the error. The decoder's errors pass."""
+    _refuse_large(path, image)
     image.load()
     if image.getexif().get(_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
@@ -110,9 +138,9 @@ def _reason(path: str, error: BaseException) -> str:
     return f"cannot be decoded ({type(error).__name__}: {error})"
 
 
-def read_pixels(path: str | os.PathLike, height: int, width: int) -> torch.Tensor:
+def read_pixels(path: str | os.PathLike, height: int, width: int, *, truncated: bool = False) -> torch.Tensor:
     """Decode and resize: (3, height, width) uint8, bicubic as Pillow computes it (the published pipelines do)."""
-    return resized_pixels(read_rgb(path), height, width)
+    return resized_pixels(read_rgb(path, truncated=truncated), height, width)
 
 
 def resized_pixels(image: Image.Image, height: int, width: int) -> torch.Tensor:

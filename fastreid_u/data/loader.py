@@ -1,76 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of views of given images, the same whatever the number of worker processes."""
 
+import multiprocessing
+import operator
 import os
-import sys
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import accumulate
+from typing import TypeVar
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
 
 from fastreid_u.data.cache import PixelCache
 from fastreid_u.data.dataset import Sample
-from fastreid_u.data.images import BadImage, read_pixels
+from fastreid_u.data.reader import Loaded, Reader, Task
 from fastreid_u.data.transforms import View
+from fastreid_u.data.workers import START_METHODS, Flight, Workers
 
-# A forked worker needs no script to run again, so that scripts without a __main__ guard work whatever Python's default
-# is. It is sound here: workers decode on one thread (the DataLoader sees to that) and never touch a GPU. macOS is not
-# safe to fork, Windows cannot: there Python's default holds.
-_START = "fork" if sys.platform == "linux" else None
-
-
-class Loaded(NamedTuple):
-    """A batch that has been read.
-
-    Attributes:
-        images: (b, 3, H, W) float32; a tuple of such tensors where the loader has a tuple of views.
-        indices: (b,) int64 into the loader's samples.
-        bad: the images that could not be read; they are missing from ``images`` and ``indices``.
-    """
-
-    images: torch.Tensor | tuple[torch.Tensor, ...]
-    indices: torch.Tensor
-    bad: list[BadImage]
-
-
-class _Task(NamedTuple):
-    """All that a worker receives of one image; workers hold no list of samples."""
-
-    seed: tuple[int, ...]
-    position: int
-    index: int
-    path: str
-
-
-class _Reader:
-    """Runs in the workers: carries out the tasks of one batch."""
-
-    def __init__(self, views: tuple[View, ...], cache: PixelCache | None) -> None:
-        self.views = views
-        self.cache = cache
-
-    def __getitems__(self, tasks: list[_Task]) -> Loaded:
-        views, indices, bad = [[] for _ in self.views], [], []
-        for task in tasks:
-            try:
-                pixels = self._pixels(task)
-            except BadImage as error:
-                bad.append(BadImage(error.path, error.reason))  # without the traceback and the frames it holds
-                continue
-            rng = np.random.default_rng((*task.seed, task.position))
-            for images, view in zip(views, self.views, strict=True):
-                images.append(view(pixels, rng))
-            indices.append(task.index)
-        empty = torch.empty(0, 3, self.views[0].height, self.views[0].width, dtype=torch.float32)
-        stacked = tuple(torch.stack(images) if images else empty for images in views)
-        return Loaded(stacked if len(stacked) > 1 else stacked[0], torch.tensor(indices, dtype=torch.int64), bad)
-
-    def _pixels(self, task: _Task) -> torch.Tensor:
-        if self.cache is not None:
-            return self.cache.get(task.index, task.path)
-        return read_pixels(task.path, self.views[0].height, self.views[0].width)
+Result = TypeVar("Result")
 
 
 def chunks(indices: Sequence[int], size: int) -> list[Sequence[int]]:
@@ -82,29 +29,59 @@ def chunks(indices: Sequence[int], size: int) -> list[Sequence[int]]:
     return [indices[i : i + size] for i in range(0, len(indices), size)]
 
 
-class _Epoch:
-    """The batch sampler of the DataLoader: what is left of an epoch's batches, and this rank's share of each."""
+class _Plan:
+    """The tasks of an epoch's batches; of each batch those of this rank."""
 
-    def __init__(self, paths: list[str]) -> None:
+    def __init__(
+        self, paths: list[str], batches: Sequence[Sequence[int]], seed: tuple[int, ...], share: tuple[int, int]
+    ) -> None:
+        for batch in batches:
+            _require_indices(batch, len(paths))
         self.paths = paths
-        self.batches: Sequence[Sequence[int]] = ()
-        self.seed: tuple[int, ...] = ()
-        self.start = 0
-        self.share = (0, 1)
+        self.batches = batches
+        self.seed = seed
+        self.share = share
+        self.first = list(accumulate((len(batch) for batch in batches), initial=0))  # position in the epoch's stream
 
-    def __iter__(self) -> Iterator[list[_Task]]:
-        rank, ranks = self.share
-        first = sum(len(self.batches[number]) for number in range(self.start))  # position in the epoch's stream
-        for number in range(self.start, len(self.batches)):
-            batch = self.batches[number]
-            part = range(len(batch) * rank // ranks, len(batch) * (rank + 1) // ranks)
-            yield [self._task(first + place, int(batch[place])) for place in part]
-            first += len(batch)
+    def tasks(self, number: int) -> list[Task]:
+        """Those of batch ``number``."""
+        batch, (rank, ranks) = self.batches[number], self.share
+        part = range(len(batch) * rank // ranks, len(batch) * (rank + 1) // ranks)
+        first = self.first[number]
+        indices = [(place, operator.index(batch[place])) for place in part]
+        return [Task(self.seed, first + place, index, self.paths[index]) for place, index in indices]
 
-    def _task(self, position: int, index: int) -> _Task:
-        if not 0 <= index < len(self.paths):
-            raise IndexError(f"make_loader: batches must hold indices in [0, {len(self.paths)}), got {index}")
-        return _Task(self.seed, position, index, self.paths[index])
+    @property
+    def largest(self) -> int:
+        """Images of the largest share of a batch."""
+        return max((-(-len(batch) // self.share[1]) for batch in self.batches), default=0)
+
+
+class _Epoch(Iterator[Loaded]):
+    """One run through batches. Those that no worker reads for it are read in this process when they are due."""
+
+    def __init__(self, loader: "ReIDLoader", plan: _Plan, start: int) -> None:
+        self._loader = loader
+        self._plan = plan
+        self._next = start
+        self._ahead, self._flight = loader._read_ahead(plan, start)
+
+    def __len__(self) -> int:
+        """Number of batches that are left."""
+        return len(self._plan.batches) - self._next
+
+    def __next__(self) -> Loaded:
+        if not len(self):
+            if self._flight is not None:
+                self._flight.end()
+            raise StopIteration
+        if self._flight is None or self._loader._flight is not self._flight:  # the workers serve another epoch
+            self._flight = self._ahead = None
+            loaded = self._loader._read(self._plan.tasks(self._next))
+        else:
+            loaded = self._loader._receive(self._ahead)
+        self._next += 1
+        return loaded
 
 
 class ReIDLoader:
@@ -112,34 +89,29 @@ class ReIDLoader:
     long as the loader.
 
     ``for loaded in loader`` runs through all samples in their order, in ``len(loader)`` batches;
-    ``loader.epoch(batches, seed=...)`` through any others. One epoch at a time: starting the next ends the one before.
+    ``loader.epoch(batches, seed=...)`` through any others. Epochs do not disturb each other: workers serve the one that
+    was begun last, and one before it that is still read goes on in this process, with the same pictures.
     """
 
     def __init__(
         self,
         samples: Sequence[Sample],
-        views: tuple[View, ...],
+        reader: Reader,
         *,
         batch_size: int,
-        workers: int,
-        seed: int | Sequence[int],
-        cache: PixelCache | None,
+        seed: tuple[int, ...],
+        workers: Workers | None,
         pin_memory: bool,
     ) -> None:
-        self.cache = cache
+        self.cache = reader.cache
         self.seed = seed
+        self._paths = [sample.path for sample in samples]
         self._in_order = chunks(range(len(samples)), batch_size)
-        self._epoch = _Epoch([sample.path for sample in samples])
-        self._batches = DataLoader(
-            _Reader(views, cache),
-            batch_sampler=self._epoch,
-            collate_fn=_as_is,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            multiprocessing_context=_START if workers > 0 else None,
-            pin_memory=pin_memory,
-            generator=torch.Generator(),  # its own, so that an epoch does not advance torch's global generator
-        )
+        self._reader = reader
+        self._workers = workers
+        self._pin_memory = pin_memory
+        self._flight: Flight | None = None  # that of the epoch which the workers serve
+        self._may_read_ahead = True
 
     def epoch(
         self,
@@ -149,7 +121,7 @@ class ReIDLoader:
         start: int = 0,
         share: tuple[int, int] = (0, 1),
     ) -> Iterator[Loaded]:
-        """Read ``batches`` one after the other, beginning at once.
+        """Read ``batches`` one after the other, beginning at once; ``len`` of it is the number of batches left.
 
         Args:
             batches: each a sequence of indices into the samples; None for all samples in their order.
@@ -161,34 +133,33 @@ class ReIDLoader:
         and any share give the same pictures.
 
         Raises:
-            ValueError: a start or a share that is none. IndexError: an index without a sample, where its batch is due.
+            ValueError: a start, a share or a seed that is none. IndexError: an index without a sample. TypeError: an
+                index or a seed that is no integer.
+            MemoryError: a worker got no shared memory. RuntimeError: a worker died. TimeoutError: none delivered a
+                batch within ``$FASTREID_U_WORKER_TIMEOUT`` seconds, by default 600. The last three come while reading.
         """
         batches = self._in_order if batches is None else batches
-        seed = self.seed if seed is None else seed
+        seed = self.seed if seed is None else _seed(seed)
         if not 0 <= start <= len(batches):
             raise ValueError(f"make_loader: start must lie in [0, {len(batches)}], got {start}")
         if not 0 <= share[0] < share[1]:
             raise ValueError(f"make_loader: share must be (rank, ranks) with 0 <= rank < ranks, got {share}")
-        self._epoch.batches, self._epoch.start, self._epoch.share = batches, start, share
-        self._epoch.seed = (seed,) if isinstance(seed, int) else tuple(int(s) for s in seed)
-        try:
-            return iter(self._batches)
-        except RuntimeError as error:
-            if "bootstrapping" not in str(error):
-                raise
-            raise RuntimeError(
-                "make_loader: workers must be started by a script that is guarded by `if __name__ == '__main__':`, got "
-                "none, and worker processes run an unguarded script once more; or use workers=0"
-            ) from None
+        return _Epoch(self, _Plan(self._paths, batches, seed, share), start)
 
     def close(self) -> None:
         """End the worker processes now, even if something still refers to the loader, as a kept exception may.
 
-        A later epoch starts new ones.
+        A later epoch starts new ones; one that is being read goes on in this process.
         """
-        running, self._batches._iterator = self._batches._iterator, None
-        if running is not None:
-            running._shutdown_workers()
+        self._land()
+        if self._workers is not None:
+            self._workers.close()
+
+    def _land(self) -> None:
+        """Take the workers from the epoch that they serve."""
+        if self._flight is not None:
+            self._flight.end()
+            self._flight = None
 
     def __len__(self) -> int:
         """Number of batches of ``for loaded in loader``."""
@@ -197,9 +168,66 @@ class ReIDLoader:
     def __iter__(self) -> Iterator[Loaded]:
         return self.epoch()
 
+    def _read_ahead(self, plan: _Plan, start: int) -> tuple[Iterator[Loaded] | None, Flight | None]:
+        """What workers read of ``plan`` from now on, and the shared memory set aside for it; nothing without room.
 
-def _as_is(loaded: Loaded) -> Loaded:
-    return loaded
+        A loader that found no room once does not try again, so that it warns once.
+        """
+        self._land()
+        if self._workers is None or not self._may_read_ahead:
+            return None, None
+        view = self._reader.views[0]
+        image = len(self._reader.views) * 3 * view.height * view.width * 4  # bytes
+        self._flight = flight = self._workers.room_for(plan.largest * image)
+        if flight is None:
+            self._may_read_ahead = False
+            self._workers.close()
+            return None, None
+        left = (plan.tasks(number) for number in range(start, len(plan.batches)))
+        return self._or_close(lambda: self._workers.begin(left)), flight
+
+    def _receive(self, ahead: Iterator[Loaded]) -> Loaded:
+        return self._or_close(lambda: next(ahead))
+
+    def _or_close(self, action: Callable[[], Result]) -> Result:
+        """After an error the workers are of no use, neither to this epoch, should it be read on, nor to the next."""
+        with ExitStack() as on_error:
+            on_error.callback(self.close)
+            result = action()
+            on_error.pop_all()
+            return result
+
+    def _read(self, tasks: list[Task]) -> Loaded:
+        loaded = self._reader(tasks)
+        if not self._pin_memory:
+            return loaded
+        pinned = [images.pin_memory() for images in loaded.views]
+        return loaded._replace(
+            images=tuple(pinned) if isinstance(loaded.images, tuple) else pinned[0], indices=loaded.indices.pin_memory()
+        )
+
+
+def _require_indices(batch: Sequence[int], count: int) -> None:
+    """Each index of ``batch`` is a whole number that counts one of ``count`` samples."""
+    numbers = np.asarray(batch)
+    if numbers.size == 0:
+        return
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
+        raise TypeError(f"make_loader: batches must hold lists of integers, got {numbers.dtype} in {batch!r:.80}")
+    for index in (int(numbers.min()), int(numbers.max())):
+        if not 0 <= index < count:
+            raise IndexError(f"make_loader: batches must hold indices in [0, {count}), got {index}")
+
+
+def _seed(seed: int | Sequence[int]) -> tuple[int, ...]:
+    """``seed`` as a tuple of Python's integers."""
+    try:
+        numbers = (operator.index(seed),) if np.ndim(seed) == 0 else tuple(operator.index(part) for part in seed)
+    except TypeError:
+        numbers = ()
+    if not numbers or min(numbers) < 0:
+        raise ValueError(f"make_loader: seed must be one or several integers of 0 or more, got {seed!r}")
+    return numbers
 
 
 def make_loader(
@@ -208,8 +236,10 @@ def make_loader(
     *,
     batch_size: int,
     workers: int = 0,
+    worker_start: str | None = None,
     seed: int | Sequence[int] = 0,
     cache: bool | PixelCache = False,
+    truncated: bool = False,
     pin_memory: bool = False,
 ) -> ReIDLoader:
     """Read, transform and batch images.
@@ -220,9 +250,15 @@ def make_loader(
         batch_size: images per batch where the loader runs through the samples in their order. A batch that is read has
             fewer images where some cannot be read.
         workers: processes that decode, at most one per CPU that this process may use; 0 decodes in this one. Results
-            are bit-identical for every number.
+            are bit-identical for every number. Each reads two batches ahead into shared memory; where these do not
+            fit, a warning is given and this process reads.
+        worker_start: "fork", "forkserver" or "spawn", as ``multiprocessing`` has them, with the same results. None =
+            fork on Linux, else Python's default. The other two need a picklable transform and a script with a
+            ``__main__`` guard, and are safe where other threads hold locks at the moment of a fork. Steps that draw
+            from torch's global generator, which they should not, need them in a process with threads.
         seed: one or several non-negative integers, for example (seed, epoch).
         cache: keep decoded pixels, True or a ``PixelCache`` shared with another loader over the same samples.
+        truncated: also use images whose file ends early, as far as they go (``read_rgb``).
         pin_memory: batches in page-locked memory, for copies to a GPU.
 
     Returns:
@@ -235,6 +271,9 @@ def make_loader(
         raise ValueError(f"make_loader: batch_size must be positive, got {batch_size}")
     if workers < 0:
         raise ValueError(f"make_loader: workers must not be negative, got {workers}")
+    if worker_start is not None and worker_start not in multiprocessing.get_all_start_methods():
+        known = ", ".join(name for name in START_METHODS if name in multiprocessing.get_all_start_methods())
+        raise ValueError(f"make_loader: worker_start must be one of {known}, or None, got {worker_start!r}")
     if hasattr(os, "sched_getaffinity"):
         workers = min(workers, len(os.sched_getaffinity(0)))
     size = (views[0].height, views[0].width)
@@ -246,12 +285,12 @@ def make_loader(
             raise ValueError(f"make_loader: cache must have the shape {want} of these samples, got {got}")
         if workers > 0 and not cache.pixels.is_shared():
             raise ValueError("make_loader: cache must be shared=True for workers > 0, got a private one")
+    reader = Reader(views, cache or None, truncated)
     return ReIDLoader(
         samples,
-        views,
+        reader,
         batch_size=batch_size,
-        workers=workers,
-        seed=seed,
-        cache=cache or None,
+        seed=_seed(seed),
+        workers=Workers(reader, workers, worker_start, pin_memory=pin_memory) if workers > 0 else None,
         pin_memory=pin_memory,
     )

@@ -2,10 +2,27 @@
 """Finding folders and images on disk, and saying what was missing."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+from fastreid_u._text import visible
+
+# Every name that Pillow gives the formats of data/images.py, so that a folder reads what a list of files reads.
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".webp", ".tif", ".tiff", ".gif",
+    ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
+
+# What lies beside images in every data set and is not missed. Other files that are left out are named in a note.
+_SIDECARS = {
+    ".txt", ".md", ".rst", ".html", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".ods", ".log", ".url", ".lnk",
+    ".json", ".jsonl", ".xml", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".lst", ".list",
+    ".mat", ".npy", ".npz", ".h5", ".hdf5", ".pkl", ".pickle", ".parquet", ".pt", ".pth", ".safetensors",
+    ".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".py", ".m", ".sh", ".ipynb", ".db", ".lock",
+}  # fmt: skip
+_SIDECAR_NAMES = {"readme", "license", "licence", "copying", "notice", "makefile"}
 
 # What tells a run's folder, and the picture in it; both are there before the picture is (engine/folder.py, which
 # data/ may not import). One alone could be a user's own.
@@ -24,7 +41,33 @@ def plain_name(name: str) -> str:
     return "".join(c for c in name.lower() if c.isalnum())
 
 
+def shown(path: str | os.PathLike) -> str:
+    """``path`` for messages: characters that steer a terminal, line breaks among them, become escapes."""
+    return visible(os.fspath(path))
+
+
+class Listing(NamedTuple):
+    """Image files in a folder, and how many other files lie there by suffix, but for those that are not missed."""
+
+    images: list[str]
+    others: Counter[str]
+
+    def notes(self, where: str = "") -> list[str]:
+        """A line on the other files, or none; ``where`` names the folder."""
+        if not self.others:
+            return []
+        ranked = sorted(self.others.items(), key=lambda kind: (-kind[1], kind[0]))
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in ranked[:6]) + (", ..." if len(ranked) > 6 else "")
+        left_out = f"{self.others.total()} files left out, of types that are not read: {kinds}"
+        return [f"{where}: {left_out}" if where else left_out]
+
+
 def list_images(folder: str | os.PathLike, *, recursive: bool = False) -> list[str]:
+    """Absolute paths of the image files in ``folder``, sorted, as ``list_files`` finds them."""
+    return list_files(folder, recursive=recursive).images
+
+
+def list_files(folder: str | os.PathLike, *, recursive: bool = False) -> Listing:
     """Absolute paths of the image files in ``folder``, sorted; files are recognised by suffix and not opened.
 
     Hidden files (``._x.jpg`` left by some archivers), pipes and devices are skipped. ``recursive`` descends, through
@@ -33,6 +76,7 @@ def list_images(folder: str | os.PathLike, *, recursive: bool = False) -> list[s
     seconds and about 150 MB.
     """
     found: list[str] = []
+    others: Counter[str] = Counter()
     todo, links = [os.path.abspath(folder)], []
     seen: set[str] = set()  # where folders really are
     while todo or links:
@@ -53,19 +97,32 @@ def list_images(folder: str | os.PathLike, *, recursive: bool = False) -> list[s
             for entry in entries:
                 if entry.name.startswith(".") or entry.name == skip:
                     continue
-                if _is_folder(entry):  # whatever its name ends with
+                if is_folder(entry):  # whatever its name ends with
                     if recursive:
                         (links if entry.is_symlink() else todo).append(entry.path)
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES) and _may_be_read(entry):
+                elif not _may_be_read(entry):
+                    continue
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
                     found.append(entry.path)
+                elif suffix := _missed(entry.name):
+                    others[suffix] += 1
     found.sort()
-    return found
+    return Listing(found, others)
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
+def _missed(name: str) -> str:
+    """The suffix of a file that someone may take for an image; empty for what lies beside images as a rule."""
+    stem, suffix = os.path.splitext(name.lower())
+    if suffix in _SIDECARS or (not suffix and stem in _SIDECAR_NAMES):
+        return ""
+    return shown(suffix) or "without suffix"
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether ``entry`` is a folder or a link to one; a link to itself is none."""
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, say
+    except OSError:
         return False
 
 
@@ -128,20 +185,25 @@ def find_layout(
     for folder in candidate_folders(root, names):
         named = plain_name(folder.name) in {plain_name(name) for name in names} and folder.is_dir()
         for i, layout in enumerate(layouts):
-            if all((folder / entry).exists() for entry in layout) and (layout or named):
+            if all(_is_there(folder / entry) for entry in layout) and (layout or named):
                 return folder, i
     raise DatasetNotFound(_not_found(name, root, names, layouts, access))
+
+
+def _is_there(path: Path) -> bool:
+    """A pipe or a device is not: to read a list from one is to wait for its writer."""
+    return path.is_dir() or path.is_file()
 
 
 def _not_found(name: str, root: Path, names: tuple[str, ...], layouts: tuple[tuple[str, ...], ...], access: str) -> str:
     wanted = "\n".join("    " + ("  ".join(layout) or "(any images, in a folder of that name)") for layout in layouts)
     searched = list(candidate_folders(root, names))[:6]
     lines = [
-        f"load_dataset: {name} must lie under its root, got {root}, where no folder holds",
+        f"load_dataset: {name} must lie under its root, got {shown(root)}, where no folder holds",
         wanted,
         f"Sub-folders entered if named: {', '.join(names)}.",
         "Looked in:",
-        *(f"    {folder}  ({_contents(folder)})" for folder in searched),
+        *(f"    {shown(folder)}  ({_contents(folder)})" for folder in searched),
         f"Access: {access} This library reads local folders and downloads nothing.",
         "Another place: root=... (--data-dir), or the environment variable FASTREID_U_DATA.",
     ]
@@ -157,4 +219,4 @@ def _contents(folder: Path, limit: int = 8) -> str:
     if not names:
         return "empty"
     more = f", ... {len(names) - limit:,} more" if len(names) > limit else ""
-    return "holds " + ", ".join(names[:limit]) + more
+    return "holds " + ", ".join(map(shown, names[:limit])) + more

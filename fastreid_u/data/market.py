@@ -11,12 +11,12 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fastreid_u.data.dataset import ReIDDataset, Sample, relabel, sort_samples
-from fastreid_u.data.locate import list_images
+from fastreid_u.data.dataset import ReIDDataset, Sample, relabel, small_pids, sort_samples
+from fastreid_u.data.locate import list_files, shown
 
 MARKET_FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 VERI_FOLDERS = ("image_train", "image_query", "image_test")
-MARKET_NAME = re.compile(r"(-?\d+)_c(\d+)")
+MARKET_NAME = re.compile(r"(-?\d{1,300})_c(\d{1,300})")
 
 # The 6-camera PersonX subset numbers its cameras as in the full simulator.
 PERSONX_CAMERAS = {3: 0, 4: 1, 8: 2, 10: 3, 11: 4, 12: 5}
@@ -45,8 +45,8 @@ def read_market_like(
         max_pid: largest pid that can be right; None accepts any.
 
     Returns:
-        Training pids relabelled; query and gallery pids as in the file names. Junk (pid -1) is never loaded;
-        distractors (pid 0 of Market-1501) stay in the gallery as negatives.
+        Training pids relabelled; query and gallery pids as in the file names, if they fit 64 bits. Junk (pid -1) is
+        never loaded; distractors (pid 0 of Market-1501) stay in the gallery as negatives.
 
     Raises:
         ValueError: a folder has no image named so, or a camera or pid that the set does not have.
@@ -55,16 +55,16 @@ def read_market_like(
     if cameras is None:
         cameras = {camera: i for i, camera in enumerate(sorted({row[2] for rows, _ in parsed for row in rows}))}
     splits, notes = [], []
-    for part, (rows, skipped) in zip(folders, parsed, strict=True):
+    for part, (rows, about) in zip(folders, parsed, strict=True):
         for path, pid, camera in rows:
             if camera not in cameras:
-                raise ValueError(f"{name}: camera must be one of {sorted(cameras)}, got {camera} in {path}")
+                raise ValueError(f"{name}: camera must be one of {sorted(cameras)}, got {camera} in {shown(path)}")
             if max_pid is not None and pid > max_pid:
-                raise ValueError(f"{name}: pid must be at most {max_pid}, got {pid} in {path}")
+                raise ValueError(f"{name}: pid must be at most {max_pid}, got {pid} in {shown(path)}")
         splits.append(sort_samples(Sample(path, pid, cameras[camera]) for path, pid, camera in rows))
-        if skipped:
-            notes.append(f"{part}: {skipped} images skipped, their names are not <pid>_c<camera>...")
+        notes += [f"{part}: {note}" for note in about]
     train, query, gallery = splits
+    query, gallery = small_pids(query, gallery)
     return ReIDDataset(
         name=name,
         root=folder,
@@ -76,15 +76,23 @@ def read_market_like(
     )
 
 
-def _parse_folder(name: str, folder: Path) -> tuple[list[tuple[str, int, int]], int]:
-    """(path, pid, file-name camera) of each image that is not junk, and how many names could not be read."""
-    rows, skipped = [], 0
-    for path in list_images(folder):
+def _parse_folder(name: str, folder: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
+    """(path, pid, file-name camera) of each image that is not junk, and in words what was not read."""
+    rows, skipped, deeper = [], 0, 0
+    files = list_files(folder, recursive=True)
+    for path in files.images:
         match = MARKET_NAME.match(os.path.basename(path))
-        if match is None:
+        if os.path.dirname(path) != os.path.abspath(folder):
+            deeper += 1
+        elif match is None:
             skipped += 1
         elif int(match[1]) >= 0:  # -1 is junk: part of nobody's evaluation
             rows.append((path, int(match[1]), int(match[2])))
     if not rows:
-        raise ValueError(f"{name}: {folder} must hold images named <pid>_c<camera>..., got {skipped} of other names")
-    return rows, skipped
+        raise ValueError(
+            f"{name}: {shown(folder)} must hold images named <pid>_c<camera>..., got {skipped} of other names"
+            + (f" and {deeper} in sub-folders" if deeper else "")
+        )
+    notes = [f"{skipped} images skipped, their names are not <pid>_c<camera>..."] if skipped else []
+    notes += [f"{deeper} images in sub-folders left out"] if deeper else []
+    return rows, notes + files.notes()

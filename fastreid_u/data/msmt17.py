@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from fastreid_u.data.dataset import ReIDDataset, Sample, relabel, sort_samples
-from fastreid_u.data.locate import DatasetNotFound
+from fastreid_u.data.locate import DatasetNotFound, shown
 from fastreid_u.data.market import MARKET_FOLDERS, one_based, read_market_like
 
 _LISTS = ("list_train.txt", "list_query.txt", "list_gallery.txt")
@@ -23,7 +23,7 @@ def read_msmt17(folder: Path) -> ReIDDataset:
     of train (0-1040) and test (0-3059) are separate numberings.
 
     Raises:
-        ValueError: a line or a file name that does not fit.
+        ValueError: a line or a file name that does not fit, or a list without images.
         DatasetNotFound: the lists name images that are not in the image folders.
     """
     if all((folder / part).is_dir() for part in MARKET_FOLDERS):
@@ -59,6 +59,10 @@ def _read_list(folder: Path, images: str, name: str) -> list[Sample]:
         except (ValueError, IndexError, KeyError) as error:
             rule = "<pid>/<pid>_<sequence>_<camera 1-15>_... <pid>"
             raise ValueError(f"msmt17: {name} line {number} must read {rule}, got {line!r}") from error
-    if samples and not os.path.exists(samples[0].path):
-        raise DatasetNotFound(f"msmt17: {folder / name} must list images under {images}/, got {samples[0].path}")
+    if not samples:
+        raise ValueError(f"msmt17: {shown(folder / name)} must list images, got none")
+    if not os.path.exists(samples[0].path):
+        raise DatasetNotFound(
+            f"msmt17: {shown(folder / name)} must list images under {images}/, got {shown(samples[0].path)}"
+        )
     return samples

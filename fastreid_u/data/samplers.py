@@ -3,7 +3,8 @@
 
 A sampler visits every identity once a pass, in random order, and emits a group for each; ``iterations`` cuts the flat
 stream into an epoch's batches. Negative labels (un-clustered images) are skipped. All draws come from one NumPy
-generator made from (seed, epoch). ``list(sampler)`` is one pass, the next iteration the next pass.
+generator made from (seed, epoch). ``list(sampler)`` is one pass of ``len(sampler)`` indices, the next iteration the
+next pass.
 """
 
 import warnings
@@ -14,7 +15,7 @@ import numpy as np
 
 
 class IdentitySampler(ABC):
-    """Common part; a subclass chooses the images of one identity.
+    """Common part; a subclass chooses the images of one identity: K of them, or it overrides ``__len__`` too.
 
     Args:
         labels: (N,) integers, an identity or cluster for each image; negative ones are skipped.
@@ -39,6 +40,10 @@ class IdentitySampler(ABC):
     def __iter__(self) -> Iterator[int]:
         for i in self.rng.permutation(len(self.members)):
             yield from self.group(self.members[i]).tolist()
+
+    def __len__(self) -> int:
+        """Number of indices of one pass, the same for every pass."""
+        return len(self.members) * self.num_instances
 
     @abstractmethod
     def group(self, members: np.ndarray) -> np.ndarray:
@@ -71,6 +76,9 @@ class RandomMultipleGallery(IdentitySampler):
     ) -> None:
         super().__init__(labels, num_instances, seed=seed, epoch=epoch)
         self.camids = None if camids is None else _camids(self, camids, labels)
+
+    def __len__(self) -> int:
+        return sum(self.num_instances if len(members) > 1 else 1 for members in self.members)
 
     def group(self, members: np.ndarray) -> np.ndarray:
         anchor = members[self.rng.integers(len(members))]

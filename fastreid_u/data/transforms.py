@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image, ImageFilter
 
 from fastreid_u.pixel_norm import NAMED, RULE, is_pixel_norm, mean_and_std
 
@@ -99,8 +100,6 @@ class Blur:
     radius: tuple[float, float] = (0.1, 2.0)
 
     def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-        from PIL import Image, ImageFilter
-
         if rng.random() >= self.p:
             return image
         picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fastreid_u.data.dataset import ReIDDataset, Sample, relabel, sort_samples
-from fastreid_u.data.locate import DatasetNotFound
+from fastreid_u.data.locate import DatasetNotFound, shown
 
 VEHICLEID_LAYOUTS = (("image", "train_test_split/train_list.txt"),)
 
@@ -27,7 +27,7 @@ def read_vehicleid(folder: Path, *, test_size: int = 800, seed: int = 0) -> ReID
         ``has_cameras`` is False: evaluation must not remove same-camera matches, which would be all of them.
 
     Raises:
-        ValueError: another test size, or a line that is not ``<image> <vehicle>``.
+        ValueError: another test size, a line that is not ``<image> <vehicle>``, or a list without images.
         DatasetNotFound: the test list, or an image that a list names, is not there.
     """
     if test_size not in _TEST_SIZES:
@@ -63,6 +63,8 @@ def _read_list(folder: Path, name: str) -> tuple[Sample, ...]:
         if len(fields) != 2 or not fields[1].isdecimal():
             raise ValueError(f"vehicleid: {name} line {number} must read <image> <vehicle>, got {line!r}")
         samples.append(Sample(os.path.join(images, fields[0] + ".jpg"), int(fields[1]), 0))
-    if samples and not os.path.exists(samples[0].path):
-        raise DatasetNotFound(f"vehicleid: {file} must list images under image/, got {samples[0].path}")
+    if not samples:
+        raise ValueError(f"vehicleid: {shown(file)} must list images, got none")
+    if not os.path.exists(samples[0].path):
+        raise DatasetNotFound(f"vehicleid: {shown(file)} must list images under image/, got {shown(samples[0].path)}")
     return sort_samples(samples)

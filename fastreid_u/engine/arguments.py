@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastreid_u.data import ReIDDataset
 
 # A resumed run may be given these anew; anything else would make it another experiment.
-_RESUMABLE = {"epochs", "workers", "cache_images", "print_freq", "eval_step", "eval_batch_size"}
+RESUMABLE = {"epochs", "workers", "worker_start", "cache_images", "print_freq", "eval_step", "eval_batch_size"}
 
 # A rendered source has other people and cameras than the rendered set to learn, unless its dials are given.
 _SOURCE_DIALS: Mapping[str, Mapping[str, Any]] = {"synthetic": {"seed": 50}}
@@ -61,7 +61,9 @@ class Arguments:
         return dataclasses.replace(
             self,
             dataset=run["dataset"] if self.dataset is None else self.dataset,
-            method=stored_method(stored) if self.method is None else self.method,
+            method=stored_method("train", "settings", run["method"], to_train=True)
+            if self.method is None
+            else self.method,
             data=stored["data"] if self.data is None else self.data,
             source_data=stored["source_data"] if self.source_data is None else self.source_data,
         )
@@ -95,7 +97,7 @@ class Experiment:
     ) -> dict[str, dict[str, Any]]:
         """The tables of ``config.toml``; the sets tell where they were found."""
         run = dict(self.run) or {
-            "method": self.recipe_class.name, "dataset": self.name, "fastreid_u": _version(),
+            "method": self.recipe_class.name, "dataset": self.name, "fastreid_u": package_version(),
             "torch": torch.__version__, "device": str(device), "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         }  # fmt: skip
         run |= {"root": os.path.abspath(target.root), "source_root": source and os.path.abspath(source.root)}
@@ -110,35 +112,62 @@ def experiment_of(arguments: Arguments, stored: Mapping[str, Any] | None = None)
         ValueError, TypeError: unknown method, option or kind of data set, or a value out of range.
         ValueError: a resumed run was given settings that would make it another experiment.
     """
-    from fastreid_u.data import ReIDDataset, known_name
+    return _new_experiment(arguments) if stored is None else _resumed_experiment(arguments.completed(stored), stored)
 
-    if stored is not None:
-        arguments = arguments.completed(stored)
+
+def _new_experiment(arguments: Arguments) -> Experiment:
+    from fastreid_u.data import ReIDDataset
+
     dataset, root = arguments.dataset, arguments.root
     recipe_class = get_method("cluster_contrast" if arguments.method is None else arguments.method)
-    ready = isinstance(dataset, ReIDDataset)
-    if ready and arguments.data and stored is None:
+    if isinstance(dataset, ReIDDataset) and arguments.data:
         raise ValueError(f"train: data must be left out with a ready dataset, got {dict(arguments.data)}")
-    name = "" if ready else absolute_name("dataset", dataset, root)
-    overrides = dict(arguments.overrides)
-    if overrides.get("source") is not None:
-        overrides["source"] = absolute_name("source", overrides["source"], root)
-    if stored is None:
-        config = recipe_class.Config.for_dataset(dataset.name if ready else name, **overrides)
-        config = fitted_to_network(config, overrides)
-    else:
-        config = _resumed_config(stored, recipe_class, overrides)
+    name = _dataset_name(arguments)
+    known = dataset.name if isinstance(dataset, ReIDDataset) else name
+    overrides = _named_overrides(arguments)
+    config = fitted_to_network(recipe_class.Config.for_dataset(known, **overrides), overrides)
+    return _experiment(arguments, recipe_class, config, name, ({}, root, root))
 
-    source, source_root, run = getattr(config, "source", None), root, {}
-    if stored is not None:
-        run = stored["run"]
-        if root is None:
-            root, source_root = stored_root(name, run["root"]), stored_root(source or "", run.get("source_root"))
+
+def _resumed_experiment(arguments: Arguments, stored: Mapping[str, Any]) -> Experiment:
+    """The experiment of the run that has the settings ``stored``; ``arguments`` have been completed with them."""
+    recipe_class, name, run = get_method(arguments.method), _dataset_name(arguments), stored["run"]
+    config = _resumed_config(stored, recipe_class, _named_overrides(arguments))
+    root = source_root = arguments.root
+    if root is None:
+        root = stored_root(name, run["root"])
+        source_root = stored_root(getattr(config, "source", None) or "", run.get("source_root"))
+    return _experiment(arguments, recipe_class, config, name, (run, root, source_root))
+
+
+def _experiment(
+    arguments: Arguments, recipe_class: type[Recipe], config: Config, name: str, origin: tuple[Mapping, Any, Any]
+) -> Experiment:
+    """With the data sets' options; ``origin`` is the run that is resumed and where both sets are looked for."""
+    from fastreid_u.data import known_name
+
+    source, (run, root, source_root) = getattr(config, "source", None), origin
     source_data = dict(arguments.source_data or {})
     if source is not None:
         source_data = {**_SOURCE_DIALS.get(known_name(source), {}), **source_data}
     data = dict(arguments.data or {})
-    return Experiment(recipe_class, config, dataset, name, root, source_root, data, source_data, run)
+    return Experiment(recipe_class, config, arguments.dataset, name, root, source_root, data, source_data, run)
+
+
+def _dataset_name(arguments: Arguments) -> str:
+    """The set's name or absolute path; empty for a ready one."""
+    from fastreid_u.data import ReIDDataset
+
+    ready = isinstance(arguments.dataset, ReIDDataset)
+    return "" if ready else absolute_name("dataset", arguments.dataset, arguments.root)
+
+
+def _named_overrides(arguments: Arguments) -> dict[str, Any]:
+    """The overrides, with ``source`` as a name or an absolute path."""
+    overrides = dict(arguments.overrides)
+    if overrides.get("source") is not None:
+        overrides["source"] = absolute_name("source", overrides["source"], arguments.root)
+    return overrides
 
 
 def absolute_name(argument: str, value: object, root: str | os.PathLike | None) -> str:
@@ -153,20 +182,22 @@ def absolute_name(argument: str, value: object, root: str | os.PathLike | None) 
     return known_name(text) or next((os.path.abspath(place) for place in places if place.exists()), text)
 
 
-def stored_method(stored: Mapping[str, Any]) -> str:
-    """The method of a run's settings, where it is one of ours.
+def stored_method(op: str, place: str | os.PathLike, method: object, *, to_train: bool) -> str:
+    """``method`` as the settings or the model at ``place`` name it: the name of a method, and nothing to import.
 
-    A file or module that settings name is never imported: the folder may come from someone else.
+    A file or module that a run folder names is never imported, for the folder may come from someone else. So a run of
+    one's own method has a network that can be used, but ``to_train`` it the caller gives the method again.
 
     Raises:
-        ValueError: it is not one of ours, so the caller has to give it again.
+        ValueError: it is no name, or not that of one of our methods, ``to_train``; the message begins with ``op``.
     """
-    method = stored["run"]["method"]
-    if method not in methods():
+    if to_train and method not in methods():
         raise ValueError(
-            "train: method must be given again, as FILE.py:CLASS or the class, for a run of one's own method "
-            f"({method!r}), got None"
+            f"{op}: method must be given again, as FILE.py:CLASS or the class, for a run of one's own method "
+            f"({method!r}), got None; in the shell, repeat --method FILE.py:CLASS"
         )
+    if not isinstance(method, str) or ":" in method:
+        raise ValueError(f"{op}: {place} must hold the name of a method, as train wrote it, got {method!r}")
     return method
 
 
@@ -188,19 +219,21 @@ def _resumed_config(stored: Mapping[str, Any], recipe_class: type[Recipe], overr
     """The run's settings, with what a resumed run may change changed."""
     if stored["run"]["method"] != recipe_class.name:
         raise ValueError(f"train: method must be the run's own ({stored['run']['method']}), got {recipe_class.name!r}")
-    names = [field.name for field in dataclasses.fields(recipe_class.Config)]
-    values = {name: stored["config"].get(name) for name in names}  # None is written as a comment, hence absent
+    values = {}
+    for field in dataclasses.fields(recipe_class.Config):  # None is written as a comment, hence absent
+        default = False if field.default is False else None  # a switch of a younger version was off
+        values[field.name] = stored["config"].get(field.name, default)
     overrides = {name: plain(value) for name, value in overrides.items()}
-    changed = {k: v for k, v in overrides.items() if k not in _RESUMABLE and values.get(k) != v}
+    changed = {k: v for k, v in overrides.items() if k not in RESUMABLE and values.get(k) != v}
     if changed:
         raise ValueError(
-            f"train: a resumed run must keep its settings (only {', '.join(sorted(_RESUMABLE))} may change), got "
+            f"train: a resumed run must keep its settings (only {', '.join(sorted(RESUMABLE))} may change), got "
             + ", ".join(f"{k}={v!r} instead of {values.get(k)!r}" for k, v in changed.items())
         )
     return recipe_class.Config.for_dataset("", **{**values, **overrides})
 
 
-def _version() -> str:
+def package_version() -> str:
     try:
         return version("fastreid-u")
     except PackageNotFoundError:  # run from a source tree that was never installed

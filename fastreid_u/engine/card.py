@@ -8,12 +8,14 @@ from typing import Any
 
 from fastreid_u.config import Config
 from fastreid_u.engine.evaluate import Split
+from fastreid_u.engine.records import Records
 from fastreid_u.recipe import Recipe
 
 # Fields for how and on what the recipe runs, not for what it is; ``compat`` has a line of its own.
 _MACHINE = {
     "compat",
     "workers",
+    "worker_start",
     "cache_images",
     "channels_last",
     "print_freq",
@@ -36,6 +38,7 @@ class RecipeCard:
         labels: the label generator's, of ``LabelGenerator.describe``.
         device: where it runs.
         selects: how ``model_best`` is chosen.
+        scale: the people that the labels' settings fit, of ``LabelGenerator.scale``; empty where unknown.
     """
 
     method: type[Recipe]
@@ -45,6 +48,7 @@ class RecipeCard:
     labels: str
     device: str
     selects: str
+    scale: str = ""
 
     def lines(self) -> list[str]:
         """The card, a line of text each."""
@@ -55,6 +59,7 @@ class RecipeCard:
             f"{model['num_features']} features, pooling {model['pooling']}, weights {model['weights']}",
             f"  labels      {self.labels}, per-camera centring "
             + ("ON (ours, not in the published recipe)" if config.center_per_camera else "off"),
+            *([f"  scale       {self.scale}"] if self.scale else []),
             f"  batch       {config.batch_size} = {config.batch_size // config.num_instances} clusters "
             f"x {config.num_instances} images, BatchNorm over {config.bn_group or config.batch_size}",
             f"  evaluation  AP formula {config.ap}; {self.selects}",
@@ -134,3 +139,24 @@ def metric_block(metrics: dict[str, Any]) -> list[str]:
     lines += [f"  top-{rank:<4}{metrics[f'top{rank}']:12.1%}" for rank in (1, 5, 10)]
     lines.append(f"mINP: {metrics['mINP']:4.1%}")
     return lines
+
+
+def outcome(records: Records, place: str) -> list[str]:
+    """What training did to mAP, and a warning where it did harm. ``place`` is what was ranked, as in "test split"."""
+    start, best, last = records.start, records.best, records.last
+    if last["epoch"] < 0:
+        return [f"mAP {last['mAP']:.1%} before training, on the {place}; no epoch was trained"]
+    text = f"last epoch {last['epoch']}, mAP {last['mAP']:.1%}; "
+    text += f"best mAP {best['mAP']:.1%} at epoch {best['epoch']}, on the {place}"
+    if start is None:
+        return [f"start not evaluated (eval_initial=True, --eval-initial); {text}"]
+    text = f"start mAP {start['mAP']:.1%}; {text}"
+    if best["mAP"] < start["mAP"]:
+        harm = (
+            f"warning: training only did harm: no epoch reached the mAP of the network before it ({start['mAP']:.1%}). "
+            'model_best is worse than that network too; docs/runs.md, "When training does harm", has what to try'
+        )
+        return [text, harm]
+    if last["mAP"] < start["mAP"]:
+        return [text, "warning: the last epoch ranks worse than the network before training; use model_best"]
+    return [text]

@@ -83,4 +83,4 @@ def draw_curves(
         if len(handles) > 1:
             axes.legend(handles, labels, frameon=False, fontsize=8, loc="best")
     share.spines["top"].set_visible(False)
-    write_whole(path, lambda partial: figure.savefig(partial, format="png"))
+    write_whole(path, lambda file: figure.savefig(file, format="png"))

@@ -47,9 +47,12 @@ def load_datasets(experiment: Experiment, display: Display) -> Datasets:
         ValueError: a set has no images to train on, or both are the same. FileNotFoundError: a set is not there.
     """
     from fastreid_u.data import ReIDDataset
+    from fastreid_u.data.same_file import with_shared_files_noted
 
     target = experiment.dataset
-    if not isinstance(target, ReIDDataset):
+    if isinstance(target, ReIDDataset):
+        target = with_shared_files_noted(target)
+    else:
         target = _load(target, experiment.root, experiment.data, display)
     if not target.train:
         raise ValueError(f"train: dataset must hold training images, got none in {target.root}")
@@ -113,6 +116,6 @@ def _load_source(experiment: Experiment, display: Display) -> "ReIDDataset | Non
 
 def _images(reid: "ReIDDataset", *, identities: bool = False) -> Images:
     """Identities, of a source only, are numbered 0 .. P - 1 in their own order."""
-    camids = torch.tensor([s.camid for s in reid.train]) if reid.has_cameras else None
+    camids = torch.tensor([s.camid for s in reid.train]) if reid.has_train_cameras else None
     pids = torch.tensor([s.pid for s in reid.train]).unique(return_inverse=True)[1] if identities else None
     return Images(len(reid.train), camids, pids)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a network runs and in which precision, the same for training, evaluation and extraction."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +25,6 @@ class Machine:
     def precision(self) -> torch.autocast:
         """A context in which forward passes run in the precision of this machine."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
-
-
-def default_device_cpu() -> AbstractContextManager:
-    """A context in which tensors made without a device lie on the CPU, whatever ``torch.set_default_device`` set."""
-    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def pick_device(op: str, device: str | torch.device | None) -> torch.device:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run shows: progress bars on a terminal, plain lines elsewhere, and every line in the run's ``log.txt``."""
 
+import codecs
 import sys
 import time
 import warnings
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from fastreid_u._text import visible
 from fastreid_u.engine.own_file import open_own
 
 PLAIN_SECONDS = 10.0  # without a terminal, a long phase shows where it is this often
@@ -20,15 +22,17 @@ class Display:
     Args:
         log: file to which every line is appended, refused if it is a link; None keeps lines until ``log_to`` names it.
         quiet: show nothing on ``stream`` (lines are logged all the same).
-        stream: where lines are shown; a terminal gets progress bars.
+        stream: where lines are shown, standard output by default; a terminal gets progress bars. Where there is none
+            (a service, ``>&-``), or it has been closed, nothing is shown.
     """
 
     def __init__(self, log: Path | None = None, *, quiet: bool = False, stream: TextIO | None = None) -> None:
         self.quiet = quiet
-        self.stream = stream or sys.stdout
+        self.stream = sys.stdout if stream is None else stream
         self._log = log
         self._kept: list[str] = []  # lines for the log, until there is one
         self._progress = None
+        self._shown_once: set[str] = set()
 
     def log_to(self, log: Path) -> None:
         """Append the lines shown so far, and all that follow, to ``log``.
@@ -42,19 +46,26 @@ class Display:
 
     @property
     def interactive(self) -> bool:
-        return not self.quiet and self.stream.isatty()
+        return not self.quiet and _is_terminal(self.stream)
 
     def line(self, text: str = "") -> None:
-        """Show and log ``text``; characters that cannot be encoded (file names hold any byte) become escapes."""
+        """Show and log ``text``; what would act on a terminal or cannot be encoded (file names hold any byte) becomes
+        escapes."""
+        text = visible(text)
         self._append([text])
-        if self.quiet:
+        if self.quiet or self.stream is None or getattr(self.stream, "closed", False):
             return
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        text = text.encode(encoding, errors="backslashreplace").decode(encoding)
+        text = _encodable(text, self.stream)
         if self._progress is not None:  # above the bar, not through it
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, file=self.stream, flush=True)
+            print(text, file=self.stream, flush=hasattr(self.stream, "flush"))
+
+    def once(self, text: str) -> None:
+        """``line``, unless ``text`` went this way before."""
+        if text not in self._shown_once:
+            self._shown_once.add(text)
+            self.line(text)
 
     def _append(self, lines: list[str]) -> None:
         if self._log is None:
@@ -72,7 +83,8 @@ class Display:
         def show(message, *category_and_place, **more) -> None:  # as ``warnings`` calls it
             if (text := str(message)) not in heard:
                 heard.add(text)
-                self.line(f"warning: {text}")
+                for line in f"warning: {text}".split("\n"):
+                    self.line(line)
                 if self.quiet:
                     usual(message, *category_and_place, **more)
 
@@ -101,6 +113,22 @@ class Display:
                 yield phase
             finally:
                 self._progress = None
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):  # no stream, or one that cannot tell; a closed one
+        return False
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    """``text`` with escapes for what ``stream`` has no bytes for."""
+    try:
+        encoding = codecs.lookup(getattr(stream, "encoding", None) or "utf-8").name
+    except (LookupError, TypeError):  # a stream of one's own, with a name that Python does not know
+        encoding = "ascii"
+    return text.encode(encoding, errors="backslashreplace").decode(encoding)
 
 
 class Phase:

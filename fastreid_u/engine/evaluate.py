@@ -2,6 +2,7 @@
 """Ranking quality of a network on a data set's query and gallery."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,13 +25,20 @@ class Split:
     queries: int | None
     has_cameras: bool
 
+    @cached_property
+    def files(self) -> Tensor:
+        """(N,) numbers of the files, the same where two samples are one file."""
+        from fastreid_u.data.same_file import file_numbers
+
+        return torch.tensor(file_numbers(sample.path for sample in self.samples), device="cpu")
+
     @property
     def pids(self) -> Tensor:
-        return torch.tensor([sample.pid for sample in self.samples])
+        return torch.tensor([sample.pid for sample in self.samples], device="cpu")
 
     @property
     def camids(self) -> Tensor:
-        return torch.tensor([sample.camid for sample in self.samples])
+        return torch.tensor([sample.camid for sample in self.samples], device="cpu")
 
     @property
     def place(self) -> str:
@@ -49,43 +57,56 @@ class SplitImages(ImageSet):
 def test_split(dataset: "ReIDDataset", display: Display) -> Split | None:
     """What can be ranked, with a warning where it is less than a query and a gallery with cameras; None = nothing."""
     if dataset.query and dataset.gallery:
-        if not dataset.has_cameras:
+        if not dataset.has_test_cameras:
             display.line(
-                "warning: no camera ids, or one camera only: images of the query's own camera cannot be left out of "
-                "its ranking"
+                "warning: no camera ids for all of query and gallery, or one camera only: images of the query's own "
+                "camera cannot be left out of its ranking"
             )
-        return Split(dataset.query + dataset.gallery, len(dataset.query), dataset.has_cameras)
+        split = Split(dataset.query + dataset.gallery, len(dataset.query), dataset.has_test_cameras)
+        queries, gallery = split.files[: split.queries], split.files[split.queries :]
+        shared = int(torch.isin(queries, gallery).sum())
+        if shared:
+            display.line(
+                f"note: {shared} of {len(queries)} query images are in the gallery too; each is left out of its own "
+                "ranking"
+            )
+        return split
+    if dataset.query or dataset.gallery:
+        there, missing = ("query", "gallery") if dataset.query else ("gallery", "query")
+        display.line(f"warning: {there} images but no {missing}: they are not ranked")
     named = tuple(sample for sample in dataset.train if sample.pid >= 0) if dataset.has_pids else ()
     if named:
         display.line(
             "warning: no query/gallery split: the training images with known identities are ranked against each "
             "other, which flatters the network"
         )
-        return Split(named, None, dataset.has_cameras)
+        return Split(named, None, dataset.has_train_cameras)
     display.line("warning: no query/gallery split and no identities: nothing to evaluate; labels are still reported")
     return None
 
 
 def evaluate_split(model: nn.Module, images: SplitImages, ap: str) -> dict[str, Any]:
+    """``rank_split`` of the features that ``model`` gives."""
+    return rank_split(images.features(model, "evaluate"), images.split, ap)
+
+
+def rank_split(features: Tensor, split: Split, ap: str) -> dict[str, Any]:
     """mAP, mINP and CMC at ranks 1, 5, 10 (fractions), and how many queries had a match.
 
-    ``ap`` names the formula of average precision, as ``rank_metrics`` has it.
+    Rows of ``features`` (N, D) that are NaN are left out. ``ap`` names the formula of average precision, as
+    ``rank_metrics`` has it.
     """
-    split = images.split
-    features = images.features(model, "evaluate").cpu()
+    features = features.cpu()
     readable = torch.isfinite(features).all(dim=1)
-    pids, camids = split.pids, split.camids
-    if split.queries is None:
-        # A unique "camera" per image makes the same-camera rule remove exactly the image itself.
-        camids = camids if split.has_cameras else torch.arange(len(pids))
-        query = gallery = readable
-    else:
-        first = torch.arange(len(pids)) < split.queries
+    query = gallery = readable
+    if split.queries is not None:
+        first = torch.arange(len(readable), device="cpu") < split.queries
         query, gallery = readable & first, readable & ~first
-        camids = camids if split.has_cameras else None
+    pids, camids, files = split.pids, split.camids if split.has_cameras else None, split.files
     result = rank_metrics(
         features[query], features[gallery], pids[query], pids[gallery],
-        None if camids is None else camids[query], None if camids is None else camids[gallery], ap=ap,
+        None if camids is None else camids[query], None if camids is None else camids[gallery],
+        q_images=files[query], g_images=files[gallery], ap=ap,
     )  # fmt: skip
     cmc = [float(value) for value in result.cmc]
     top = {f"top{rank}": cmc[min(rank, len(cmc)) - 1] for rank in (1, 5, 10)}

@@ -38,7 +38,7 @@ def fit_epoch(session: "Session", epoch: int, targets: Tensor) -> float:
         group["lr"] = learning_rate(config, epoch)
     recipe.train()
     total = torch.zeros((), device=machine.device)
-    steps = 0
+    steps, note = 0, ""
     batches = recipe.batches(targets.cpu(), epoch)
     with machine.display.phase(f"epoch {epoch}", len(batches), unit="steps") as advance:
         for batch in _loaded(session, batches, targets, epoch):
@@ -56,7 +56,9 @@ def fit_epoch(session: "Session", epoch: int, targets: Tensor) -> float:
             with torch.no_grad():
                 recipe.update(_each(outputs, Tensor.detach), batch)
 
-            advance(1, note=f"loss {total.item() / steps:.3f}" if steps % config.print_freq == 0 else "")
+            if steps % config.print_freq == 0:
+                note = f"loss {total.item() / steps:.3f}"
+            advance(1, note=note + session.pace.note(epoch, steps, len(batches)))
     _require_finite(total, epoch, steps)
     return total.item() / max(steps, 1)
 
@@ -82,9 +84,8 @@ def _loaded(session: "Session", batches: Sequence[Sequence[int]], targets: Tenso
 
 def _on_device(loaded: "Loaded", images: Images, targets: Tensor, device: torch.device) -> Batch:
     """A loaded batch of ``images`` copied to ``device``, with the ``targets`` and cameras of its rows."""
-    views = loaded.images if isinstance(loaded.images, tuple) else (loaded.images,)
     return Batch(
-        views=tuple(view.to(device, non_blocking=True) for view in views),
+        views=tuple(view.to(device, non_blocking=True) for view in loaded.views),
         indices=loaded.indices.to(device),
         targets=targets[loaded.indices.to(targets.device)].to(device),
         camids=None if images.camids is None else images.camids[loaded.indices].to(device),

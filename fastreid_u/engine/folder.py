@@ -6,54 +6,36 @@
     model_last.safetensors .json   the network after the last finished epoch
     model_best.safetensors .json   the network with the best mAP so far, where there is something to rank
     state.safetensors              all that resuming needs, in ONE file, so that no crash can leave it half new
+    labels.csv                     the pseudo-label of each training image in the last epoch
     curves.png
 
-While a run writes, ``.lock`` lies there too. Every file is whole or absent (checkpoint.py).
+While a run writes, ``.lock`` lies there too. Every file is whole or absent (checkpoint.py). Nothing that a folder names
+is run, and no link in it is written through.
 """
 
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
-from torch import Tensor, nn
+from torch import nn
 
 from fastreid_u._toml import dump_toml, load_toml
-from fastreid_u.engine.checkpoint import SaveError, read_described, write_described, write_text
+from fastreid_u.engine.checkpoint import SaveError, flush, partial_name, write_described, write_text
+from fastreid_u.engine.layout import LAYOUT, require_readable
 from fastreid_u.engine.lock import FolderInUse, locked
-from fastreid_u.engine.own_file import open_own
+from fastreid_u.engine.own_file import open_own, read_own
 from fastreid_u.engine.records import Records
-
-# The number of this form of a run folder, in config.toml, in the state and in the models. It rises when a version
-# writes what older ones would misread. Layout 3 has no number in config.toml.
-LAYOUT = 4
-READABLE_LAYOUTS = (3, 4)
+from fastreid_u.engine.state import State, read_state, write_state
 
 RUNS = Path("runs")  # where a run without a folder of its own is put
 
-
-class LayoutError(ValueError):
-    """The run folder was written by a version that keeps runs in another form."""
-
-
-class State(NamedTuple):
-    """What a run goes on from.
-
-    Attributes:
-        epoch: the last finished epoch.
-        fingerprint: of the training images, as ``fingerprint`` in datasets.py makes it.
-        tensors: the recipe's, the optimiser's, labels, and which images could be read, by name.
-        layout: of the version that wrote it.
-    """
-
-    epoch: int
-    fingerprint: str
-    tensors: dict[str, Tensor]
-    layout: int = LAYOUT
+_NEEDED = ("method", "dataset", "root")  # of the [run] table; each is text, as "source_root" is where it is there
 
 
 class RunFolder:
@@ -65,6 +47,7 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path).expanduser()
+        self._settings = ""  # the text of config.toml, once this run has written it
 
     def __str__(self) -> str:
         return str(self.path)
@@ -93,6 +76,10 @@ class RunFolder:
         return self.path / "curves.png"
 
     @property
+    def labels(self) -> Path:
+        return self.path / "labels.csv"
+
+    @property
     def state_file(self) -> Path:
         return self.path / "state.safetensors"
 
@@ -107,7 +94,7 @@ class RunFolder:
     def files(self) -> list[Path]:
         """Every file that a run may leave, whether it is there or not."""
         models = [make(which) for which in ("last", "best") for make in (self.model_file, self.model_text)]
-        return [self.config, self.log, self.metrics, self.state_file, self.curves, *models]
+        return [self.config, self.log, self.metrics, self.state_file, self.curves, self.labels, *models]
 
     # What there is
 
@@ -134,16 +121,22 @@ class RunFolder:
             LayoutError: a newer version wrote them.
             ValueError: ``train`` did not write them; messages begin with ``op``.
         """
+        text = read_own(self.config, op).decode("utf-8", "surrogateescape")
         try:
-            tables = load_toml(self.config.read_text(encoding="utf-8", errors="surrogateescape"))
-        except ValueError as error:  # not TOML, or not text
+            tables = load_toml(text)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{op}: {self.config} must be as train wrote it, got {error}") from error
         tables = {name: table for name, table in tables.items() if isinstance(table, dict)}
         run = tables.get("run", {})
         require_readable(op, self.path, run.get("layout", 3))
-        missing = {"run", "config", "data", "source_data"} - tables.keys() | {"method", "dataset", "root"} - run.keys()
+        missing = {"run", "config", "data", "source_data"} - tables.keys() | set(_NEEDED) - run.keys()
         if missing:
             raise ValueError(f"{op}: {self.config} must be as train wrote it, got no {', '.join(sorted(missing))}")
+        for table, name, value in ((table, *item) for table, values in tables.items() for item in values.items()):
+            wants_text = table == "run" and name in (*_NEEDED, "source_root")
+            if not isinstance(value, str if wants_text else str | int | float):
+                rule = "text" if wants_text else "text, a number, true or false"
+                raise ValueError(f"{op}: {self.config} must hold {table}.{name} as {rule}, got {value!r}")
         return tables
 
     @cached_property
@@ -152,19 +145,8 @@ class RunFolder:
         return Records.read(self.metrics)
 
     def state(self) -> State:
-        """What the last finished epoch left.
-
-        Raises:
-            LayoutError: another version wrote it. ValueError: the file is torn, or ``train`` did not write it.
-        """
-        tensors, about = read_described(self.state_file)
-        about = about if isinstance(about, dict) else {}
-        if "schema" in about:
-            require_readable("train", self.path, about["schema"])
-        missing = {"schema", "epoch", "data"} - about.keys() | {"labels"} - tensors.keys()
-        if missing:
-            raise ValueError(f"train: {self.state_file} must be as train wrote it, got no {', '.join(sorted(missing))}")
-        return State(about["epoch"], about["data"], tensors, about["schema"])
+        """What the last finished epoch left; raises as ``read_state``."""
+        return read_state(self.state_file)
 
     # Whether a run may begin here
 
@@ -199,7 +181,10 @@ class RunFolder:
 
         Raises:
             FolderInUse: another run writes here. PermissionError: the folder cannot be made or written in.
+            NotADirectoryError: there is a file in its place.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"train: logs_dir must be a folder, got the file {self.path}")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -227,9 +212,19 @@ class RunFolder:
     # Writing
 
     def clean(self, *, run: bool) -> None:
-        """Remove what killed processes have left half written and, with ``run``, the run itself."""
-        for path in [*self.path.glob(".*.part"), *(self.files() if run else ())]:
-            path.unlink(missing_ok=True)
+        """Remove what killed processes have left half written and, with ``run``, the run itself.
+
+        Raises:
+            IsADirectoryError: a folder has the name of one of the run's files.
+        """
+        for path in self.files():
+            if path.is_dir() and not path.is_symlink():
+                raise IsADirectoryError(f"train: {path} must be a file, got a folder")
+        half = "|".join(re.escape(partial_name(file, "PID").name).replace("PID", r"\d+") for file in self.files())
+        found = [path for path in self.path.iterdir() if re.fullmatch(half, path.name)]
+        for path in [*found, *(self.files() if run else ())]:
+            if path.is_symlink() or not path.is_dir():  # what is a folder is not ours
+                path.unlink(missing_ok=True)
 
     def begin(self, settings: str) -> None:
         """Start a run without records, with ``settings`` as ``settings_text`` makes them."""
@@ -237,12 +232,23 @@ class RunFolder:
         self.write_settings(settings)
 
     def write_settings(self, settings: str) -> None:
+        self._settings = settings
         write_text(self.config, settings)
 
-    def go_on_after(self, epoch: int) -> None:
-        """Drop the records of later epochs."""
-        self.records = Records(record for record in self.records if record["epoch"] <= epoch)
+    def go_on_after(self, epoch: int, kept: Records | None = None) -> bool:
+        """Drop the records of later epochs.
+
+        ``kept`` are those that the state holds: they take the place of what ``metrics.jsonl`` has lost, or of what has
+        been changed there. Returns whether anything was.
+
+        Raises:
+            ValueError: not every epoch until ``epoch`` has a record.
+        """
+        found = self.records.until(epoch)
+        self.records = found if kept is None else kept
+        self.records.require_each_epoch(epoch, self.metrics if kept is None else self.state_file)
         write_text(self.metrics, self.records.to_text())
+        return self.records.to_text() != found.to_text()
 
     def add_record(self, record: dict[str, Any]) -> None:
         """Append to the records."""
@@ -250,13 +256,15 @@ class RunFolder:
         try:
             with open_own(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+                flush(file)
         except OSError as error:
             raise SaveError(f"cannot write {self.metrics}: {error}") from error
 
     def save_epoch(self, record: dict[str, Any], network: nn.Module, about: Mapping[str, Any], state: State) -> None:
         """Save a finished epoch: its record, ``network`` with its description ``about``, and ``state``.
 
-        ``state`` goes last: an epoch counts as finished once all else of it is on disk.
+        ``state``, with the records and the settings, goes last: an epoch counts as finished once all else of it is on
+        disk.
         """
         self.add_record(record)
         best = record is self.records.best
@@ -264,24 +272,7 @@ class RunFolder:
         for which in ("last", "best") if best else ("last",):
             write_described(self.model_file(which), network.state_dict(), about)
             write_text(self.model_text(which), json.dumps(about, indent=2) + "\n")
-        header = {"schema": LAYOUT, "epoch": state.epoch, "data": state.fingerprint}
-        write_described(self.state_file, state.tensors, header)
-
-
-def require_readable(op: str, path: Path, layout: object) -> None:
-    """Refuse what is of another ``layout`` than this version reads.
-
-    Raises:
-        LayoutError: names the layout, and what to do.
-    """
-    if layout in READABLE_LAYOUTS:
-        return
-    newer = not isinstance(layout, int) or layout > LAYOUT
-    raise LayoutError(
-        f"{op}: {path} must have run layout {' or '.join(map(str, READABLE_LAYOUTS))} for this version, got layout "
-        f"{layout!r} of {'a newer' if newer else 'an older'} fastreid_u; use that version for it, or start another run "
-        "in another logs_dir"
-    )
+        write_state(self.state_file, state._replace(settings=self._settings, records=self.records))
 
 
 def settings_text(tables: Mapping[str, Mapping[str, Any]]) -> str:

@@ -31,9 +31,9 @@ def label_health(labels: np.ndarray, previous: np.ndarray | None, pids: np.ndarr
     Quantities that cannot be had (first epoch, no true labels) are None.
     """
     labels = np.asarray(labels)
-    sizes = np.bincount(labels[labels >= 0]) if (labels >= 0).any() else np.zeros(0, dtype=int)
+    sizes = np.unique(labels[labels >= 0], return_counts=True)[1]
     health: dict[str, Any] = {
-        "clusters": int((sizes > 0).sum()),
+        "clusters": len(sizes),
         "unclustered": float((labels < 0).mean()) if len(labels) else 0.0,
         "largest": int(sizes.max(initial=0)),
         "agreement": None if previous is None else agreement(labels, previous),

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fastreid_u._text import visible
+from fastreid_u.engine.allocator import keeping_freed_memory
 from fastreid_u.engine.device import Machine
 from fastreid_u.engine.display import Display
 
@@ -22,7 +24,8 @@ class TooManyBadImages(RuntimeError):
 
 
 class BadImageLog:
-    """Reports each unreadable image once and stops the run when there are too many of them.
+    """Reports each unreadable image once, also if other sets of the run hold it, and stops the run when there are too
+    many of them.
 
     Args:
         total: images in the set.
@@ -40,9 +43,9 @@ class BadImageLog:
         for image in bad:
             if image.path not in self.reasons:
                 self.reasons[image.path] = image.reason
-                self.display.line(f"warning: left out, cannot be read: {image.path} ({image.reason})")
+                self.display.once(f"warning: left out, cannot be read: {image.path} ({image.reason})")
         if len(self.reasons) > self.share * self.total:
-            named = "\n".join(f"  {path}: {reason}" for path, reason in list(self.reasons.items())[:10])
+            named = "\n".join(f"  {visible(path)}: {reason}" for path, reason in list(self.reasons.items())[:10])
             raise TooManyBadImages(
                 f"{len(self.reasons)} of {self.total} images cannot be read, more than {self.share:.0%}; the first:\n"
                 + named
@@ -59,6 +62,8 @@ class Reading:
         train_views: the transforms under which a network is trained; None for sets that are only looked at.
         train_batch_size: images per batch of ``train_views``.
         workers: processes that decode; 0 decodes in this one.
+        worker_start: how they start, as for ``make_loader``.
+        truncated: use images whose file ends early, as far as they go.
         seed: seed of the random draws of transforms.
         cache: keep decoded pixels in memory, once for both kinds of batches: 3 * height * width bytes an image.
     """
@@ -68,6 +73,8 @@ class Reading:
     train_views: "tuple[View, ...] | None" = None
     train_batch_size: int = 0
     workers: int = 0
+    worker_start: str | None = None
+    truncated: bool = False
     seed: int = 0
     cache: bool = False
 
@@ -98,6 +105,8 @@ class ImageSet:
         height, width = reading.view.height, reading.view.width
         common = dict(
             workers=reading.workers,
+            worker_start=reading.worker_start,
+            truncated=reading.truncated,
             seed=reading.seed,
             cache=PixelCache(len(samples), height, width, shared=reading.workers > 0) if reading.cache else False,
             pin_memory=machine.device.type == "cuda",
@@ -122,7 +131,7 @@ class ImageSet:
         network.eval()
         device, count = self.machine.device, len(self.samples)
         features, unreadable = None, 0
-        with self.machine.display.phase(phase, count) as advance:
+        with keeping_freed_memory(device), self.machine.display.phase(phase, count) as advance:
             for loaded in self.plain:
                 self.bad.note(loaded.bad)
                 unreadable += len(loaded.bad)
@@ -135,7 +144,7 @@ class ImageSet:
                     features[loaded.indices.to(device)] = rows
                 advance(len(loaded.indices) + len(loaded.bad))
         if features is None:
-            first = "".join(f", {path}: {reason}" for path, reason in list(self.bad.reasons.items())[:1])
+            first = "".join(f", {visible(path)}: {reason}" for path, reason in list(self.bad.reasons.items())[:1])
             raise ValueError(f"{phase}: images must hold one that can be read, got {unreadable} that cannot{first}")
         _require_finite(features, unreadable, phase)
         return features
@@ -146,6 +155,10 @@ class ImageSet:
         The workers begin at once, before the first batch is asked for.
         """
         return self._noted(self.augmented.epoch(batches, seed=seed))
+
+    def plain_batches(self, batches: Sequence[Sequence[int]]) -> "Iterator[Loaded]":
+        """The same of the images as they are."""
+        return self._noted(self.plain.epoch(batches))
 
     def _noted(self, batches: "Iterator[Loaded]") -> "Iterator[Loaded]":
         for loaded in batches:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training in progress: what it works with, how that is set up, and what is saved and restored of it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,17 @@ from fastreid_u.config import Config
 from fastreid_u.engine.datasets import Datasets
 from fastreid_u.engine.device import Machine
 from fastreid_u.engine.evaluate import SplitImages, test_split
-from fastreid_u.engine.folder import RunFolder, State
+from fastreid_u.engine.finite import not_finite, require_finite, wrong_weight
+from fastreid_u.engine.folder import RunFolder
 from fastreid_u.engine.image_set import ImageSet, Reading
-from fastreid_u.engine.layout_3 import from_layout_3
 from fastreid_u.engine.optimizer import make_optimizer
+from fastreid_u.engine.pace import Pace
+from fastreid_u.engine.restored import load_tensors
+from fastreid_u.engine.reuse import KeptFeatures
+from fastreid_u.engine.same_run import compared, compared_settings
+from fastreid_u.engine.state import State
+from fastreid_u.engine.surroundings import surroundings
+from fastreid_u.engine.watch import LabelWatch
 from fastreid_u.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -38,6 +45,10 @@ class Session:
         optimizer: made by ``start_networks``.
         start: the first epoch that is still to be trained.
         labels: (N,) labels of the last finished epoch, or None before it.
+        watch: what warns of poor labels, and ``pace`` what estimates the time; made by ``run_epochs``.
+        kept: features of an evaluation, for the extraction after it.
+        surroundings: what a run that goes on should find again (surroundings.py).
+        never_finite: names of the recipe's tensors that held NaN or infinity from the start, as masks do.
     """
 
     recipe: Recipe
@@ -50,16 +61,29 @@ class Session:
     optimizer: torch.optim.Optimizer | None = None
     start: int = 0
     labels: np.ndarray | None = None
+    watch: LabelWatch | None = None
+    pace: Pace | None = None
+    kept: KeptFeatures = field(default_factory=KeptFeatures)
+    surroundings: dict[str, str] = field(default_factory=dict)
+    never_finite: frozenset[str] = frozenset()
+
+    @property
+    def ranks_training_images(self) -> bool:
+        """Whether the images to evaluate on are all training images, in their order."""
+        return self.test is not None and self.test.samples == self.target.samples
 
     def extract(self, network: nn.Module, *, of: str = "target") -> Tensor:
         """``recipe.Extract``: features of all "target" or all "source" images, unaugmented.
 
-        Which of them could be read is from then on in ``recipe.images``.
+        Which of them could be read is from then on in ``recipe.images``. Those of an evaluation that has just looked at
+        the same images through the same network are not computed again.
         """
         images, about = self.target, self.recipe.images
         if of == "source":
             images, about = self.source, about.source
-        features = images.features(network)
+        features = self.kept.take(network) if of == "target" else None
+        if features is None:
+            features = images.features(network)
         about.readable = torch.isfinite(features).all(dim=1).cpu()
         return features
 
@@ -74,6 +98,9 @@ def build_network(config: Config, device: torch.device, *, trained: bool) -> "Re
     """The network of a new run, or of one that is resumed.
 
     With ``trained`` its weights will come from the run, and the file that it began with may be gone.
+
+    Raises:
+        ValueError: the file of weights holds NaN or infinity. As ``build_model``.
     """
     from fastreid_u.models import build_model
 
@@ -82,6 +109,8 @@ def build_network(config: Config, device: torch.device, *, trained: bool) -> "Re
         bn_running=config.bn_running, stem_relu=config.stem_relu, drop_path=config.drop_path,
         image_size=(config.height, config.width), seed=config.seed,
     )  # fmt: skip
+    if wrong := wrong_weight(model):
+        raise ValueError(f"train: weights must be finite, got NaN or infinity in {wrong} of {config.weights}")
     if trained:
         model.card["weights"] = f"{config.weights or 'random'}, as trained so far"
     return model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
@@ -92,9 +121,9 @@ def open_session(recipe: Recipe, datasets: Datasets, machine: Machine, folder: R
     from fastreid_u.data import test_transform
 
     config, target, source = recipe.config, datasets.target, datasets.source
-    if config.center_per_camera and not target.has_cameras:
+    if config.center_per_camera and not target.has_train_cameras:
         machine.display.line(
-            "warning: center_per_camera has no effect: these data have no camera ids, or one camera only"
+            "warning: center_per_camera has no effect: the training images have no camera ids, or one camera only"
         )
     reading = Reading(
         test_transform(config.height, config.width, pixel_norm=config.pixel_norm),
@@ -102,6 +131,8 @@ def open_session(recipe: Recipe, datasets: Datasets, machine: Machine, folder: R
         train_views=recipe.views(),
         train_batch_size=config.batch_size,
         workers=config.workers,
+        worker_start=config.worker_start,
+        truncated=config.truncated_images,
         seed=config.seed,
         cache=config.cache_images,
     )
@@ -114,6 +145,7 @@ def open_session(recipe: Recipe, datasets: Datasets, machine: Machine, folder: R
         test=SplitImages(split, replace(reading, train_views=None), machine) if split else None,
         machine=machine,
         folder=folder,
+        surroundings=surroundings(datasets, split, machine.device),
     )
 
 
@@ -131,58 +163,57 @@ def start_networks(session: Session, model: "ReIDModel", *, calibrate: bool) -> 
         # Any fixed spread over the images will do; batches of near-identical neighbours would not.
         generator = torch.Generator().manual_seed(config.seed)
         order = torch.randperm(len(session.target.samples), generator=generator).tolist()
-        spread = session.target.plain.epoch(chunks(order, config.eval_batch_size))
+        spread = session.target.plain_batches(chunks(order, config.eval_batch_size))
         batches = (loaded.images.to(machine.device) for loaded in spread)
         with machine.precision():
             calibrate_batchnorm(model, islice(batches, config.calibrate_bn))
     recipe.build(model)
     recipe.to(machine.device)
+    state = recipe.state_dict()
+    session.never_finite = frozenset(f"recipe.{name}" for name in state if not_finite({name: state[name]}))
     session.optimizer = make_optimizer([weight for weight in recipe.parameters() if weight.requires_grad], config)
 
 
 def current_state(session: Session, epoch: int) -> State:
-    """All that the run needs to go on after ``epoch``."""
-    recipe = session.recipe
+    """All that the run needs to go on after ``epoch``; -1, before the first, has all images un-clustered.
+
+    Raises:
+        FloatingPointError: a weight, a memory or a moment is NaN or infinite, so that nothing could go on from it.
+    """
+    recipe, labels = session.recipe, session.labels
+    if labels is None:
+        labels = np.full(len(session.target.samples), -1)
     tensors = {f"recipe.{name}": tensor for name, tensor in recipe.state_dict().items()}
-    tensors |= {"labels": torch.from_numpy(session.labels), "readable": recipe.images.readable}
+    tensors |= {"labels": torch.from_numpy(labels), "readable": recipe.images.readable}
     for index, moments in session.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in moments.items()}
-    return State(epoch, session.datasets.fingerprint, tensors)
+    require_finite(tensors, epoch, but=session.never_finite)
+    return State(epoch, session.datasets.fingerprint, tensors, surroundings=session.surroundings)
 
 
 def restore(session: Session) -> None:
     """Bring ``session`` to the end of its folder's last finished epoch; records of later epochs are dropped.
 
     Raises:
-        LayoutError: another version wrote the state. ValueError: the training images are not the run's own.
+        LayoutError: another version wrote the state.
+        ValueError: the training images or the settings are not the run's own, or the state is not of such a run.
     """
-    state = session.folder.state()
-    count, expected = len(session.target.samples), len(state.tensors["labels"])
+    folder, line = session.folder, session.machine.display.line
+    state = folder.state()
+    count, expected = len(session.target.samples), state.tensors["labels"].numel()
     if expected != count or state.fingerprint != session.datasets.fingerprint:
         raise ValueError(
             f"train: the data must be the run's own, got others in {session.datasets.target.root}: {count} training "
             f"images, the run has {expected}"
             + (", with other names, sizes, identities or cameras" if expected == count else "")
         )
-    _load_tensors(session, from_layout_3(state.tensors, session.recipe) if state.layout == 3 else state.tensors)
+    for note in compared(session.surroundings, state, session.datasets.target.root):
+        line(note)
+    for note in compared_settings(folder, session.recipe, state):
+        line(note)
+    load_tensors(session.recipe, session.optimizer, state, folder.state_file)
+    session.labels = state.tensors["labels"].numpy() if state.epoch >= 0 else None  # there were none before epoch 0
     session.start = state.epoch + 1
-    session.folder.go_on_after(state.epoch)
-    session.machine.display.line(f"resumed after epoch {state.epoch}")
-
-
-def _load_tensors(session: Session, tensors: dict[str, Tensor]) -> None:
-    """Take back the tensors of ``current_state``."""
-    recipe_state: dict[str, Tensor] = {}
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        group, _, rest = name.partition(".")
-        if group == "optimizer":
-            index, _, key = rest.partition(".")
-            moments.setdefault(int(index), {})[key] = tensor
-        elif group == "recipe":
-            recipe_state[rest] = tensor
-    optimizer = session.optimizer
-    session.recipe.load_state_dict(recipe_state)
-    session.recipe.images.readable = tensors["readable"]
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    session.labels = tensors["labels"].numpy()
+    if folder.go_on_after(state.epoch, state.records):
+        line(f"note: {folder.metrics} had lost records, or held others; those until epoch {state.epoch} are back")
+    line(f"resumed {f'after epoch {state.epoch}' if session.start else 'before epoch 0'}")

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastreid_u._default_device import on_cpu
 from fastreid_u.config import Config
 from fastreid_u.engine.arguments import Arguments, Experiment, experiment_of
-from fastreid_u.engine.card import RecipeCard, metric_block, model_selection
+from fastreid_u.engine.card import RecipeCard, metric_block, model_selection, outcome
 from fastreid_u.engine.datasets import load_datasets
 from fastreid_u.engine.device import Machine, pick_device, uses_bfloat16
 from fastreid_u.engine.display import Display
@@ -21,6 +22,7 @@ from fastreid_u.engine.loop import run_epochs
 from fastreid_u.engine.network_settings import pixel_warning
 from fastreid_u.engine.records import Records
 from fastreid_u.engine.session import Session, build_network, open_session, restore, start_networks
+from fastreid_u.ranks import require_one_rank
 from fastreid_u.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ class Run:
 
     @property
     def last(self) -> dict[str, Any]:
-        """Record of the last epoch."""
+        """Record of the last epoch; of the network before training for ``epochs=0``."""
         return self.records.last
 
     @property
@@ -93,12 +95,14 @@ def train(
 
     Raises:
         ValueError, TypeError: unknown method, data set or option, or a value out of range; nothing has been touched.
+        RuntimeError: torch.distributed is initialised with several ranks, which a run cannot use yet.
         LayoutError: the run to resume was written by a version that keeps runs in another form.
         FileNotFoundError: the data are not where they were looked for; the message names the places.
         FileExistsError: ``logs_dir`` holds a run and neither ``resume`` nor ``overwrite`` is given.
         NoClustersError: an epoch's labels hold no cluster. TooManyBadImages: more than 5 % of a split is unreadable.
         FloatingPointError: the network diverged. SaveError: the disk is full, say. All four keep finished epochs.
     """
+    require_one_rank("train")
     device = pick_device("train", device)
     arguments = Arguments(dataset, method, root, data, source_data, overrides)
     folder = None if logs_dir is None else RunFolder(logs_dir)
@@ -155,10 +159,15 @@ def _introduce(session: Session, model: "ReIDModel", experiment: Experiment) -> 
         display.line(f"learns also from the labelled training images of {datasets.source.name}:")
         for line in datasets.source.table().splitlines():
             display.line(line)
+        for note in datasets.source.notes:
+            display.line(f"note: {note}")
     display.line()
     selects = model_selection(recipe, session.test.split if session.test else None)
     name, device = experiment.name or datasets.target.name, str(session.machine.device)
-    card = RecipeCard(type(recipe), recipe.config, name, model.describe(), recipe.labels.describe(), device, selects)
+    labels = recipe.labels
+    card = RecipeCard(
+        type(recipe), recipe.config, name, model.describe(), labels.describe(), device, selects, labels.scale()
+    )
     unlike = pixel_warning(recipe.config)
     for line in [*card.lines(), f"  run folder  {session.folder}", *([unlike] if unlike else []), ""]:
         display.line(line)
@@ -172,8 +181,8 @@ def _finish(session: Session) -> Run:
         display.line()
         for line in metric_block(run.last):
             display.line(line)
-        best = f"best mAP {run.best['mAP']:.1%} at epoch {run.best['epoch']}, on the {session.test.split.place}"
-        display.line(f"last epoch {run.last['epoch']}; {best}")
+        for line in outcome(run.records, session.test.split.place):
+            display.line(line)
     files = ", ".join(file.name for file in (folder.model_file("last"), folder.curves, folder.metrics, folder.log))
     display.line(f"run folder: {folder}  ({files})")
     return run
@@ -181,12 +190,12 @@ def _finish(session: Session) -> Run:
 
 @contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Keep the run from torch's global settings (dtype, inference mode, random state), and those from the run."""
+    """Keep the run from torch's global settings (dtype, device, inference mode, random state), and these from it."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     devices = [device] if device.type == "cuda" else []
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=devices):
+        with on_cpu(), torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=devices):
             yield
     finally:
         torch.set_default_dtype(dtype)

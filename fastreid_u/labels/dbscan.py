@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastreid_u.config import Config
 from fastreid_u.images import Images
-from fastreid_u.labels.generator import Advice, LabelGenerator
+from fastreid_u.labels.generator import Advice, LabelGenerator, neighbours_and_images
 from fastreid_u.ops.pseudo_labels import pseudo_labels
 from fastreid_u.ranks import label_group
 
@@ -22,7 +22,8 @@ class DBSCANLabels(LabelGenerator):
     """
 
     advice: ClassVar[Advice] = Advice(
-        "Raise eps, lower min_samples or k1, or start from better weights", one_cluster="Lower eps"
+        "Raise eps, lower min_samples or k1, or start from better weights",
+        one_cluster="Lower eps, or k1 to about the number of images that a person has",
     )
 
     def __init__(self, config: Config, images: Images, schedule: Callable[[int], float] | None = None) -> None:
@@ -40,12 +41,20 @@ class DBSCANLabels(LabelGenerator):
         """Labels (n,) of ``features`` (n, D), or (len(eps), n) of several radii; ``settings`` as in the op."""
         c = self.config
         return pseudo_labels(
-            features, eps=eps, min_samples=c.min_samples, k1=c.k1, k2=c.k2, group=label_group(), **settings
+            features, eps=eps, min_samples=c.min_samples, k1=c.k1, k2=self.k2, group=label_group(), **settings
         )
+
+    @property
+    def k2(self) -> int:
+        """Rows averaged in query expansion: no more than a list has."""
+        return min(self.config.k2, self.config.k1)
 
     def describe(self) -> str:
         c = self.config
-        return f"k1 {c.k1}, k2 {c.k2}, eps {c.eps}, min_samples {c.min_samples}"
+        return f"k1 {c.k1}, k2 {self.k2}, eps {c.eps}, min_samples {c.min_samples}"
+
+    def scale(self) -> str:
+        return neighbours_and_images(self.config.k1, self.images.count)
 
     def settings(self, epoch: int) -> str:
         return f"eps {self.eps(epoch)}, min_samples {self.config.min_samples}, k1 {self.config.k1}"

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastreid_u._checks import require_labels
 from fastreid_u.config import Config
 from fastreid_u.images import Images
 
@@ -43,20 +44,43 @@ class LabelGenerator(nn.Module, ABC):
         if self.config.center_per_camera and camids is not None:
             used = center_per_camera(used, camids[readable].to(used.device))
         labels = torch.full((len(features),), -1, dtype=torch.int64, device=features.device)
-        labels[readable.to(features.device)] = self.cluster(used, epoch)
+        found = require_labels(
+            "train", f"labels of {type(self).__name__}.cluster", self.cluster(used, epoch), len(used)
+        )
+        labels[readable.to(features.device)] = found.to(labels.device)
         return labels
 
     @abstractmethod
     def cluster(self, features: Tensor, epoch: int) -> Tensor:
-        """Labels (n,) int64, -1 or 0 .. C - 1, of ``features`` (n, D), the rows of readable images."""
+        """Labels (n,), -1 or 0 .. C - 1, of ``features`` (n, D), the rows of readable images.
+
+        A tensor, an array or a list of whole numbers, of any type; negative numbers all mean un-clustered. Another
+        length, fractions, and numbers of 100,000 + 10 n or more are refused by name.
+        """
 
     @abstractmethod
     def describe(self) -> str:
         """How labels are made, for the recipe card."""
 
+    def scale(self) -> str:
+        """What size of cluster the settings look for, beside the number of images, for the recipe card.
+
+        Empty where a generator has nothing to compare.
+        """
+        return ""
+
     def settings(self, epoch: int) -> str:
         """The settings that decided the labels of ``epoch``, for errors and warnings."""
         return self.describe()
+
+
+def neighbours_and_images(k1: int, images: int) -> str:
+    """``scale`` of labels that are made from the ``k1`` nearest neighbours of each of ``images``."""
+    people = max(images // k1, 1)
+    return (
+        f"k1 {k1}, {images:,} images: fits people of about {k1} images each, so about {people:,} of them; "
+        "set k1 near the number of images that a person has"
+    )
 
 
 def center_per_camera(features: Tensor, camids: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fastreid_u.labels.generator import Advice, LabelGenerator
+from fastreid_u.labels.generator import Advice, LabelGenerator, neighbours_and_images
 from fastreid_u.ops.infomap_labels import infomap_labels
 
 
@@ -14,7 +14,7 @@ class InfomapLabels(LabelGenerator):
 
     advice: ClassVar[Advice] = Advice(
         "Lower min_similarity or min_size, raise k1, or start from better weights",
-        one_cluster="Raise min_similarity or lower k1",
+        one_cluster="Raise min_similarity, or lower k1 to about the number of images that a person has",
     )
 
     def cluster(self, features: Tensor, epoch: int) -> Tensor:
@@ -24,3 +24,6 @@ class InfomapLabels(LabelGenerator):
     def describe(self) -> str:
         c = self.config
         return f"Infomap, k1 {c.k1}, min_similarity {c.min_similarity}, min_size {c.min_size}"
+
+    def scale(self) -> str:
+        return neighbours_and_images(self.config.k1, self.images.count)

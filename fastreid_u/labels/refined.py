@@ -19,8 +19,9 @@ class RefinedLabels(DBSCANLabels):
         nearest = knn(features, min(c.k1, len(features)))  # both steps measure with the same lists
         labels, tight = self.clusterings(features, [eps, eps - c.eps_gap], knn=nearest)
         return refine_clusters(
-            features, labels, tight, rule=c.refinement, ratio=c.ratio, singletons=False, k1=c.k1, k2=c.k2, knn=nearest
-        )
+            features, labels, tight,
+            rule=c.refinement, ratio=c.ratio, singletons=False, k1=c.k1, k2=self.k2, knn=nearest,
+        )  # fmt: skip
 
     def describe(self) -> str:
         c = self.config

@@ -15,7 +15,7 @@ from fastreid_u._checks import (
     require_same_width,
 )
 from fastreid_u.memory.one_call import loss_then_update
-from fastreid_u.memory.rows import RowMemory
+from fastreid_u.memory.rows import RowMemory, lasting
 from fastreid_u.ops.cluster_nce import cluster_nce
 from fastreid_u.ops.momentum_update import momentum_update_
 
@@ -34,6 +34,7 @@ class ClusterMemory(RowMemory):
         rule: any rule of ``momentum_update_`` but "row"; None for the one that ``use_hard`` chooses.
         weight_temperature: of the rule "weighted" (DCCC).
         push_weight: of the rules "push" and "push_sequential" (BMW).
+        normalize: scale the features to unit length first, for loss and update; False uses them as they are.
 
     The rows are the buffer ``features`` (C, D) float32; ``restart`` fills it, once an epoch. ``memory(x, targets)``
     returns the loss and updates the rows when ``backward`` runs, as published; trainers that may skip a step use
@@ -53,6 +54,7 @@ class ClusterMemory(RowMemory):
         rule: str | None = None,
         weight_temperature: float | None = None,
         push_weight: float = 0.2,
+        normalize: bool = True,
     ) -> None:
         super().__init__()
         self.num_features = num_features
@@ -60,25 +62,39 @@ class ClusterMemory(RowMemory):
         self.momentum = require_in_range("ClusterMemory", "momentum", momentum, 0, 1)
         if use_hard and rule not in (None, "hard"):
             raise ValueError(f"ClusterMemory: rule must be 'hard' or None with use_hard, got {rule!r}")
-        self.use_hard = use_hard
         self.rule = require_choice("ClusterMemory", "rule", rule or ("hard" if use_hard else "sequential"), RULES)
         self.weight_temperature = weight_temperature
         self.push_weight = push_weight
+        self.normalize = normalize
         self.register_buffer("features", torch.zeros(num_samples, num_features, dtype=torch.float32))
 
     @classmethod
     def from_centroids(cls, centroids: Tensor, **settings) -> "ClusterMemory":
         """A memory that starts at ``centroids`` (C, D), normalised to unit length."""
         centroids = require_features("ClusterMemory.from_centroids", "centroids", centroids)
-        memory = cls(centroids.shape[1], 0, **settings).to(centroids.device)
+        with lasting(centroids.device):
+            memory = cls(centroids.shape[1], 0, **settings)
         memory.restart(centroids)
         return memory
+
+    @property
+    def use_hard(self) -> bool:
+        """Whether the rule is "hard"; setting it changes between "hard" and "sequential"."""
+        return self.rule == "hard"
+
+    @use_hard.setter
+    def use_hard(self, value: bool) -> None:
+        if self.rule in ("sequential", "hard"):
+            self.rule = "hard" if value else "sequential"
+        elif value:
+            raise ValueError(f"ClusterMemory: use_hard must be False with rule={self.rule!r}, got {value!r}")
 
     @property
     def num_samples(self) -> int:
         """C, number of rows."""
         return len(self.features)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def restart(self, centroids: Tensor) -> None:
         """Replace the rows by ``centroids`` (C, D) for any C, normalised to unit length; the settings stay."""
@@ -87,12 +103,22 @@ class ClusterMemory(RowMemory):
         self.features = F.normalize(centroids, dim=1).to(self.features)
 
     def loss(self, x: Tensor, targets: Tensor, **settings) -> Tensor:
-        """Softmax contrastive loss of ``x`` (B, D), normalised inside, against the rows; targets -1 are ignored."""
-        return cluster_nce(x, targets, self.features, temperature=self.temp, **settings)
+        """Softmax contrastive loss of ``x`` (B, D) against the rows; targets -1 are ignored.
+
+        ``settings`` are further ones of ``cluster_nce``, as ``smoothing``, or others than the memory's.
+        """
+        settings = {"temperature": self.temp, "normalize": self.normalize, **settings}
+        return cluster_nce(x, targets, self.features, **settings)
 
     @torch.no_grad()
     def update_(
-        self, x: Tensor, targets: Tensor, *, index: Tensor | None = None, found_inf: Tensor | None = None
+        self,
+        x: Tensor,
+        targets: Tensor,
+        *,
+        index: Tensor | None = None,
+        normalize: bool | None = None,
+        found_inf: Tensor | None = None,
     ) -> None:
         """Move the rows towards the batch, in place.
 
@@ -100,12 +126,14 @@ class ClusterMemory(RowMemory):
             x: (B, D) the features of the loss. targets: (B,) their rows; -1 for none. Of several ranks, each must give
                 the batch of all of them, ``memory.update_(*gather_in_rank_order(x, targets))``.
             index: of the rule "index": (C,) the sample of ``x`` that moves each row, -1 for none.
+            normalize: other than the memory's.
             found_inf: one number as a gradient scaler keeps it, the same on all ranks; nothing moves unless it is 0.
         """
         x, targets = _batch(x, targets)
         momentum_update_(
             self.features, x, targets, momentum=self.momentum, rule=self.rule, index=index, found_inf=found_inf,
             weight_temperature=self.weight_temperature, push_weight=self.push_weight,
+            normalize=self.normalize if normalize is None else normalize,
         )  # fmt: skip
 
     def forward(self, x: Tensor, targets: Tensor, **settings) -> Tensor:
@@ -113,7 +141,7 @@ class ClusterMemory(RowMemory):
             raise ValueError(
                 "ClusterMemory: rule must not be 'index' in one call; use loss(...) and update_(..., index)"
             )
-        return loss_then_update(self, *_batch(x, targets), **settings)
+        return loss_then_update(self, _batch, x, targets, **settings)
 
     def extra_repr(self) -> str:
         return (

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastreid_u._checks import (
     as_tensor,
+    label_limit,
     require_features,
     require_ids,
     require_in_range,
@@ -18,7 +19,7 @@ from fastreid_u._checks import (
     require_values_in,
 )
 from fastreid_u.memory.one_call import loss_then_update
-from fastreid_u.memory.rows import RowMemory
+from fastreid_u.memory.rows import RowMemory, lasting
 from fastreid_u.ops.centroids import cluster_centroids
 from fastreid_u.ops.cluster_nce import cluster_nce
 from fastreid_u.ops.momentum_update import momentum_update_
@@ -42,10 +43,12 @@ class InstanceMemory(RowMemory):
     means that were updated differ in their last bits from means made anew.
     Memory: 4 (N + K) D bytes; a step reads K D numbers, never N D.
 
-    Once an epoch ``memory.set_labels(labels)``; then ``memory(x, rows)`` returns the loss and updates the rows when
-    backward runs, as published, or ``memory.loss(x, rows)`` and, after backward, ``memory.update_(x, rows)``. Labels
-    need not be dense: those without rows take no part. Several losses in one backward all see the old rows (the
-    published class lets the later one change the rows before the gradient of the earlier).
+    Once an epoch ``memory.set_labels(labels)``, or as published ``memory.labels = labels``, (N,) of all rows; then
+    ``memory(x, rows)`` returns the loss and updates the rows when backward runs, as published, or
+    ``memory.loss(x, rows)`` and, after backward, ``memory.update_(x, rows)``. Where ``memory.features`` is set the
+    clusters are made anew as well; what is written into a buffer they do not see. Labels need not be dense: those
+    without rows take no part. Several losses in one backward all see the old rows (the published class lets the later
+    one change the rows before the gradient of the earlier).
     Sources: Ge et al., SpCL, NeurIPS 2020; with ``focal=4`` for the loss CACL, IEEE TIP 2022.
     """
 
@@ -89,10 +92,12 @@ class InstanceMemory(RowMemory):
             require_same_width(op, "source_centroids", sources, "features", rows)
             require_same_device(op, "source_centroids", sources, "features", rows)
             rows, settings["num_source_classes"] = torch.cat([sources, rows]), len(sources)
-        memory = cls(rows.shape[1], rows.shape[0], **settings).to(rows.device)
+        with lasting(rows.device):
+            memory = cls(rows.shape[1], rows.shape[0], **settings)
         memory.features.copy_(F.normalize(rows, dim=1))
         return memory
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def set_labels(self, labels: Tensor) -> None:
         """The clusters of an epoch: ``labels`` (N - S,) integers from 0, one per image; -1 takes the image out.
@@ -102,13 +107,27 @@ class InstanceMemory(RowMemory):
         op, s = "InstanceMemory.set_labels", self.num_source_classes
         labels = require_ids(op, "labels", labels)
         require_same_length(op, "labels", labels, "the images' rows", self.features[s:])
-        require_values_in(op, "labels", labels, 0, 2**62, ignore=-1, always=True)
+        require_values_in(op, "labels", labels, 0, label_limit(len(labels)), ignore=-1, always=True)
         labels = labels.to(self.labels)
-        self.labels[:s] = torch.arange(s, device=self.labels.device)
-        self.labels[s:] = torch.where(labels >= 0, labels + s, -1)
-        self._gather_clusters()
+        self.labels = torch.cat([torch.arange(s, device=labels.device), torch.where(labels >= 0, labels + s, -1)])
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """The clusters follow the rows and labels that published code sets by assignment."""
+        follow = name in self.PER_ROW and "cluster_sizes" in self._buffers
+        if follow and name == "labels":
+            value = require_ids("InstanceMemory", "labels", value).to(self.features.device)
+            require_same_length("InstanceMemory", "labels", value, "features", self.features)
+            require_values_in("InstanceMemory", "labels", value, 0, label_limit(len(value)), ignore=-1, always=True)
+        super().__setattr__(name, value)
+        if follow:
+            self._gather_clusters()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _gather_clusters(self) -> None:
+        if len(self.labels) != len(self.features):  # labels of other rows: there are no clusters until they are set
+            self.labels = self.labels.new_full((len(self.features),), -1)
+            return
         self._count_clusters()
         means = cluster_centroids(self.features, self.labels, normalize=False)
         self.cluster_means = means.to(self.features.dtype)
@@ -129,7 +148,7 @@ class InstanceMemory(RowMemory):
     def loss(self, x: Tensor, rows: Tensor, **settings) -> Tensor:
         """Loss of ``x`` (B, D) against the cluster means, each towards the cluster of its row (B,); -1 is ignored.
 
-        ``settings`` are further ones of ``cluster_nce``, as ``focal``.
+        ``settings`` are further ones of ``cluster_nce``, as ``focal``, or others than the memory's.
         """
         if len(self.cluster_means) == 0:
             raise ValueError("InstanceMemory: labels must be set before the first loss, got no cluster")
@@ -137,29 +156,33 @@ class InstanceMemory(RowMemory):
         require_same_device("InstanceMemory", "rows", rows, "features", self.features)
         require_values_in("InstanceMemory", "rows", rows, 0, self.num_samples, ignore=-1)
         clusters = self.labels[rows.clamp(0, self.num_samples - 1)]  # out of range on a GPU: update_ will flag it
-        return cluster_nce(
-            x, torch.where(rows >= 0, clusters, -1), self.cluster_means, temperature=self.temp,
-            normalize=self.normalize, class_mask=self.cluster_sizes > 0, epsilon=self.epsilon, **settings,
-        )  # fmt: skip
+        settings = {
+            "temperature": self.temp, "normalize": self.normalize, "class_mask": self.cluster_sizes > 0,
+            "epsilon": self.epsilon, **settings,
+        }  # fmt: skip
+        return cluster_nce(x, torch.where(rows >= 0, clusters, -1), self.cluster_means, **settings)
 
     @torch.no_grad()
-    def update_(self, x: Tensor, rows: Tensor, *, found_inf: Tensor | None = None) -> None:
+    def update_(
+        self, x: Tensor, rows: Tensor, *, normalize: bool | None = None, found_inf: Tensor | None = None
+    ) -> None:
         """Move row ``rows[b]`` towards ``x[b]``, in batch order, in place.
 
         Of several ranks, each must give the batch of all of them, ``update_(*gather_in_rank_order(x, rows))``.
-        ``found_inf``: one number as a gradient scaler keeps it, the same on all ranks; nothing moves unless it is 0.
+        ``normalize``: other than the memory's. ``found_inf``: one number as a gradient scaler keeps it, the same on all
+        ranks; nothing moves unless it is 0.
         """
         clusters = {} if len(self.cluster_means) == 0 else {
             "labels": self.labels, "cluster_sizes": self.cluster_sizes, "cluster_means": self.cluster_means,
         }  # fmt: skip
         x, rows = _batch(x, rows)
         momentum_update_(
-            self.features, x, rows, momentum=self.momentum, rule="row", normalize=self.normalize, found_inf=found_inf,
-            **clusters,
+            self.features, x, rows, momentum=self.momentum, rule="row", found_inf=found_inf,
+            normalize=self.normalize if normalize is None else normalize, **clusters,
         )  # fmt: skip
 
     def forward(self, x: Tensor, rows: Tensor, **settings) -> Tensor:
-        return loss_then_update(self, *_batch(x, rows), **settings)
+        return loss_then_update(self, _batch, x, rows, **settings)
 
     def extra_repr(self) -> str:
         return (

@@ -17,7 +17,7 @@ from fastreid_u._checks import (
     require_values_in,
 )
 from fastreid_u.memory.one_call import loss_then_update
-from fastreid_u.memory.rows import RowMemory
+from fastreid_u.memory.rows import RowMemory, lasting
 from fastreid_u.ops.centroids import proxy_centroids
 from fastreid_u.ops.momentum_update import momentum_update_
 from fastreid_u.ops.proxy_nce import proxy_nce
@@ -74,13 +74,15 @@ class ProxyMemory(RowMemory):
         self.register_buffer("cameras", torch.zeros(num_proxies, dtype=torch.int64))
 
     @classmethod
+    @torch.inference_mode(False)
     def from_features(cls, features: Tensor, labels: Tensor, cameras: Tensor, **settings) -> "ProxyMemory":
         """Rows that start at the means of the unit features (N, D) with one label (N,) and camera (N,), scaled to 1.
 
         Labels and cameras are integers from 0, with gaps or without; images labelled -1 take no part.
         """
         rows, clusters, cameras = _proxies("ProxyMemory.from_features", features, labels, cameras)
-        memory = cls(rows.shape[1], 0, **settings).to(rows.device)
+        with lasting(rows.device):
+            memory = cls(rows.shape[1], 0, **settings)
         memory._take(rows, clusters, cameras)
         return memory
 
@@ -89,6 +91,7 @@ class ProxyMemory(RowMemory):
         """Q, number of rows."""
         return len(self.features)
 
+    @torch.inference_mode(False)
     def restart(self, features: Tensor, labels: Tensor, cameras: Tensor) -> None:
         """Replace the rows, as many as there are now, by those of ``from_features``; the settings stay."""
         proxies = _proxies("ProxyMemory.restart", features, labels, cameras)
@@ -145,7 +148,7 @@ class ProxyMemory(RowMemory):
         momentum_update_(self.features, x, targets, momentum=self.momentum, found_inf=found_inf)
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
-        return loss_then_update(self, *_batch(x, targets))
+        return loss_then_update(self, _batch, x, targets)
 
     def extra_repr(self) -> str:
         return (

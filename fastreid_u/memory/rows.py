@@ -1,9 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all memories share: buffers that have a row per prototype, and any number of rows."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+
+
+@contextmanager
+def lasting(device: torch.device) -> Iterator[None]:
+    """Tensors that are made inside lie on ``device``, and can be trained with also where inference mode is on."""
+    with device, torch.inference_mode(False):
+        yield
 
 
 class RowMemory(nn.Module):
@@ -30,7 +40,7 @@ class RowMemory(nn.Module):
             return
         for name, found in loaded.items():
             if found.shape != kept[name].shape:
-                setattr(self, name, kept[name].new_empty(found.shape))
+                self._buffers[name] = kept[name].new_empty(found.shape)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fastreid_u._default_device import on_cpu
 from fastreid_u.models.batchnorm import set_bn_group
 from fastreid_u.models.pooling import make_pooling
 from fastreid_u.models.reid import ReIDModel
@@ -93,7 +94,7 @@ def build_model(
         raise ValueError(f"build_model: drop_path must be 0 for {arch}, got {drop_path!r}")
     file = imagenet_file(arch, weights) if weights in ("imagenet", "imagenet_v2") and arch in RESNETS else weights
     # one thread at a time: weights are drawn from a generator that all share
-    with _drawing, torch.device("cpu"), torch.random.fork_rng(devices=[], enabled=seed is not None):
+    with _drawing, on_cpu(), torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which reseeds every GPU as well
         if arch in RESNETS:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastreid_u.ops._dispatch import first_derivative_only
 from fastreid_u.ops.device_flag import flag
 
 
@@ -144,3 +145,4 @@ def _backward(ctx, grad, *_):
 
 
 cluster_nce_op.register_autograd(_backward, setup_context=_remember)
+cluster_nce_backward_op.register_autograd(first_derivative_only("cluster_nce"))

@@ -88,6 +88,18 @@ def no_float64(*tensors: torch.Tensor) -> str | None:
     return "the kernel computes in float32, and float64 was given" if found else None
 
 
+def first_derivative_only(op: str) -> Callable:
+    """What stands for the backward of a kernel that is itself the backward of ``op``: an error that names the way out.
+
+    Without it torch would ask for a formula to be registered, under a name that no user has seen.
+    """
+
+    def backward(ctx, *upstream) -> None:
+        raise RuntimeError(f"{op}: backend must be 'reference' for a second derivative, got 'triton'")
+
+    return backward
+
+
 def _fastest(op: str, device: str, names: list[str], cannot: Mapping[str, str | None]) -> str:
     """The first of ``names`` that can run; a warning if it is the reference and need not be."""
     reasons = []

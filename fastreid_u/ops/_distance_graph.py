@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastreid_u._checks import as_tensor, require_2d
 
+_TORCH_SPARSE = (torch.sparse_csr, torch.sparse_csc, torch.sparse_coo)
+
 
 @dataclass(frozen=True)
 class DistanceGraph:
@@ -21,7 +23,7 @@ class DistanceGraph:
         indptr: (N + 1,) int64, or None if dense.
         indices: (nnz,) int32 or int64, or None if dense.
         n: number of points.
-        dtype: what the distances were stored as; eps is rounded to this type before it is compared.
+        dtype: what the distances were stored as.
     """
 
     data: Tensor
@@ -51,18 +53,21 @@ class DistanceGraph:
 def read_graph(op: str, graph: Any) -> DistanceGraph:
     """Take a graph apart without copying where types and layout already fit.
 
-    Accepts ``torch.sparse_csr``, anything with ``tocsr`` (every SciPy and CuPy sparse format), and dense matrices:
-    torch, NumPy or ``__dlpack__``. Half precision is widened to float32, which is exact, and integers to float64.
+    Accepts ``torch.sparse_csr``, ``sparse_csc`` and ``sparse_coo``, anything with ``tocsr`` (every SciPy and CuPy
+    sparse format), and dense matrices: torch, NumPy or ``__dlpack__``. Half precision is widened to float32, which is
+    exact, and integers to float64. A pair that ``sparse_coo`` stores several times has their sum, as in SciPy.
     """
-    if isinstance(graph, Tensor) and graph.layout == torch.sparse_csr:
-        parts = graph.crow_indices(), graph.col_indices(), graph.values()
+    if isinstance(graph, Tensor) and graph.layout in _TORCH_SPARSE:
         shape = tuple(graph.shape)
+        parts = _compressed_rows(op, graph) if len(shape) == 2 else (None, None, graph)
     elif hasattr(graph, "tocsr"):
         rows = graph.tocsr()
         parts = tuple(as_tensor(op, "graph", part) for part in (rows.indptr, rows.indices, rows.data))
         shape = tuple(rows.shape)
     elif isinstance(graph, Tensor) and graph.layout != torch.strided:
-        raise TypeError(f"{op}: graph must be torch.sparse_csr, SciPy sparse or dense, got {graph.layout}")
+        raise TypeError(
+            f"{op}: graph must be torch.sparse_csr, sparse_csc or sparse_coo, SciPy sparse or dense, got {graph.layout}"
+        )
     else:
         dense = require_2d(op, "graph", as_tensor(op, "graph", graph))
         parts, shape = (None, None, dense), tuple(dense.shape)
@@ -86,3 +91,23 @@ def read_graph(op: str, graph: Any) -> DistanceGraph:
     if indices.dtype not in (torch.int32, torch.int64):
         indices = indices.to(torch.int64)
     return DistanceGraph(data, indptr.to(torch.int64).contiguous(), indices.contiguous(), shape[0], dtype)
+
+
+def _compressed_rows(op: str, graph: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row pointers, columns and values of a sparse torch matrix."""
+    if graph.layout == torch.sparse_csr:
+        return graph.crow_indices(), graph.col_indices(), graph.values()
+    if graph.layout == torch.sparse_coo:
+        graph = graph.detach().coalesce()
+        (row, column), value = graph.indices(), graph.values()
+    else:
+        row, value = graph.row_indices().long(), graph.values()
+        column = torch.repeat_interleave(torch.arange(graph.shape[1], device=row.device), graph.ccol_indices().diff())
+        order = row.argsort(stable=True)
+        row, column, value = row[order], column[order], value[order]
+    rows = graph.shape[0]
+    if len(row) and not (row[0] >= 0 and row[-1] < rows):  # they ascend
+        raise ValueError(f"{op}: graph must hold rows in [0, N), got {int(row[0])} to {int(row[-1])}")
+    pointers = torch.zeros(rows + 1, dtype=torch.int64, device=row.device)
+    pointers[1:] = row.bincount(minlength=rows).cumsum(0)
+    return pointers, column, value

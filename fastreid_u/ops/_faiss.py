@@ -39,7 +39,7 @@ def search(x: Tensor, k: int, *, gallery: Tensor | None, approximate: Any) -> tu
     from fastreid_u.cpu import knn as cpu
 
     if len(x) == 0 or k == 0:
-        return x.new_zeros(len(x), k), x.new_zeros(len(x), k).long(), torch.empty(0, dtype=torch.int64)
+        return x.new_zeros(len(x), k), x.new_zeros(len(x), k).long(), torch.empty(0, dtype=torch.int64, device="cpu")
     plain = x.contiguous().numpy(), None if gallery is None else gallery.contiguous().numpy()
     most = min(k + _SPARE, len(x if gallery is None else gallery))
     if approximate is False:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastreid_u.reference.products import inner_products
+
 
 def view_cosines(op: str, x: Tensor, teacher: Tensor) -> Tensor:
     """(B, B) in float32 or wider, also under autocast; no gradient flows to the teacher."""
@@ -15,7 +17,7 @@ def view_cosines(op: str, x: Tensor, teacher: Tensor) -> Tensor:
         raise ValueError(f"{op}: both views must be (B, D) of one size, got {shapes}")
     dtype = torch.promote_types(torch.promote_types(x.dtype, teacher.dtype), torch.float32)
     with torch.autocast(x.device.type, enabled=False):
-        return F.normalize(x.to(dtype), dim=1) @ F.normalize(teacher.detach().to(dtype), dim=1).T
+        return inner_products(F.normalize(x.to(dtype), dim=1), F.normalize(teacher.detach().to(dtype), dim=1))
 
 
 def mean(each: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastreid_u._checks import (
+    require_cluster_numbers,
     require_features,
     require_ids,
     require_same_device,
     require_same_length,
-    require_values_in,
 )
 from fastreid_u.ops._dispatch import choose
 from fastreid_u.ops.segments import segment_mean
@@ -33,14 +33,15 @@ def cluster_centroids(x: Tensor, labels: Tensor, *, normalize: bool = True, back
         The same bits every time.
 
     Raises:
-        TypeError, ValueError: wrong type or shape, NaN or infinity, a label below -1.
+        TypeError, ValueError: wrong type or shape, NaN or infinity, a label below -1 or far above N (from 2 N and
+            131072 on), as some clusterings mark noise.
 
     Not differentiable. Dai et al., Cluster Contrast, ACCV 2022, section 3.2.
     """
     op = "cluster_centroids"
     x = require_features(op, "x", x)
     labels = _ids(op, "labels", labels, x)
-    require_values_in(op, "labels", labels, -1, 2**62, always=True)
+    require_cluster_numbers(op, "labels", labels)
     backend = "segments" if backend == "cuda" else backend  # its name in older versions
     run = choose(op, x.device, backend, segments=_by_segments, reference=reference.cluster_centroids)
     return run(x, labels, normalize=normalize)
@@ -67,14 +68,15 @@ def proxy_centroids(
         cameras ascending, in each camera the clusters ascending, as CAP and ICE number them. The same bits every time.
 
     Raises:
-        TypeError, ValueError: wrong type or shape, NaN or infinity, a label below -1.
+        TypeError, ValueError: wrong type or shape, NaN or infinity, a label below -1 or far above N (from 2 N and
+            131072 on), as some clusterings mark noise.
 
     Not differentiable. Wang et al., CAP, AAAI 2021; Chen et al., ICE, ICCV 2021.
     """
     op = "proxy_centroids"
     x = require_features(op, "x", x)
     labels, cameras = _ids(op, "labels", labels, x), _ids(op, "cameras", cameras, x)
-    require_values_in(op, "labels", labels, -1, 2**62, always=True)
+    require_cluster_numbers(op, "labels", labels)
     kept = labels >= 0
     seen, camera = cameras.unique(return_inverse=True)
     known, cluster = labels.unique(return_inverse=True)

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import scipy.sparse
 import torch
 from torch import Tensor
 
 from fastreid_u import _ext
-from fastreid_u._checks import one_or_more, require_choice, require_positive, require_positive_int
+from fastreid_u._checks import one_or_more, require_positive, require_positive_int
 from fastreid_u.ops._compiled import entry_point
 from fastreid_u.ops._dispatch import choose, missing
 from fastreid_u.ops._distance_graph import DistanceGraph, read_graph
@@ -48,10 +46,12 @@ def dbscan(
 
     Args:
         graph: (N, N) distances, none negative, none NaN; inf is allowed. Dense (torch, NumPy, ``__dlpack__``) or sparse
-            (``torch.sparse_csr``, SciPy): there an entry that is not stored is farther than any eps, except on the
-            diagonal, where it is 0. An asymmetric graph is read as scikit-learn reads it: row i holds what i reaches.
-        eps: distance up to which two points are neighbours, inclusive; any positive number. It is rounded to the
-            graph's dtype and compared there. A sequence gives one row of labels for each, on one graph.
+            (``torch.sparse_csr``, ``sparse_csc``, ``sparse_coo``, SciPy): there an entry that is not stored is farther
+            than any eps, except on the diagonal, where it is 0. An asymmetric graph is read as scikit-learn reads it:
+            row i holds what i reaches.
+        eps: distance up to which two points are neighbours, inclusive; any positive number. float32 distances are
+            compared in float32, so that float32(0.6) is within 0.6, whatever type of number eps is; all others, half
+            precision among them, in float64. A sequence gives one row of labels for each, on one graph.
         min_samples: neighbours that make a core point.
         radius: distance up to which a sparse graph is complete, if known; a larger eps is then refused.
         backend: "auto", "cpp" (CPU threads, as many as ``torch.get_num_threads()``), "cuda", "cupy" (the same kernels,
@@ -72,64 +72,19 @@ def dbscan(
     """
     read = read_graph(_OP, graph)
     eps, several = one_or_more(_OP, "eps", eps)
-    labels, _ = _cluster(read, eps, min_samples, radius, backend)
+    labels, _ = cluster(read, eps, min_samples, radius, backend)
     return labels if several else labels[0]
 
 
-@dataclass(eq=False)
-class DBSCAN:
-    """:func:`dbscan` with the face of ``sklearn.cluster.DBSCAN``, for code that expects that class.
-
-    Args:
-        eps: as in :func:`dbscan`, one number.
-        min_samples: as in :func:`dbscan`.
-        metric: only "precomputed".
-        n_jobs: accepted and not used; threads follow ``torch.set_num_threads``.
-
-    Attributes:
-        labels_: (N,) int64 NumPy, after ``fit``.
-        core_sample_indices_: ascending int64 NumPy, after ``fit``.
-    """
-
-    eps: float = 0.5
-    min_samples: int = field(default=5, kw_only=True)
-    metric: str = field(default="precomputed", kw_only=True)
-    n_jobs: int | None = field(default=None, kw_only=True)
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The arguments, as scikit-learn's ``clone`` asks for them."""
-        return {name: getattr(self, name) for name in ("eps", "min_samples", "metric", "n_jobs")}
-
-    def set_params(self, **params: Any) -> DBSCAN:
-        """Change arguments by name."""
-        for name, value in params.items():
-            require_choice("DBSCAN", "params", name, tuple(self.get_params()))
-            setattr(self, name, value)
-        return self
-
-    def fit(self, X: Any, y: None = None) -> DBSCAN:
-        """Cluster the (N, N) distances ``X``, of any form that :func:`dbscan` takes. ``y`` is ignored."""
-        require_choice("DBSCAN", "metric", self.metric, ("precomputed",))
-        labels, core = _cluster(read_graph("DBSCAN", X), [self.eps], self.min_samples, None, "auto")
-        self.labels_: np.ndarray = labels[0].cpu().numpy()
-        self.core_sample_indices_: np.ndarray = core[0].nonzero().flatten().cpu().numpy()
-        return self
-
-    def fit_predict(self, X: Any, y: None = None) -> np.ndarray:
-        """``fit(X).labels_``"""
-        return self.fit(X).labels_
-
-
-def _cluster(
-    graph: DistanceGraph, eps: list[float], min_samples: int, radius: float | None, backend: str
+def cluster(
+    graph: DistanceGraph, eps: list[float], min_samples: int, radius: float | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """(E, N) labels and (E, N) core flags on the graph's device."""
     _ext.core()  # it checks the graph for every backend, so without it none is chosen
     min_samples = min(require_positive_int(_OP, "min_samples", min_samples), graph.n + 1)  # more than all is too many
     eps = [require_positive(_OP, "eps", e) for e in eps]
     radii = [] if radius is None else [require_positive(_OP, "radius", radius)]
-    if graph.dtype.is_floating_point:  # rounded here, because a float16 graph is widened and still compared as float16
-        eps, radii = (torch.tensor(each, dtype=graph.dtype, device="cpu").double().tolist() for each in (eps, radii))
+    eps, radii = ([_threshold(number, graph.dtype) for number in numbers] for numbers in (eps, radii))
     if radii and max(eps) > radii[0]:
         raise ValueError(f"{_OP}: eps must be at most radius={radius:g}, got {max(eps):g}")
 
@@ -141,6 +96,20 @@ def _cluster(
     run = choose(_OP, graph.device, backend, **runs, reference=_reference)
     labels, core = run(graph, eps, min_samples)
     return labels.to(home), core.to(home)
+
+
+def _threshold(eps: float, dtype: torch.dtype) -> float:
+    """What stored distances are compared with so that the outcome is that of ``eps`` in the type that they count in.
+
+    Half precision is kept in float32 and counts in float64: a distance is within eps if it is within the largest
+    float32 that is.
+    """
+    if dtype == torch.float64 or not dtype.is_floating_point:
+        return eps
+    single = torch.tensor(eps, dtype=torch.float32, device="cpu").clamp_(max=torch.finfo(torch.float32).max)
+    if dtype != torch.float32 and single.item() > eps:
+        single = torch.nextafter(single, torch.zeros_like(single))
+    return single.item()
 
 
 def _compiled(graph: DistanceGraph, eps: list[float], min_samples: int, *, backend: str) -> tuple[Tensor, Tensor]:

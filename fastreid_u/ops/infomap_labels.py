@@ -67,7 +67,7 @@ def infomap_labels(
     if len(x) == 0:
         return torch.empty(0, dtype=torch.int64, device=x.device)
     source, target, weight = links(x, k1, min_similarity, knn)
-    module = torch.arange(len(x))  # every row alone
+    module = torch.arange(len(x), device="cpu")  # every row alone
     for row, number in _modules(source, target, weight, seed).items():
         module[row] = len(x) + number
     return clusters(module, min_size).to(x.device)
@@ -89,11 +89,11 @@ def links(
 def clusters(module: Tensor, min_size: int) -> Tensor:
     """(N,) modules of any number as labels: -1 for those of fewer than ``min_size`` rows, others by first row."""
     _, module, size = module.unique(return_inverse=True, return_counts=True)
-    row = torch.arange(len(module))
+    row = torch.arange(len(module), device=module.device)
     first = row.new_full((len(size),), len(module)).scatter_reduce_(0, module, row, "amin")
     kept = size >= min_size
     label = torch.full_like(first, -1)
-    label[first.argsort()[kept[first.argsort()]]] = torch.arange(int(kept.sum()))
+    label[first.argsort()[kept[first.argsort()]]] = row[: int(kept.sum())]
     return label[module]
 
 

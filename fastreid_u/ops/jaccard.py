@@ -15,9 +15,9 @@ from fastreid_u.reference import jaccard as reference
 
 def jaccard_graph(
     x: Tensor,
-    *,
     k1: int = 30,
-    k2: int = 6,
+    k2: int | None = None,
+    *,
     radius: float = 1.0,
     knn: tuple[Tensor, Tensor] | None = None,
     compat: bool = False,
@@ -28,7 +28,7 @@ def jaccard_graph(
     Args:
         x: (N, D) floating point, any device; taken in float32.
         k1: neighbours examined per row, the row itself included.
-        k2: rows averaged in local query expansion, at most k1; 1 turns it off.
+        k2: rows averaged in local query expansion, at most k1; 1 turns it off. None: 6, or k1 if that is less.
         radius: largest distance kept, in [0, 1], inclusive, compared in float32. Give the eps of the clustering to
             keep the graph small.
         knn: a ready ``(sq_dist, index)`` of :func:`fastreid_u.knn` on ``x``, at least k1 columns; saves the search.
@@ -51,9 +51,11 @@ def jaccard_graph(
     share m of their k2 rows and nothing else are 1 - m / (2 k2 - m) apart, 0.5 for k2 = 6 and m = 4, and only exact
     sums say so.
 
-    Copies of a point rank the same neighbours but are ranked by them in index order, so their distance is near 0 rather
-    than 0, and with k2 = 1 a copy that more than k1 others precede stands alone, as in the published code. Rows of
-    zeros are copies of each other. k1 and k2 beyond N are clipped to N with one warning. Not differentiable.
+    Copies of a point are 0 apart, in any order of the rows, for k2 of 2 and more: query expansion averages the first k2
+    rows by (distance, index), which are the same for all copies. That a row always is in its own list decides who is
+    whose neighbour and no more. With k2 = 1 a copy that k1 others precede stands alone, as in the published code. Rows
+    of zeros are copies of each other. k1 and k2 beyond N, and k2 beyond k1, are clipped with one warning. Not
+    differentiable.
     Zhong et al., CVPR 2017, section 3.3, with the neighbour counts of the published clustering code.
     """
     x, k1, k2, knn = _prepared("jaccard_graph", x, k1, k2, knn)
@@ -66,7 +68,7 @@ def jaccard_graph(
 def jaccard_distance(
     x: Tensor,
     k1: int = 30,
-    k2: int = 6,
+    k2: int | None = None,
     *,
     knn: tuple[Tensor, Tensor] | None = None,
     compat: bool = False,
@@ -123,7 +125,7 @@ def _triton_distance(x: Tensor, k1: int, k2: int, *, knn: tuple[Tensor, Tensor],
     return dense
 
 
-def _prepared(op: str, x: object, k1: int, k2: int, knn: tuple[Tensor, Tensor] | None):
+def _prepared(op: str, x: object, k1: int, k2: int | None, knn: tuple[Tensor, Tensor] | None):
     x = require_features(op, "x", x)
     k1, k2 = neighbour_counts(op, k1, k2, len(x), stacklevel=4)
     return x, k1, k2, neighbours(op, x, k1, knn)

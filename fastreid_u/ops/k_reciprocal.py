@@ -27,7 +27,7 @@ from fastreid_u.reference import k_reciprocal as reference
 def k_reciprocal_encoding(
     x: Tensor,
     k1: int = 30,
-    k2: int = 6,
+    k2: int | None = None,
     *,
     knn: tuple[Tensor, Tensor] | None = None,
     compat: bool = False,
@@ -36,12 +36,13 @@ def k_reciprocal_encoding(
     """The sparse matrix V' whose rows the Jaccard distance compares.
 
     Row i weighs the mutual k1-nearest neighbours of i, joined by those of them whose own half lists agree (more than
-    two thirds inside), with a softmax of minus the squared distance; then it is averaged over i's k2 nearest rows.
+    two thirds inside), with a softmax of minus the squared distance; then it is averaged over i's k2 nearest rows by
+    (distance, index), i being one of them unless k2 copies of it precede it.
 
     Args:
         x: (N, D) floating point, any device; taken in float32.
         k1: neighbours examined per row, the row itself included. The half list has round-half-even(k1 / 2) + 1.
-        k2: rows averaged in local query expansion, at most k1; 1 turns it off.
+        k2: rows averaged in local query expansion, at most k1; 1 turns it off. None: 6, or k1 if that is less.
         knn: a ready ``(sq_dist, index)`` of :func:`fastreid_u.knn` on ``x``, at least k1 columns; saves the search.
         compat: weigh by 2 - 2 x.y, as most published code does, instead of the true squared distance. The two are
             the same for unit rows.
@@ -57,8 +58,8 @@ def k_reciprocal_encoding(
 
     Every backend follows the published float32 arithmetic here: distances are summed in float64 and rounded once,
     weights and all further sums are float32, over ascending columns in the softmax and in rank order in the averaging.
-    The Jaccard ops compare integers instead, see :func:`jaccard_graph`. k1 and k2 beyond N are clipped to N with one
-    warning. Not differentiable.
+    The Jaccard ops compare integers instead, see :func:`jaccard_graph`. k1 and k2 beyond N, and k2 beyond k1, are
+    clipped with one warning. Not differentiable.
     Zhong et al., CVPR 2017, sections 3.2 to 3.4, with the neighbour counts of the published clustering code.
     """
     op = "k_reciprocal_encoding"
@@ -103,16 +104,19 @@ def sparse_rows(indptr: np.ndarray | Tensor, column: np.ndarray | Tensor, value:
 
 
 def neighbour_counts(op: str, k1: object, k2: object, rows: int, *, stacklevel: int = 3) -> tuple[int, int]:
-    """Check ``k1`` and ``k2``; clip both to the number of rows with one warning, ``stacklevel`` frames up."""
-    k1, k2 = require_positive_int(op, "k1", k1), require_positive_int(op, "k2", k2)
-    if k2 > k1:
-        raise ValueError(f"{op}: k2 must be at most k1 ({k1}), got {k2}")
+    """Check ``k1`` and ``k2``, by default 6 or ``k1``; clip both to the number of rows, and ``k2`` to ``k1``, with one
+    warning, ``stacklevel`` frames up."""
+    k1 = require_positive_int(op, "k1", k1)
+    k2 = min(6, k1) if k2 is None else require_positive_int(op, "k2", k2)
     if rows >= 2**31:  # rows are numbered in int32; what counts pairs and entries is int64 everywhere
         raise ValueError(f"{op}: x must have fewer than 2**31 rows, got {rows}")
     if 0 < rows < k1:
         text = f"{op}: k1={k1}, k2={k2} is more than the {rows} rows there are, clipped to them"
         warnings.warn(text, stacklevel=stacklevel)
-    return (min(k1, rows), min(k2, rows)) if rows else (k1, k2)
+    elif k2 > k1:
+        warnings.warn(f"{op}: k2={k2} is more than the k1={k1} rows of a list, clipped to it", stacklevel=stacklevel)
+    k1 = min(k1, rows) if rows else k1
+    return k1, min(k2, k1)
 
 
 def neighbours(op: str, x: Tensor, k1: int, knn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

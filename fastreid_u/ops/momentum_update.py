@@ -79,7 +79,8 @@ def momentum_update_(
     Returns:
         ``memory``. Rows that no target names keep their bits; a row whose new length is 0 becomes zeros. The bits of a
         moved row depend on that row and its own samples only, not on the rest of the batch ("push": and on m').
-        Computed in float32 (float64 for a float64 memory); a half memory's rows are rounded once, at the end.
+        Computed in float32 (float64 for a float64 memory), under autocast too; a half memory's rows are rounded once,
+        at the end.
         Extra memory: on a GPU none, but for "push" 4 B D + B C / 4 bytes.
 
     Raises:
@@ -206,11 +207,12 @@ def _momentum_update(
         _require_own_samples(index, targets)
     if labels is not None and may_read(labels):  # of the rows that move: all would take longer than the rest
         _require_clusters(labels[targets[targets >= 0]], cluster_sizes)
-    run(
-        memory, x, targets, momentum=momentum, rule=rule, normalize=normalize, weight_temperature=weight_temperature,
-        push_weight=push_weight, index=index, labels=labels, cluster_sizes=cluster_sizes, cluster_means=cluster_means,
-        found_inf=found_inf,
-    )  # fmt: skip
+    with torch.autocast(memory.device.type, enabled=False):
+        run(
+            memory, x, targets, momentum=momentum, rule=rule, normalize=normalize,
+            weight_temperature=weight_temperature, push_weight=push_weight, index=index, labels=labels,
+            cluster_sizes=cluster_sizes, cluster_means=cluster_means, found_inf=found_inf,
+        )  # fmt: skip
 
 
 @_momentum_update.register_fake

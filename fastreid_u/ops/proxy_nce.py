@@ -20,7 +20,7 @@ from fastreid_u._checks import (
     require_same_length,
     require_same_width,
 )
-from fastreid_u.ops._dispatch import choose, no_float64
+from fastreid_u.ops._dispatch import choose, first_derivative_only, no_float64
 from fastreid_u.ops.device_flag import flag
 from fastreid_u.reference import proxy_nce as reference
 
@@ -256,3 +256,4 @@ def _backward(ctx, grad, *_):
 
 
 _proxy_nce.register_autograd(_backward, setup_context=_remember)
+_proxy_nce_backward.register_autograd(first_derivative_only(OP))

@@ -29,7 +29,7 @@ def pseudo_labels(
     eps: float | Sequence[float] = 0.6,
     min_samples: int = 4,
     k1: int = 30,
-    k2: int = 6,
+    k2: int | None = None,
     knn: tuple[Tensor, Tensor] | None = None,
     compat: bool = False,
     group: object | None = None,

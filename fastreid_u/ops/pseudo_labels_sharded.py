@@ -25,7 +25,7 @@ from torch import Tensor
 from fastreid_u.ops.k_reciprocal import index_array
 from fastreid_u.ops.knn import knn as nearest_neighbours
 from fastreid_u.ops.knn import own_first
-from fastreid_u.ranks import Ranks, bits_of
+from fastreid_u.ranks import FAULTS, Ranks, bits_of
 
 
 class LabelStep(NamedTuple):
@@ -50,13 +50,13 @@ def agreed(check: Callable[[], tuple[LabelStep, bool]], ranks: Ranks) -> tuple[L
     """What ``check`` returns, if it raises on no rank and returns the same on all.
 
     Raises:
-        TypeError, ValueError: on every rank, at this first exchange.
+        Exception: on every rank, at this first exchange.
     """
     found, error, seen = None, None, [0] * 16
     try:
         found = check()
         seen = _seen(found[0])
-    except (TypeError, ValueError) as fault:
+    except FAULTS as fault:  # raised again as soon as the other ranks have heard of it
         error = fault
     ranks.agree(error, seen)
     return found
@@ -64,8 +64,8 @@ def agreed(check: Callable[[], tuple[LabelStep, bool]], ranks: Ranks) -> tuple[L
 
 def _seen(step: LabelStep) -> list[int]:
     """Sixteen numbers that differ if the arguments do."""
-    eps = torch.tensor([struct.unpack("<q", struct.pack("<d", e)) for e in step.eps])
-    lists = torch.zeros(0, 0, dtype=torch.int64) if step.knn is None else step.knn[1][:, : step.k1]
+    eps = torch.tensor([struct.unpack("<q", struct.pack("<d", e)) for e in step.eps], device="cpu")
+    lists = step.x.new_zeros(0, 0, dtype=torch.int64) if step.knn is None else step.knn[1][:, : step.k1]
     return [step.min_samples, step.k1, step.k2, bool(step.compat), *bits_of(step.x), *bits_of(eps), *bits_of(lists)]
 
 

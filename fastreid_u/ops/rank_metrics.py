@@ -48,8 +48,12 @@ class RankMetrics:
     num_queries: int
 
     def top(self, rank: int) -> float:
-        """CMC at ``rank`` (1-based): the share of valid queries with a match among the first ``rank``."""
-        return float(self.cmc[rank - 1])
+        """CMC at ``rank`` (from 1): the share of valid queries with a match among the first ``rank``.
+
+        Beyond the curve, which ends at ``max_rank``, its last value.
+        """
+        rank = require_positive_int("RankMetrics.top", "rank", rank)
+        return float(self.cmc[min(rank, len(self.cmc)) - 1])
 
     def __str__(self) -> str:
         shown = [f"mAP {self.mAP:.2%}"] + [f"top-{r} {self.top(r):.2%}" for r in (1, 5, 10) if r <= len(self.cmc)]
@@ -65,6 +69,8 @@ def rank_metrics(
     g_camids: Tensor | None = None,
     *,
     distmat: Tensor | None = None,
+    q_images: Tensor | None = None,
+    g_images: Tensor | None = None,
     ap: str = "rank",
     max_rank: int = 100,
     backend: str = "auto",
@@ -76,9 +82,11 @@ def rank_metrics(
         gallery: (G, D) features on the same device. None with ``distmat``.
         q_pids, g_pids: (Q,) and (G,) integer identities, tensors, arrays or lists.
         q_camids, g_camids: (Q,) and (G,) integer cameras: gallery images that share identity and camera with the query
-            are removed from its list. Without both nothing is removed. To score a set against itself without cameras,
-            pass ``range(N)`` for both: then only the query's own image is removed.
+            are removed from its list. Without both no camera matters.
         distmat: (Q, G) floating point distances instead of features, smaller is nearer.
+        q_images, g_images: (Q,) and (G,) integers that number the images, where some are in both sets: an image is
+            removed from its own list, or it would be its own nearest match. ``range(N)`` for both scores a set against
+            itself.
         ap: "rank", mean over matches of precision at their rank; "sklearn", the same with equal distances taken as one
             step, as scikit-learn does; "trapezoid", area under straight lines between the points of "sklearn".
         max_rank: length of the CMC curve; it stays at its last value beyond the end of a short list.
@@ -110,24 +118,51 @@ def rank_metrics(
         shape, device = tuple(distmat.shape), distmat.device
 
     q_pids, g_pids = _ids(op, "q_pids", q_pids, shape[0]), _ids(op, "g_pids", g_pids, shape[1])
-    if (q_camids is None) != (g_camids is None):
-        missing = "q_camids" if q_camids is None else "g_camids"
-        raise ValueError(f"{op}: q_camids and g_camids must be given together, got no {missing}")
-    if q_camids is not None:
-        q_camids, g_camids = _ids(op, "q_camids", q_camids, shape[0]), _ids(op, "g_camids", g_camids, shape[1])
+    q_camids, g_camids = _both_or_none(op, "camids", q_camids, g_camids, shape)
+    q_images, g_images = _both_or_none(op, "images", q_images, g_images, shape)
     require_choice(op, "ap", ap, ("rank", "sklearn", "trapezoid"))
     max_rank = require_positive_int(op, "max_rank", max_rank)
+    if len(q_pids) and q_camids is None and q_images is None and torch.equal(q_pids.cpu(), g_pids.cpu()):
+        _warn_of_own_matches(op, query, gallery, distmat)
 
     run = choose(op, device, backend, reference=reference.rank_metrics)
-    scores = run(query, gallery, q_pids, g_pids, q_camids, g_camids, distmat=distmat, ap=ap, max_rank=max_rank)
+    scores = run(
+        query, gallery, q_pids, g_pids, q_camids, g_camids, distmat=distmat, q_images=q_images, g_images=g_images,
+        ap=ap, max_rank=max_rank,
+    )  # fmt: skip
     metrics = RankMetrics(**scores._asdict(), num_valid_queries=len(scores.ap), num_queries=len(q_pids))
     if metrics.num_valid_queries == 0:
-        if torch.isin(q_pids.cpu(), g_pids.cpu()).any():
+        if q_camids is not None and torch.isin(q_pids.cpu(), g_pids.cpu()).any():
             why = "every true match shares its query's camera; without camera ids none would be removed"
+        elif torch.isin(q_pids.cpu(), g_pids.cpu()).any():
+            why = "every true match is the query's own image"
         else:
             why = "no identity of the query is in the gallery"
         warnings.warn(f"{op}: none of {shape[0]} queries can be scored, the metrics are NaN: {why}", stacklevel=2)
     return metrics
+
+
+def _warn_of_own_matches(op: str, query: Tensor | None, gallery: Tensor | None, distmat: Tensor | None) -> None:
+    """Query and gallery with the same identities in the same order may be one set, in which each finds itself first."""
+    own = torch.equal(query, gallery) if distmat is None else not distmat.diagonal().any()
+    if own:
+        warnings.warn(
+            f"{op}: query and gallery are the same images and each finds itself first; pass q_images and g_images, "
+            "both range(N), to leave it out",
+            stacklevel=3,
+        )
+
+
+def _both_or_none(
+    op: str, name: str, of_query: object, of_gallery: object, shape: tuple[int, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """``q_name`` and ``g_name``, checked; given together or not at all."""
+    if (of_query is None) != (of_gallery is None):
+        missing = "q" if of_query is None else "g"
+        raise ValueError(f"{op}: q_{name} and g_{name} must be given together, got no {missing}_{name}")
+    if of_query is None:
+        return None, None
+    return _ids(op, f"q_{name}", of_query, shape[0]), _ids(op, f"g_{name}", of_gallery, shape[1])
 
 
 def _ids(op: str, name: str, values: object, count: int) -> Tensor:

@@ -42,7 +42,7 @@ def refine_clusters(
     rule: str = "official",
     ratio: float = 1.0,
     k1: int = 30,
-    k2: int = 6,
+    k2: int | None = None,
     knn: tuple[Tensor, Tensor] | None = None,
     compat: bool = False,
     graph: Any = None,

@@ -25,9 +25,11 @@ from fastreid_u._checks import (
     require_same_width,
 )
 from fastreid_u.ops._dispatch import choose
-from fastreid_u.ops._scaled_distance import FromFeatures, FromMatrices
+from fastreid_u.ops._scaled_distance import FromFeatures, FromMatrices, Unscaled, ordered_bits
 from fastreid_u.ops.knn import knn as nearest_neighbours
 from fastreid_u.reference import rerank as reference
+
+STYLES = ("openreid", "zhong", "clustering")
 
 _LARGEST = 2.0**63  # whose square float32 still holds
 _BLOCK = 2**22  # entries of a block of queries against the gallery: 32 MB of float64
@@ -40,6 +42,7 @@ def rerank(
     k2: int = 6,
     lambda_value: float = 0.3,
     *,
+    style: str = "openreid",
     distance: str = "sqeuclidean",
     distmats: tuple[Tensor, Tensor, Tensor] | None = None,
     top: int | None = None,
@@ -50,20 +53,27 @@ def rerank(
     Args:
         query: (Q, D) floating point features; None with ``distmats``.
         gallery: (G, D) features on the same device; None with ``distmats``.
-        k1: neighbours per list, beside the point itself (so k1 + 1 entries, one more than :func:`jaccard_graph` has).
-        k2: rows averaged in local query expansion; 1 turns it off.
+        k1: neighbours per list, beside the point itself (so k1 + 1 entries, one more than :func:`jaccard_graph` has);
+            with "clustering" the point itself included.
+        k2: rows averaged in local query expansion; 1 turns it off. With "clustering" at most k1.
         lambda_value: weight of the original distance in the mix, in [0, 1].
+        style: which of the three published rules, whose figures differ by up to two points of mAP.
+            "openreid", of Open-ReID, torchreid, SpCL and Cluster Contrast: the distance squared once more and divided
+            by the maximum of its column is what weighs neighbours and is mixed in.
+            "zhong", of the authors' version for features and of TransReID: the same, not squared once more.
+            "clustering", of the evaluators of fast-reid (with "cosine") and OpenUnReID: :func:`jaccard_distance` mixed
+            with the plain distance.
         distance: "sqeuclidean" (what published evaluators pass in), "euclidean" or "cosine".
-        distmats: ready (Q, G), (Q, Q) and (G, G) distances instead of features; ``distance`` is then not used.
+        distmats: ready (Q, G), (Q, Q) and (G, G) distances instead of features; ``distance`` is then not used. Not with
+            "clustering", which searches features.
         top: keep this many gallery images a query instead of all G; more than there are is clipped with a warning.
         backend: "auto", "numba" (a CPU, as many threads as ``torch.get_num_threads()``), "triton" (a GPU) or
             "reference"; anything but "auto" runs there or raises.
 
     Returns:
-        (Q, G) float32 on the input's device: ``(1 - lambda_value) * jaccard + lambda_value * original``, where
-        "original" is the distance squared once more and divided by the maximum of its column, as published. With
-        ``top``: ``(distance, index)``, both (Q, top), float32 and int64, the nearest of each row in ascending order,
-        of equal ones the lower index first.
+        (Q, G) float32 on the input's device: ``(1 - lambda_value) * jaccard + lambda_value * original``, "original"
+        being the distance as ``style`` has it. With ``top``: ``(distance, index)``, both (Q, top), float32 and int64,
+        the nearest of each row in ascending order, of equal ones the lower index first.
 
     Raises:
         TypeError, ValueError: wrong type, shape or value, NaN or infinity; the message names argument, rule and value.
@@ -76,11 +86,13 @@ def rerank(
     Counts beyond the number of images are clipped with a warning. Equal distances rank the image itself first, then by
     index. Rows of zeros have no direction: under "cosine" they are at 1 from all others and at 0 from each other.
     Overlaps are integers, exact for the encoding, so the result does not depend on threads or atomics; it is within
-    2e-6 of the published float32. Not differentiable. Zhong et al., CVPR 2017.
+    2e-6 of the published float32. Not differentiable. Zhong et al., CVPR 2017; Open-ReID, torchreid, fast-reid and
+    OpenUnReID for the rules that go by ``style``.
     """
     op = "rerank"
     k1, k2 = require_positive_int(op, "k1", k1), require_positive_int(op, "k2", k2)
     lambda_value = require_in_range(op, "lambda_value", lambda_value, 0, 1)
+    require_choice(op, "style", style, STYLES)
     require_choice(op, "distance", distance, ("sqeuclidean", "euclidean", "cosine"))
     if distmats is None:
         if query is None or gallery is None:
@@ -90,9 +102,11 @@ def rerank(
         require_same_device(op, "gallery", gallery, "query", query)
         device, images = query.device, len(query) + len(gallery)
     else:
-        distmats = _checked(op, distmats)
+        distmats = _checked(op, distmats, style)
         device, images = distmats[0].device, sum(distmats[0].shape)
-    most = max(images - 1, 1)
+    if style == "clustering" and k2 > k1:
+        raise ValueError(f"{op}: k2 must be at most k1 ({k1}) with style 'clustering', got {k2}")
+    most = max(images - (style != "clustering"), 1)
     if images and (k1 > most or k2 > images):
         warnings.warn(f"{op}: k1={k1}, k2={k2} is more than the {images} images there are, clipped", stacklevel=2)
     k1, k2 = min(k1, most), min(k2, max(images, 1))
@@ -104,19 +118,28 @@ def rerank(
     if 0 in shape:
         empty = torch.zeros(shape if top is None else (shape[0], top), dtype=torch.float32, device=device)
         return empty if top is None else (empty, empty.long())
-    return run(query, gallery, k1, k2, lambda_value, distance=distance, distmats=distmats, top=top)
+    return run(query, gallery, k1, k2, lambda_value, style=style, distance=distance, distmats=distmats, top=top)
 
 
 def _numba(
-    query: Tensor | None, gallery: Tensor | None, k1: int, k2: int, lambda_value: float, *, top: int | None, **given
+    query: Tensor | None,
+    gallery: Tensor | None,
+    k1: int,
+    k2: int,
+    lambda_value: float,
+    *,
+    style: str = "openreid",
+    top: int | None,
+    **given,
 ) -> Tensor | tuple[Tensor, Tensor]:
     from fastreid_u.cpu import rerank as cpu
 
-    source, threads = _source(query, gallery, backend="numba", **given), torch.get_num_threads()
-    ranking = source.ranking(max(k1 + 1, k2)).numpy().astype(np.int32)
+    source, threads = _source(query, gallery, style=style, backend="numba", **given), torch.get_num_threads()
+    full = full_list(k1, style)
+    ranking = source.ranking(max(full, k2)).numpy().astype(np.int32)
     encoding = cpu.encode(
         ranking,
-        k1 + 1,
+        full,
         half_list(k1),
         k2,
         source.num_query,
@@ -132,14 +155,23 @@ def _numba(
 
 
 def _triton(
-    query: Tensor | None, gallery: Tensor | None, k1: int, k2: int, lambda_value: float, *, top: int | None, **given
+    query: Tensor | None,
+    gallery: Tensor | None,
+    k1: int,
+    k2: int,
+    lambda_value: float,
+    *,
+    style: str = "openreid",
+    top: int | None,
+    **given,
 ) -> Tensor | tuple[Tensor, Tensor]:
     from fastreid_u.kernels import rerank as kernel
     from fastreid_u.kernels.k_reciprocal import k_reciprocal
 
-    source = _source(query, gallery, backend="triton", **given)
-    ranking = source.ranking(max(k1 + 1, k2))
-    *rows, weight = k_reciprocal(None, ranking, k1 + 1, k2, half=half_list(k1), measure=source.pairs)
+    source = _source(query, gallery, style=style, backend="triton", **given)
+    full = full_list(k1, style)
+    ranking = source.ranking(max(full, k2))
+    *rows, weight = k_reciprocal(None, ranking, full, k2, half=half_list(k1), measure=source.pairs)
     size = len(ranking) - source.num_query
     inverted = kernel.invert(*rows, source.num_query)
 
@@ -153,13 +185,23 @@ def _source(
     query: Tensor | None,
     gallery: Tensor | None,
     *,
+    style: str,
     distance: str,
     distmats: tuple[Tensor, Tensor, Tensor] | None,
     backend: str,
 ) -> FromFeatures | FromMatrices:
+    power = 2 if style == "openreid" else 1
     if distmats is not None:
-        return FromMatrices(*distmats)
-    return FromFeatures(query, gallery, distance, functools.partial(nearest_neighbours, backend=backend))
+        return FromMatrices(*distmats, power)
+    search = functools.partial(nearest_neighbours, backend=backend)
+    if style == "clustering":
+        return Unscaled(query, gallery, distance, search)
+    return FromFeatures(query, gallery, distance, search, power)
+
+
+def full_list(k1: int, style: str) -> int:
+    """Entries of the full lists: published clustering code asks for k1 + 1 where it has found k1."""
+    return k1 if style == "clustering" else k1 + 1
 
 
 def half_list(k1: int) -> int:
@@ -195,21 +237,22 @@ def _mixed(
 
 def _nearest(distance: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """The ``top`` smallest of each row, ascending, ties by index."""
-    # one integer a pair: the bits of a float32 >= 0 are in the order of the numbers
-    key = distance.view(torch.int32).long() << 32
+    key = ordered_bits(distance) << 32  # one integer a pair
     key += torch.arange(distance.shape[1], device=key.device)
-    key = key.topk(top, largest=False, sorted=True).values
-    return (key >> 32).int().view(torch.float32), key & 0xFFFFFFFF
+    index = key.topk(top, largest=False, sorted=True).values & 0xFFFFFFFF
+    return distance.gather(1, index), index
 
 
-def _checked(op: str, distmats: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+def _checked(op: str, distmats: tuple[Tensor, Tensor, Tensor], style: str) -> tuple[Tensor, ...]:
+    if style == "clustering":
+        raise ValueError(f"{op}: distmats must be left out with style 'clustering', which searches features, got some")
     if not isinstance(distmats, (tuple, list)) or len(distmats) != 3:
         raise TypeError(f"{op}: distmats must be three matrices (q_g, q_q, g_g), got {type(distmats).__name__}")
     checked = []
     for name, matrix in zip(("q_g", "q_q", "g_g"), distmats, strict=True):
         matrix = require_floating(op, name, require_2d(op, name, as_tensor(op, name, matrix)))
         checked.append(require_finite(op, name, matrix.detach().float(), always=True))
-        if checked[-1].numel() and checked[-1].abs().max() >= _LARGEST:
+        if style == "openreid" and checked[-1].numel() and checked[-1].abs().max() >= _LARGEST:
             raise ValueError(f"{op}: {name} must be below 2**63, as distances are squared, got {matrix.abs().max():g}")
         require_same_device(op, name, checked[-1], "q_g", checked[0])
     rows, columns = checked[0].shape

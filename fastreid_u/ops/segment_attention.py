@@ -23,6 +23,7 @@ from fastreid_u._checks import (
     require_same_length,
     require_same_width,
 )
+from fastreid_u.reference.products import inner_products
 
 BLOCK = 2**24  # entries of one block of attention over all heads: 64 MiB
 GROUP = 256  # rows up to which small segments share a block
@@ -124,5 +125,5 @@ def _attend(query: Tensor, key: Tensor, of_row: Tensor, of_column: Tensor, offse
             len(of_column), device=key.device
         )
         allowed = allowed & ~(own & (size > 1)[:, None])
-    logits = torch.einsum("rhd,chd->hrc", query, key).masked_fill(~allowed, -torch.inf)
+    logits = inner_products(query.transpose(0, 1), key.transpose(0, 1)).masked_fill(~allowed, -torch.inf)
     return (logits.softmax(dim=2) / size[:, None]).sum(dim=1).T

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastreid_u._checks import (
     as_tensor,
     require_2d,
+    require_cluster_numbers,
     require_floating,
     require_ids,
     require_int_at_least,
@@ -37,7 +38,7 @@ def segment_sum(x: Tensor, labels: Tensor, num_segments: int | None = None) -> T
 
     Raises:
         TypeError, ValueError: wrong type or shape; a label below -1 or not below ``num_segments`` (seen on a CPU, on a
-        GPU with ``FASTREID_U_CHECK=1``).
+        GPU with ``FASTREID_U_CHECK=1``); without ``num_segments``, one far above N (from 2 N and 131072 on).
     """
     return _sum(*_checked("segment_sum", x, labels, num_segments))
 
@@ -60,7 +61,7 @@ def _checked(op: str, x: Tensor, labels: Tensor, num_segments: int | None) -> tu
     require_same_length(op, "labels", labels, "x", x)
     require_same_device(op, "labels", labels, "x", x)
     if num_segments is None:
-        require_values_in(op, "labels", labels, -1, 2**62, always=True)
+        require_cluster_numbers(op, "labels", labels)
         num_segments = int(labels.max()) + 1 if len(labels) else 0
     else:
         num_segments = require_int_at_least(op, "num_segments", num_segments, 0)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .products import inner_products
+
 
 def cluster_nce(
     x: Tensor,
@@ -54,7 +56,7 @@ def cluster_nce(
         x, memory = clean(x), memory.to(dtype)
         if normalize:
             x = F.normalize(x, dim=1, eps=1e-12)
-        logits = x @ memory.T / temperature
+        logits = inner_products(x, memory) / temperature
         some_class = 0  # stands in for the target of a sample that takes no part
         if class_mask is not None:
             logits = logits.masked_fill(~class_mask, -torch.inf)

@@ -56,12 +56,13 @@ def dbscan(
             if core[point]:
                 waiting.extend(neighbours[point])
         cluster += 1
-    return torch.tensor(labels, dtype=torch.int64)
+    return torch.tensor(labels, dtype=torch.int64, device="cpu")
 
 
 def core_points(graph: Tensor | np.ndarray | scipy.sparse.sparray, eps: float, min_samples: int = 4) -> Tensor:
     """(N,) bool: which points are core, by the same rule."""
-    return torch.tensor([len(near) >= min_samples for near in neighbourhoods(graph, eps)], dtype=torch.bool)
+    core = [len(near) >= min_samples for near in neighbourhoods(graph, eps)]
+    return torch.tensor(core, dtype=torch.bool, device="cpu")
 
 
 def neighbourhoods(graph: Tensor | np.ndarray | scipy.sparse.sparray, eps: float) -> list[list[int]]:

@@ -36,9 +36,9 @@ def to_distance(mass: np.ndarray) -> np.ndarray:
 @torch.no_grad()
 def jaccard_graph(
     x: Tensor,
-    *,
     k1: int = 30,
-    k2: int = 6,
+    k2: int | None = None,
+    *,
     radius: float = 1.0,
     knn: tuple[Tensor, Tensor] | None = None,
     compat: bool = False,
@@ -65,7 +65,7 @@ def jaccard_graph(
 
 @torch.no_grad()
 def jaccard_distance(
-    x: Tensor, k1: int = 30, k2: int = 6, *, knn: tuple[Tensor, Tensor] | None = None, compat: bool = False
+    x: Tensor, k1: int = 30, k2: int | None = None, *, knn: tuple[Tensor, Tensor] | None = None, compat: bool = False
 ) -> Tensor:
     """The dense (N, N) matrix in ``x``'s dtype. Takes 8 N^2 bytes more while it runs."""
     x = working_dtype(x)

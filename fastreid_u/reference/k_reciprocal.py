@@ -49,10 +49,26 @@ def expand_query(v: np.ndarray, ranking: np.ndarray, k2: int) -> np.ndarray:
     return expanded
 
 
-def encode(x: Tensor, index: Tensor, k1: int, k2: int, compat: bool) -> np.ndarray:
+def averaged_lists(rows: np.ndarray, ranking: np.ndarray) -> np.ndarray:
+    """``ranking``, which has the row itself first, by (distance, index).
+
+    The two differ where copies of a lower index come before the row. The lowest of the copies has none before it, so
+    its list is in that order already, and copies have one list, also where it has no room for all of them.
+    """
+    if ranking.shape[1] == 1:
+        return ranking
+    first = np.arange(len(ranking))
+    for i, (own, nearest) in enumerate(ranking[:, :2]):
+        if own == i and nearest < i and _sq_dist(rows[i], rows[[nearest]], compat=False) == 0:
+            first[i] = nearest
+    return ranking[first]
+
+
+def encode(x: Tensor, index: Tensor, k1: int, k2: int | None, compat: bool) -> np.ndarray:
     """The encoding, dense (N, N), in ``x``'s dtype; ``index`` (N, at least k1) ranks the neighbours."""
     n = len(x)
-    k1, k2 = min(k1, n), min(k2, n)
+    k1 = min(k1, n)
+    k2 = min(6 if k2 is None else k2, k1)
     rows, ranking = x.cpu().numpy(), index[:, :k1].cpu().numpy()
     half = int(np.around(k1 / 2)) + 1  # np.around rounds halves to even, as published: k1 = 25 gives 12 + 1
     v = np.zeros((n, n), rows.dtype)
@@ -61,7 +77,7 @@ def encode(x: Tensor, index: Tensor, k1: int, k2: int, compat: bool) -> np.ndarr
             sq_dist = _sq_dist(rows[i], rows[members], compat)
             weight = np.exp(sq_dist.min() - sq_dist)  # softmax of -sq_dist; far-off sets do not underflow
             v[i, members] = weight / weight.sum()
-    return v if k2 == 1 else expand_query(v, ranking, k2)
+    return v if k2 == 1 else expand_query(v, averaged_lists(rows, ranking), k2)
 
 
 def _sq_dist(row: np.ndarray, others: np.ndarray, compat: bool) -> np.ndarray:
@@ -82,6 +98,7 @@ def to_torch(matrix: sparse.csr_array, device: torch.device) -> Tensor:
             torch.from_numpy(matrix.indices.astype(np.int64)).to(device),
             torch.from_numpy(matrix.data).to(device),
             matrix.shape,
+            device=device,
             check_invariants=False,
         )
 
@@ -93,7 +110,7 @@ def working_dtype(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def k_reciprocal_encoding(
-    x: Tensor, k1: int = 30, k2: int = 6, *, knn: tuple[Tensor, Tensor] | None = None, compat: bool = False
+    x: Tensor, k1: int = 30, k2: int | None = None, *, knn: tuple[Tensor, Tensor] | None = None, compat: bool = False
 ) -> Tensor:
     """The soft membership matrix (N, N), ``torch.sparse_csr``, rows summing to 1.
 

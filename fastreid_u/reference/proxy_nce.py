@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .products import inner_products
+
 
 def proxy_nce(
     x: Tensor,
@@ -52,7 +54,7 @@ def proxy_nce(
         x, memory = x.to(dtype).where(takes_part[:, None], 0), memory.detach().to(dtype)
         if normalize:
             x = F.normalize(x, dim=1, eps=1e-12)
-        logits = x @ memory.T / temperature
+        logits = inner_products(x, memory) / temperature
         pulled = positive | ~takes_part[:, None]
         terms = [logits.masked_fill(~pulled, -torch.inf), logits.masked_fill(~negative, -torch.inf)]
         if scope == "all" and hard_negatives is not None:

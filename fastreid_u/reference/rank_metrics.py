@@ -37,20 +37,24 @@ def rank_metrics(
     g_camids: Tensor | None = None,
     *,
     distmat: Tensor | None = None,
+    q_images: Tensor | None = None,
+    g_images: Tensor | None = None,
     ap: str = "rank",
     max_rank: int = 100,
 ) -> Scores:
     """Rank the gallery for each query by (distance, gallery index) and score the lists.
 
-    Gallery images with the query's identity and camera are removed first. ``ap``: "rank", the mean over matches of
-    precision at their rank; "sklearn", the same with precision taken at the end of each group of equal distances;
-    "trapezoid", the area under straight lines between those points of the precision-recall curve.
+    Gallery images with the query's identity and camera, and those with its image number, are removed first. ``ap``:
+    "rank", the mean over matches of precision at their rank; "sklearn", the same with precision taken at the end of
+    each group of equal distances; "trapezoid", the area under straight lines between those points of the
+    precision-recall curve.
     """
     device = (query if distmat is None else distmat).device
     q_pids, g_pids = q_pids.cpu().numpy(), g_pids.cpu().numpy()
-    filtered = q_camids is not None
-    if filtered:
+    if q_camids is not None:
         q_camids, g_camids = q_camids.cpu().numpy(), g_camids.cpu().numpy()
+    if q_images is not None:
+        q_images, g_images = q_images.cpu().numpy(), g_images.cpu().numpy()
 
     precisions, penalties = [], []
     valid = np.zeros(len(q_pids), bool)
@@ -58,8 +62,11 @@ def rank_metrics(
     for q, distance in enumerate(_distances(query, gallery, distmat)):
         order = distance.argsort(kind="stable")
         match = g_pids[order] == q_pids[q]
-        if filtered:
+        if q_camids is not None:
             kept = ~(match & (g_camids[order] == q_camids[q]))
+            order, match = order[kept], match[kept]
+        if q_images is not None:
+            kept = g_images[order] != q_images[q]
             order, match = order[kept], match[kept]
         rank = match.nonzero()[0] + 1  # of the matches, 1-based
         if len(rank) == 0:

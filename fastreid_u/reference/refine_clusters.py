@@ -21,7 +21,7 @@ def scores(distance: Tensor, labels: Tensor, labels_tight: Tensor, rule: str) ->
     distance = distance.double().clone().fill_diagonal_(0)
     same = labels[:, None] == labels
     tight = labels_tight[:, None] == labels_tight
-    cluster, part = torch.zeros(len(labels), dtype=torch.float64), torch.zeros(len(labels), dtype=torch.float64)
+    cluster, part = torch.zeros(2, len(labels), dtype=torch.float64, device="cpu")
     for i in range(len(labels)):
         members = same[i]
         n = members.sum()
@@ -46,7 +46,7 @@ def refine_clusters(
     rule: str = "official",
     ratio: float = 1.0,
     k1: int = 30,
-    k2: int = 6,
+    k2: int | None = None,
     knn: tuple[Tensor, Tensor] | None = None,
     compat: bool = False,
     graph: Tensor | None = None,

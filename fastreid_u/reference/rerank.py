@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""k-reciprocal re-ranking of a gallery, as published, over matrices of all pairs.
+"""k-reciprocal re-ranking of a gallery by the three published rules, over matrices of all pairs.
 
 Zhong et al., "Re-ranking Person Re-identification with k-reciprocal Encoding", CVPR 2017.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .jaccard import shared_mass, to_distance
+from .jaccard import jaccard_distance, shared_mass, to_distance
 from .k_reciprocal import expand_query, reciprocal_sets, working_dtype
 
 
@@ -23,31 +23,47 @@ def rerank(
     k2: int = 6,
     lambda_value: float = 0.3,
     *,
+    style: str = "openreid",
     distance: str = "sqeuclidean",
     distmats: tuple[Tensor, Tensor, Tensor] | None = None,
     top: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """(Q, G) distances ``(1 - lambda_value) * jaccard + lambda_value * original``, or the ``top`` smallest of each row.
 
-    "original" is the incoming distance squared again and divided by the largest of its column; lists hold k1 + 1
-    entries, self included; weights are exp(-original) over the expanded reciprocal set. Ties rank the row itself first,
-    then by index. Takes 20 (Q + G)^2 bytes.
+    "original" is the incoming distance, with "openreid" squared again, divided by the largest of its column; lists hold
+    k1 + 1 entries, self included; weights are exp(-original) over the expanded reciprocal set. With "clustering" it is
+    the distance as it is, and the Jaccard distance that of the clustering code. Ties rank the row itself first, then by
+    index. Takes 20 (Q + G)^2 bytes.
     """
     if distmats is None:
         query, gallery = working_dtype(query), working_dtype(gallery)
+    if style == "clustering":
+        x = torch.cat([query, gallery])
+        jaccard = jaccard_distance(_unit(x) if distance == "cosine" else x, k1, k2)[: len(query), len(query) :]
+        return _nearest((1 - lambda_value) * jaccard + lambda_value * _pairwise(query, gallery, distance), top)
+    if distmats is None:
         distmats = tuple(_pairwise(a, b, distance) for a, b in ((query, gallery), (query, query), (gallery, gallery)))
     q_g, q_q, g_g = distmats
-    final = _rerank(*(part.cpu().numpy() for part in (q_g, q_q, g_g)), k1, k2, lambda_value) if q_g.numel() else q_g
-    final = torch.as_tensor(final, device=q_g.device)
+    if not q_g.numel():
+        return _nearest(q_g, top)
+    parts = [part.cpu().numpy() for part in (q_g, q_q, g_g)]
+    final = _rerank(*parts, k1, k2, lambda_value, power=2 if style == "openreid" else 1)
+    return _nearest(torch.as_tensor(final, device=q_g.device), top)
+
+
+def _nearest(final: Tensor, top: int | None) -> Tensor | tuple[Tensor, Tensor]:
+    """All distances, or the smallest of each row."""
     if top is None:
         return final
     nearest = final.sort(dim=1, stable=True)
     return nearest.values[:, :top], nearest.indices[:, :top]
 
 
-def _rerank(q_g: np.ndarray, q_q: np.ndarray, g_g: np.ndarray, k1: int, k2: int, lambda_value: float) -> np.ndarray:
+def _rerank(
+    q_g: np.ndarray, q_q: np.ndarray, g_g: np.ndarray, k1: int, k2: int, lambda_value: float, *, power: int
+) -> np.ndarray:
     num_query = len(q_g)
-    original = np.square(np.block([[q_q, q_g], [q_g.T, g_g]]))
+    original = np.block([[q_q, q_g], [q_g.T, g_g]]) ** power
     largest = original.max(axis=0)
     # column i scaled by its maximum, then read as row i
     original = np.ascontiguousarray((original / np.where(largest > 0, largest, 1)).T)

@@ -29,5 +29,7 @@ def segment_attention(
             logits = scale[head] * heads * query[members, head] @ key[members, head].T
             if mask_self and len(members) > 1:
                 logits = logits.masked_fill(torch.eye(len(members), dtype=torch.bool, device=logits.device), -torch.inf)
-            received = received.index_put((members, torch.tensor(head)), logits.softmax(dim=1).mean(dim=0))
+            received = received.index_put(
+                (members, torch.tensor(head, device=members.device)), logits.softmax(dim=1).mean(dim=0)
+            )
     return received

@@ -23,5 +23,5 @@ def segment_mean(x: Tensor, labels: Tensor, num_segments: int | None = None) -> 
     """``segment_sum`` divided by how many rows each label has; zeros where it has none."""
     total = segment_sum(x, labels, num_segments)
     members = labels.tolist()
-    count = torch.tensor([max(members.count(c), 1) for c in range(len(total))], dtype=total.dtype)
+    count = torch.tensor([max(members.count(c), 1) for c in range(len(total))], dtype=total.dtype, device=total.device)
     return total / count.to(total.device)[:, None]

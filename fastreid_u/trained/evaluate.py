@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastreid_u.engine.arguments import stored_root
+from fastreid_u._default_device import on_cpu
+from fastreid_u.engine.arguments import stored_method, stored_root
 from fastreid_u.engine.card import metric_block
-from fastreid_u.engine.device import Machine, default_device_cpu, pick_device, uses_bfloat16
+from fastreid_u.engine.device import Machine, pick_device, uses_bfloat16
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.evaluate import SplitImages, evaluate_split, test_split
 from fastreid_u.engine.folder import RunFolder
-from fastreid_u.engine.image_set import Reading
-from fastreid_u.trained.model import Choice, network_and_config, reading_of, refuse_import, run_path
+from fastreid_u.trained.model import Choice, network_and_config, reading_of, run_path
 
 if TYPE_CHECKING:
     from fastreid_u.data import ReIDDataset
-    from fastreid_u.models import ReIDModel
 
 
+@on_cpu()
 def evaluate(
     run: str | os.PathLike | None,
     dataset: "str | os.PathLike | ReIDDataset | None" = None,
@@ -34,6 +34,8 @@ def evaluate(
     amp: str | None = None,
     batch_size: int | None = None,
     workers: int = 4,
+    worker_start: str | None = None,
+    truncated_images: bool | None = None,
     device: str | torch.device | None = None,
     quiet: bool = False,
     **settings: Any,
@@ -50,7 +52,8 @@ def evaluate(
         data: the reader's options; with the default ``dataset`` they change the run's own.
         ap: "rank", "sklearn" or "trapezoid", the three formulas in use (equal only without ties; the last differs).
         batch_size: images per batch; changes speed, and figures in the last bits.
-        which, workers, device, quiet: as for ``train`` and ``load_model``.
+        truncated_images: use images whose file ends early, as far as they go; default as in training.
+        which, workers, worker_start, device, quiet: as for ``train`` and ``load_model``.
 
     Raises:
         ValueError: the data set has neither a query/gallery split nor known identities, or no query has a match; or
@@ -58,33 +61,35 @@ def evaluate(
         FileNotFoundError: no such run, or its data are no longer where they were.
     """
     from fastreid_u.data import ReIDDataset, load_dataset
+    from fastreid_u.data.same_file import with_shared_files_noted
 
     if data is not None and not isinstance(data, Mapping):
         raise TypeError(f"evaluate: data must be a mapping of the reader's options, got {data!r}")
     if isinstance(dataset, ReIDDataset) and (data or root is not None):
         raise ValueError(f"evaluate: root and data must be left out with a ready dataset, got {root!r} and {data!r}")
-    with default_device_cpu():
-        device = pick_device("evaluate", device)
-        model, config = network_and_config("evaluate", run, Choice(arch, settings, which, amp), device)
-        if dataset is None and arch is not None:
-            raise ValueError("evaluate: dataset must be given for a network without a run, got None")
-        if dataset is None:
-            dataset, root, data = _own_dataset(run, root, data)
-        if not isinstance(dataset, ReIDDataset):
-            dataset = load_dataset(dataset, root, **dict(data or {}))
-        machine = Machine(device, uses_bfloat16(config["amp"], device), Display(quiet=quiet))
-        reading = reading_of(config, batch_size, workers)
-        return _ranked(model, dataset, machine, reading, config["ap"] if ap is None else ap)
-
-
-def _ranked(model: "ReIDModel", dataset: "ReIDDataset", machine: Machine, reading: Reading, ap: str) -> dict[str, Any]:
-    display = machine.display
+    device = pick_device("evaluate", device)
+    model, config = network_and_config("evaluate", run, Choice(arch, settings, which, amp), device)
+    if dataset is None and arch is not None:
+        raise ValueError("evaluate: dataset must be given for a network without a run, got None")
+    if dataset is None:
+        dataset, root, data = _own_dataset(run, root, data)
+    if isinstance(dataset, ReIDDataset):
+        dataset = with_shared_files_noted(dataset)
+    else:
+        dataset = load_dataset(dataset, root, **dict(data or {}))
+    display = Display(quiet=quiet)
+    for note in dataset.notes:
+        display.line(f"note: {note}")
     split = test_split(dataset, display)
     if split is None:
         raise ValueError(f"evaluate: dataset must have a query/gallery split or known identities, got {dataset.root}")
+    machine = Machine(device, uses_bfloat16(config["amp"], device), display)
+    reading = reading_of(
+        config, batch_size=batch_size, workers=workers, worker_start=worker_start, truncated=truncated_images
+    )
     images = SplitImages(split, reading, machine)
     with closing(images), display.hearing_warnings():
-        metrics = evaluate_split(model, images, ap)
+        metrics = evaluate_split(model, images, config["ap"] if ap is None else ap)
     if not metrics["queries"]:
         elsewhere = " in another camera" if split.has_cameras else ""
         raise ValueError(f"evaluate: dataset must hold a query with a match{elsewhere}, got none in {dataset.root}")
@@ -106,7 +111,7 @@ def _own_dataset(
             f"evaluate: dataset must be given for a model file outside its run's folder, got none for {run}"
         )
     stored = folder.settings("evaluate")
-    refuse_import("evaluate", folder.config, stored["run"]["method"])
+    stored_method("evaluate", folder.config, stored["run"]["method"], to_train=False)
     name, options = stored["run"]["dataset"], stored["data"]
     known = known_name(name)
     if known is None and not os.path.isabs(name):  # empty for a ready ReIDDataset

@@ -2,7 +2,7 @@
 """A trained network gives features of any images."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastreid_u.engine.device import Machine, default_device_cpu, pick_device, uses_bfloat16
+from fastreid_u._default_device import on_cpu
+from fastreid_u.engine.device import Machine, pick_device, uses_bfloat16
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.image_set import ImageSet
 from fastreid_u.trained.crops import lies_in_memory, listed, rgb_image
@@ -31,6 +32,7 @@ class Extracted(NamedTuple):
     bad: dict[str, str]
 
 
+@on_cpu()
 def extract(
     run: str | os.PathLike | None,
     images: Any,
@@ -40,6 +42,8 @@ def extract(
     amp: str | None = None,
     batch_size: int | None = None,
     workers: int = 4,
+    worker_start: str | None = None,
+    truncated_images: bool | None = None,
     device: str | torch.device | None = None,
     quiet: bool = True,
     **settings: Any,
@@ -57,7 +61,8 @@ def extract(
             each; one process reads the files beside them.
         amp: "off", "bf16" or "auto" in place of the run's own. In bfloat16 features differ in the third digit.
         batch_size: images per batch, default the run's own; changes speed, and features in the last bits.
-        which, workers, device, quiet: as for ``train`` and ``load_model``.
+        truncated_images: use images whose file ends early, as far as they go; default as in training.
+        which, workers, worker_start, device, quiet: as for ``train`` and ``load_model``.
         **settings: with ``arch``, the settings of ``train`` that the network and its images have: height, width,
             pooling_type, stem_relu, pixel_norm, channels_last.
 
@@ -69,32 +74,37 @@ def extract(
         TypeError: a crop of another dtype than uint8.
         FileNotFoundError: no such run or images.
     """
-    with default_device_cpu():
-        device = pick_device("extract", device)
-        samples, crops = _samples(images)
-        if not samples:
-            raise ValueError(f"extract: images must name at least one file, got none in {images!r}")
-        model, config = network_and_config("extract", run, Choice(arch, settings, which, amp), device)
-        display = Display(quiet=quiet)
-        machine = Machine(device, uses_bfloat16(config["amp"], device), display)
-        reading = reading_of(config, batch_size, 0 if crops else workers)
-        wanted = ImageSet(samples, replace(reading, cache=bool(crops)), machine, bad_share=1.0)
-        for number, crop in crops.items():
-            wanted.plain.cache.put(number, crop)
-        with closing(wanted), display.hearing_warnings():
-            features = wanted.features(model)
+    device = pick_device("extract", device)
+    samples, notes, crops = _samples(images)
+    if not samples:
+        raise ValueError(f"extract: images must name at least one file, got none in {images!r}")
+    model, config = network_and_config("extract", run, Choice(arch, settings, which, amp), device)
+    display = Display(quiet=quiet)
+    for note in notes:
+        display.line(f"note: {note}")
+    machine = Machine(device, uses_bfloat16(config["amp"], device), display)
+    workers = 0 if crops else workers
+    reading = reading_of(
+        config, batch_size=batch_size, workers=workers, worker_start=worker_start, truncated=truncated_images
+    )
+    wanted = ImageSet(samples, replace(reading, cache=bool(crops)), machine, bad_share=1.0)
+    for number, crop in crops.items():
+        wanted.plain.cache.put(number, crop)
+    with closing(wanted), display.hearing_warnings():
+        features = wanted.features(model)
     return Extracted(features, [sample.path for sample in samples], wanted.bad.reasons)
 
 
-def _samples(images: Any) -> "tuple[tuple[Sample, ...], dict[int, Image]]":
-    """What ``images`` names, and those that lie in memory, by their number.
+def _samples(images: Any) -> "tuple[tuple[Sample, ...], Sequence[str], dict[int, Image]]":
+    """What ``images`` names, notes, and the images that lie in memory, by their number.
 
-    A folder is not read as a data set, which leaves out images that are in no split.
+    A folder is not read as a data set, which leaves out images in no split.
     """
     from fastreid_u.data import Sample, known_name, load_dataset
     from fastreid_u.data.catalogue import data_root
-    from fastreid_u.data.locate import IMAGE_SUFFIXES, list_images
+    from fastreid_u.data.locate import IMAGE_SUFFIXES, list_files
 
+    notes: Sequence[str] = ()
     images = listed(images)
     if isinstance(images, str | os.PathLike):
         path = Path(images).expanduser()
@@ -102,10 +112,12 @@ def _samples(images: Any) -> "tuple[tuple[Sample, ...], dict[int, Image]]":
             images = [path]
         elif known_name(images) is None and os.fspath(images):
             folder = next((place for place in (path, data_root(None) / path) if place.is_dir()), None)
-            images = images if folder is None else list_images(folder, recursive=True)
+            if folder is not None:
+                files = list_files(folder, recursive=True)
+                images, notes = files.images, files.notes("folder")
     if isinstance(images, str | os.PathLike):
         reid = load_dataset(os.fspath(images))
-        return reid.train + reid.query + reid.gallery, {}
+        return reid.train + reid.query + reid.gallery, reid.notes, {}
     if not isinstance(images, Iterable):
         raise TypeError(f"extract: images must be a folder, a CSV file, a known set, or files or crops, got {images!r}")
     samples, crops = [], {}
@@ -116,4 +128,4 @@ def _samples(images: Any) -> "tuple[tuple[Sample, ...], dict[int, Image]]":
         elif not isinstance(item, str | os.PathLike):
             raise TypeError(f"extract: {name} must be a path, an array, a tensor or a PIL image, got {item!r}")
         samples.append(Sample(name if number in crops else os.fspath(item), -1, 0))
-    return tuple(samples), crops
+    return tuple(samples), notes, crops

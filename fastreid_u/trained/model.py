@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A trained network, loaded from its run or its file."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastreid_u._default_device import on_cpu
 from fastreid_u.config import Config
+from fastreid_u.engine.arguments import stored_method
 from fastreid_u.engine.checkpoint import read_described
-from fastreid_u.engine.device import default_device_cpu, pick_device
-from fastreid_u.engine.folder import LAYOUT, LayoutError, RunFolder
+from fastreid_u.engine.device import pick_device
+from fastreid_u.engine.finite import wrong_weight
+from fastreid_u.engine.folder import RunFolder
 from fastreid_u.engine.image_set import Reading
+from fastreid_u.engine.layout import LAYOUT, LayoutError
 from fastreid_u.engine.network_settings import fitted_to_network
 from fastreid_u.engine.session import build_network
 
@@ -28,6 +31,7 @@ _NEEDED = (
 )  # fmt: skip
 
 
+@on_cpu()
 def load_model(
     run: str | os.PathLike, *, which: str = "last", device: str | torch.device | None = "cpu"
 ) -> "tuple[ReIDModel, dict[str, Any]]":
@@ -49,29 +53,14 @@ def load_model(
     device = pick_device("load_model", device)
     if path.is_dir():
         path = RunFolder(path).model_file(which)
-    if not path.exists():
-        raise FileNotFoundError(f"load_model: run must be a run folder or a model file, got {run} (no {path})")
     try:
-        with default_device_cpu():
-            tensors, about = read_described(path)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"load_model: {path} must be described by JSON in its header, got {error}") from error
-    about = about if isinstance(about, dict) else {}
-    layout = about.get("schema", LAYOUT)
-    if not isinstance(layout, int) or layout > LAYOUT:
-        raise LayoutError(
-            f"load_model: {path} must have run layout {LAYOUT} or an older one, got layout {layout!r} of a newer "
-            "fastreid_u; load it with that version"
-        )
-    config = about.get("config")
-    missing = [name for name in _NEEDED if not isinstance(config, dict) or name not in config]
-    if missing:
-        raise ValueError(f"load_model: {path} must describe its network in its header, got no {', '.join(missing)}")
-    refuse_import("load_model", path, about.get("method", ""))
-    with (
-        torch.inference_mode(False),
-        default_device_cpu(),
-    ):  # else a network loaded under inference_mode could never be trained
+        tensors, about = read_described(path, "load_model")
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(
+            f"load_model: run must be a run folder or a model file, got {run} (no {path})"
+        ) from None
+    config = _checked(path, about)
+    with torch.inference_mode(False):  # else a network loaded under inference_mode could never be trained
         model = build_model(
             config["arch"], pooling=config["pooling_type"], weights=None, stem_relu=config["stem_relu"],
             image_size=(config["height"], config["width"]),
@@ -80,6 +69,8 @@ def load_model(
             model.load_state_dict(tensors)
         except RuntimeError as error:
             raise ValueError(f"load_model: {path} must hold the weights of {config['arch']}, got {error}") from error
+        if wrong := wrong_weight(model):
+            raise ValueError(f"load_model: {path} must hold finite weights, got NaN or infinity in {wrong}")
         # As in training, so that figures are equal to the bit.
         memory_format = torch.channels_last if config["channels_last"] else torch.contiguous_format
         model = model.to(device, torch.float32, memory_format=memory_format)
@@ -132,14 +123,29 @@ def network_and_config(
         return build_network(config, device, trained=False).eval(), config.to_dict()
 
 
-def refuse_import(op: str, path: Path, method: Any) -> None:
-    """``train`` stores the name of a method; a file or module to import in its place was written by someone else.
+def _checked(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """The config in ``about``, the description of the model at ``path``, by the rules that hold where it is written.
 
     Raises:
-        ValueError: ``method`` is no name; the message begins with ``op`` and names the file at ``path``.
+        LayoutError: another version wrote the model. ValueError: the description lacks a setting, or breaks a rule.
     """
-    if not isinstance(method, str) or ":" in method:
-        raise ValueError(f"{op}: {path} must hold the name of a method, as train wrote it, got {method!r}")
+    layout = about.get("schema", LAYOUT)
+    if isinstance(layout, bool) or layout not in range(1, LAYOUT + 1):
+        newer = not isinstance(layout, int) or layout > LAYOUT
+        raise LayoutError(
+            f"load_model: {path} must have run layout {LAYOUT} or an older one, got layout {layout!r} of "
+            + ("a newer fastreid_u; load it with that version" if newer else "no fastreid_u")
+        )
+    config = about.get("config")
+    missing = [name for name in _NEEDED if not isinstance(config, dict) or name not in config]
+    if missing:
+        raise ValueError(f"load_model: {path} must describe its network in its header, got no {', '.join(missing)}")
+    stored_method("load_model", path, about.get("method", ""), to_train=False)
+    try:
+        Config(**{name: config[name] for name in _NEEDED})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"load_model: {path} must describe its network as train does, got {error}") from error
+    return config
 
 
 def run_path(op: str, run: str | os.PathLike) -> Path:
@@ -153,9 +159,10 @@ def run_path(op: str, run: str | os.PathLike) -> Path:
     return Path(run).expanduser()
 
 
-def reading_of(config: Mapping[str, Any], batch_size: int | None, workers: int) -> Reading:
-    """How images are read for a network with the settings ``config``; None is the run's own batch size."""
+def reading_of(config: Mapping[str, Any], **changes: Any) -> Reading:
+    """How images are read for a network with the settings ``config``; ``changes`` are ``Reading``'s, None = its own."""
     from fastreid_u.data import test_transform
 
     view = test_transform(config["height"], config["width"], pixel_norm=config["pixel_norm"])
-    return Reading(view, config["eval_batch_size"] if batch_size is None else batch_size, workers=workers)
+    own = {"batch_size": config["eval_batch_size"], "truncated": config.get("truncated_images", False)}
+    return Reading(view, **own | {name: value for name, value in changes.items() if value is not None})

@@ -33,7 +33,7 @@ def report(monkeypatch):
 
 @pytest.fixture
 def options(gpu, tmp_path):
-    return gpu.Options(results=tmp_path / "results", limit=60, again=False, dry_run=True, target=None)
+    return gpu.Options(results=tmp_path / "results", limit=600, again=False, dry_run=True, target=None)
 
 
 def script(gpu, name, code):

@@ -66,3 +66,11 @@ class TestCUHK03:
         (tmp_path / "cuhk03" / "images_detected" / "2_001_1_01.png").unlink()
         with pytest.raises(DatasetNotFound, match=r"must list images under .*images_detected"):
             load_dataset("cuhk03", tmp_path)
+
+    @pytest.mark.parametrize("part", ["train", "query", "gallery"])
+    def test_a_split_without_images(self, tmp_path, plant, part):
+        plant_cuhk03(plant, "cuhk03", "detected")
+        file = tmp_path / "cuhk03" / "splits_new_detected.json"
+        file.write_text(json.dumps([{**json.loads(file.read_text())[0], part: []}]))
+        with pytest.raises(ValueError, match=rf"cuhk03: .*splits_new_detected.json must list {part} images, got none"):
+            load_dataset("cuhk03", tmp_path)

@@ -87,6 +87,7 @@ class TestFolder:
         assert data.notes[1:] == (
             "query: one sub-folder for each identity",
             "gallery: one sub-folder for each identity",
+            "extra: 1 images left out, no part of the split is called so",
         )
         plant("crops", "query/nobody.jpg")
         with pytest.raises(ValueError, match=r"query and gallery images must have an identity, got none"):

@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from fastreid_u.data import BadImage, read_rgb
 from fastreid_u.data.images import read_pixels
@@ -180,3 +180,35 @@ def test_damage_raises_bad_image_or_nothing(tmp_path, picture, form):
 def test_bad_image_survives_pickling():
     error = pickle.loads(pickle.dumps(BadImage("p.jpg", "why")))
     assert (error.path, error.reason, str(error)) == ("p.jpg", "why", "p.jpg: why")
+
+
+@pytest.mark.parametrize("share", [0.5, 0.95])
+@pytest.mark.parametrize(
+    ("suffix", "settings"), [("jpg", {}), ("jpg", {"progressive": True}), ("png", {}), ("bmp", {}), ("tif", {})]
+)
+def test_a_file_that_ends_early_is_used_on_request_only(tmp_path, monkeypatch, suffix, settings, share):
+    """With the pixels that Pillow gives under its global switch, which stays as it is."""
+    path = tmp_path / f"a.{suffix}"
+    noise = np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, **settings)
+    os.truncate(path, int(os.path.getsize(path) * share))
+    with pytest.raises(BadImage, match="truncated"):
+        read_rgb(path)
+    got = np.asarray(read_rgb(path, truncated=True))
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+    with pytest.raises(BadImage, match="truncated"):
+        read_rgb(path)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with Image.open(path) as image:
+        assert np.array_equal(got, np.asarray(image.convert("RGB")))
+    assert read_pixels(path, 8, 4, truncated=True).shape == (3, 8, 4)
+
+
+def test_what_is_no_image_stays_bad_where_files_may_end_early(tmp_path, picture):
+    picture.save(tmp_path / "head.jpg")
+    os.truncate(tmp_path / "head.jpg", 30)
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("not an image")
+    for name in ("head.jpg", "empty.jpg", "text.jpg", "gone.jpg"):
+        with pytest.raises(BadImage):
+            read_rgb(tmp_path / name, truncated=True)

@@ -49,7 +49,7 @@ def test_workers_do_not_change_a_bit_and_survive_epochs(samples):
         assert torch.equal(got[0], expected[0])
         assert torch.equal(got[1], expected[1])
         assert got[2] == expected[2]
-        pids.add(tuple(worker.pid for worker in helped._batches._iterator._workers))
+        pids.add(tuple(worker.pid for worker in helped._workers._iterator._workers))
     assert len(pids) == 1  # the same processes in every epoch
 
 
@@ -97,13 +97,12 @@ def test_a_script_without_a_guard_may_have_workers(samples, tmp_path):
 
 
 def test_where_workers_cannot_be_forked_the_guard_is_named(samples, monkeypatch):
-    loader = make_loader(samples, test_transform(*SIZE), batch_size=4)
+    loader = make_loader(samples, test_transform(*SIZE), batch_size=4, workers=1)
 
-    class Bootstrapping:
-        def __iter__(self):
-            raise RuntimeError("An attempt has been made to start a new process before ... its bootstrapping phase.")
+    def bootstrapping(workers):
+        raise RuntimeError("An attempt has been made to start a new process before ... its bootstrapping phase.")
 
-    monkeypatch.setattr(loader, "_batches", Bootstrapping())
+    monkeypatch.setattr("fastreid_u.data.workers.Workers.__iter__", bootstrapping)
     with pytest.raises(RuntimeError, match=r"guarded by `if __name__ == '__main__':`.* or use workers=0$"):
         loader.epoch()
 
@@ -159,6 +158,59 @@ def test_any_start_and_any_share_give_the_same_pictures(samples, workers):
 def test_rejects_what_is_no_start_and_no_share(samples, arguments, message):
     with pytest.raises(ValueError, match=f"make_loader: {message}"):
         make_loader(samples, test_transform(*SIZE), batch_size=4).epoch([[0], [1]], **arguments)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_epochs_of_one_loader_at_once(samples, workers):
+    """Each is what it is alone, whatever the number of workers."""
+    loader = make_loader(samples, train_transform(*SIZE), batch_size=4, workers=workers)
+    alone = list(loader)
+    pairs = list(zip(loader, loader, strict=True))
+    assert len(pairs) == len(loader)
+    for expected, pair in zip(alone, pairs, strict=True):
+        assert all(torch.equal(loaded.images, expected.images) for loaded in pair)
+    begun = loader.epoch()
+    next(begun)
+    assert [loaded.indices.tolist() for loaded in loader.epoch([[5], [6]])] == [[5], [6]]
+    loader.close()
+    assert len(begun) == len(list(begun)) == len(alone) - 1, "it goes on where it was"
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.uint8, np.asarray, torch.tensor])
+def test_seeds_and_indices_of_any_kind_of_integer(samples, kind):
+    loader = make_loader(samples, train_transform(*SIZE), batch_size=4, seed=(kind(1), kind(2)))
+    expected = collect(make_loader(samples, train_transform(*SIZE), batch_size=4).epoch(seed=(1, 2)))[0]
+    assert torch.equal(collect(loader)[0], expected)
+    one = collect(loader.epoch([[kind(3), kind(4)]], seed=kind(5)))
+    assert torch.equal(one[0], collect(loader.epoch([[3, 4]], seed=5))[0])
+    assert one[1].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, "1", (), (1, -1), None])
+def test_rejects_what_is_no_seed(samples, seed):
+    with pytest.raises(ValueError, match="make_loader: seed must be one or several integers of 0 or more, got"):
+        make_loader(samples, test_transform(*SIZE), batch_size=4, seed=seed)
+
+
+@pytest.mark.parametrize("batch", [[0.5], ["1"], [[1]], [True]])
+def test_rejects_what_is_no_index_before_anything_is_read(samples, batch):
+    with pytest.raises(TypeError, match="make_loader: batches must hold lists of integers, got"):
+        make_loader(samples, test_transform(*SIZE), batch_size=4).epoch([[0], batch])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_default_device_that_is_not_the_cpu(samples, workers, cache):
+    view = train_transform(*SIZE, erase=1.0)
+    expected = collect(make_loader(samples, view, batch_size=4))[0]
+    torch.set_default_device("meta")  # stands for a GPU
+    try:
+        loader = make_loader(samples, view, batch_size=4, workers=workers, cache=cache)
+        batches = list(loader)
+        loader.close()
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(torch.cat([batch.images for batch in batches]), expected)
 
 
 def test_chunks():

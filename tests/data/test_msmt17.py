@@ -89,3 +89,10 @@ class TestMSMT17:
             load_dataset("msmt17", tmp_path)
         assert "train  test  list_train.txt  list_query.txt  list_gallery.txt" in str(caught.value)
         assert "MSMT17_V1  (holds test/, train/)" in str(caught.value)
+
+    @pytest.mark.parametrize("part", ["train", "val", "query", "gallery"])
+    def test_a_list_without_images(self, tmp_path, plant, part):
+        plant_msmt17(plant, "msmt17")
+        (tmp_path / "msmt17" / f"list_{part}.txt").write_text("\n")
+        with pytest.raises(ValueError, match=rf"msmt17: .*list_{part}.txt must list images, got none"):
+            load_dataset("msmt17", tmp_path)

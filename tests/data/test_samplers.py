@@ -208,3 +208,15 @@ class TestIterations:
     def test_singletons_shift_the_groups_but_batches_stay_full(self):
         pids = np.r_[np.repeat(np.arange(4), 4), 4, 5, 6]
         assert [len(batch) for batch in iterations(no_cam(pids, 4, seed=1), 7, 8)] == 7 * [8]
+
+
+@pytest.mark.parametrize("instances", [1, 2, 3, 16])
+@pytest.mark.parametrize("sampler", [RandomMultipleGallery, no_cam, ClassUniformly, MoreCamera])
+def test_len_is_that_of_every_pass(sampler, instances):
+    rng = np.random.default_rng(instances)
+    pids, cams = rng.integers(-1, 12, 60), rng.integers(0, 3, 60)
+    pids[:3] = (20, 21, 21)  # people of one image and of two
+    cameras = () if sampler in (no_cam, ClassUniformly) else (cams,)
+    made = sampler(pids, *cameras, num_instances=instances, seed=np.int64(3))
+    assert [sum(1 for _ in made) for _ in range(3)] == [len(made)] * 3
+    assert len(sampler(np.full(60, -1), *cameras, num_instances=instances)) == 0

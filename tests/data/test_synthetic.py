@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -132,6 +133,34 @@ def test_folder_without_its_marker_is_made_anew(tiny: Path, tmp_path: Path) -> N
     assert digests(generate(TINY, tmp_path, workers=1)) == digests(tiny)
 
 
+@pytest.mark.parametrize("damage", ["half is gone", "one is empty", "a folder is gone", "the counts are gone"])
+def test_a_set_that_is_no_longer_whole_is_made_anew(tiny: Path, tmp_path: Path, damage: str) -> None:
+    """Else a part of it would be trained on without a word."""
+    held = Path(shutil.copytree(tiny, tmp_path / tiny.name))
+    files = sorted(held.rglob("*.jpg"))
+    if damage == "half is gone":
+        for path in files[::2]:
+            path.unlink()
+    elif damage == "one is empty":
+        files[0].write_bytes(b"")
+    elif damage == "the counts are gone":
+        (held / "synthetic.json").write_text("{}")
+    else:
+        shutil.rmtree(held / "query")
+    assert digests(generate(TINY, tmp_path, workers=1)) == digests(tiny)
+
+
+def test_images_that_were_not_rendered_are_refused(tiny: Path, tmp_path: Path) -> None:
+    held = Path(shutil.copytree(tiny, tmp_path / tiny.name))
+    (held / "bounding_box_train" / ".DS_Store").touch()
+    assert generate(TINY, tmp_path) == held
+    (held / "bounding_box_train" / "9999_c1_mine.jpg").touch()
+    with pytest.raises(
+        ValueError, match=r"must hold the rendered images alone, got 1 others: bounding_box_train/9999_c1"
+    ):
+        generate(TINY, tmp_path)
+
+
 def test_root_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTREID_U_CACHE", str(tmp_path / "cache"))
     config = replace(TINY, train_ids=0, test_ids=1, distractors=0)
@@ -211,6 +240,32 @@ def test_a_worker_hands_its_error_over(tmp_path: Path, capfd: pytest.CaptureFixt
     status = writer.work(json.dumps(job))
     with pytest.raises(FileNotFoundError):
         writer._report(status, capfd.readouterr().err)
+
+
+def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    """A folder that another process renders into is locked by it for as long as it lives."""
+    tiny = SyntheticConfig(train_ids=1, test_ids=0, cameras=2, images_per_camera=2, distractors=0, height=64, width=32)
+    left, others, used = (
+        tmp_path / ".synthetic-0123456789ab-k_7lled0",
+        [tmp_path / ".synthetic-notes", tmp_path / ".synthetic-0123456789ab-long_name0", tmp_path / "synthetic-mine"],
+        tmp_path / ".synthetic-0123456789ab-in_use_0",
+    )
+    for folder in (left, *others, used):
+        (folder / "query").mkdir(parents=True)
+    program = (
+        "import fcntl, os, sys\nfcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)\n"
+        "print('mine', flush=True)\nsys.stdin.read()"
+    )
+    pytest.importorskip("fcntl")
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(used)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "mine\n"
+        final = generate(tiny, tmp_path, workers=1)
+        other.stdin.close()
+    assert set(tmp_path.iterdir()) == {final, used, *others}
+    assert generate(replace(tiny, seed=5), tmp_path, workers=1).is_dir()
+    assert not used.exists(), "its process has ended"
 
 
 def test_a_killed_worker_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

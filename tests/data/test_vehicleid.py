@@ -51,3 +51,9 @@ class TestVehicleID:
         path.write_text("0000000 one\n")
         with pytest.raises(ValueError, match=r"train_list.txt line 1 must read <image> <vehicle>, got '0000000 one'"):
             load_dataset("vehicleid", root)
+
+    @pytest.mark.parametrize("name", ["train_list", "test_list_800"])
+    def test_a_list_without_images(self, root, name):
+        (root / f"vehicleid/VehicleID_V1.0/train_test_split/{name}.txt").write_text("\n")
+        with pytest.raises(ValueError, match=rf"vehicleid: .*{name}.txt must list images, got none"):
+            load_dataset("vehicleid", root)

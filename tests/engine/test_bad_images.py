@@ -87,3 +87,40 @@ def test_what_could_not_be_read_is_remembered_by_a_resumed_run(world, tmp_path, 
     assert states[0]["labels"][5] == -1
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_no_readable_image_at_all_is_named_before_batchnorm_is_calibrated(world, tmp_path):
+    dataset = load_dataset("market1501", world)
+    for sample in dataset.train:
+        damage(world / sample.path, "text")
+    with pytest.raises(TooManyBadImages, match=rf"{len(dataset.train)} of {len(dataset.train)} images") as stop:
+        fastreid_u.train(dataset, logs_dir=tmp_path / "run", quiet=True, calibrate_bn=3, **SETTINGS)
+    assert str(stop.value).count(": not an image") == 10
+
+
+def test_without_query_and_gallery_a_bad_image_is_named_once(world, tmp_path):
+    """The images that are learned from are ranked, too."""
+    folder = world / "bounding_box_train"
+    victim = sorted(folder.glob("*.jpg"))[4]
+    odd = victim.with_name(victim.name[:-4] + "\x1b[31m\n.jpg")
+    victim.rename(odd)
+    damage(odd, "truncated")
+    run = fastreid_u.train(folder, logs_dir=tmp_path / "run", **SETTINGS | {"epochs": 1, "calibrate_bn": 1})
+    log = (run.folder / "log.txt").read_text()
+    assert log.count(victim.name[:-4]) == 1
+    assert "\\x1b[31m\\n.jpg (cannot be decoded" in log
+    assert "\x1b" not in log
+
+
+def test_files_that_end_early_are_used_on_request(world, tmp_path):
+    dataset = load_dataset("market1501", world)
+    path = world / dataset.train[5].path
+    path.write_bytes(path.read_bytes()[:-20])
+    settings = SETTINGS | {"epochs": 1, "truncated_images": True}
+    run = fastreid_u.train(dataset, logs_dir=tmp_path / "run", **settings)
+    assert dataset.train[5].path not in (run.folder / "log.txt").read_text()
+    extract = lambda **more: fastreid_u.extract(  # noqa: E731
+        run.folder, [world / dataset.train[5].path, dataset.train[6].path], device="cpu", workers=0, **more
+    )
+    assert extract().bad == {}, "as in training"
+    assert list(extract(truncated_images=False).bad) == [dataset.train[5].path]

@@ -44,3 +44,27 @@ def test_compat_is_told_apart_from_departures():
     assert not any("compat" in line for line in card("spcl"))
     for lines in (card("ice", compat=True), card("spcl", compat=True)):
         assert lines[-1] == "  same settings as the published recipe"
+
+
+def test_k1_stands_beside_the_number_of_images_and_what_it_fits():
+    """The defaults fit people of 30 images; 300 crops of 30 people ended in four clusters."""
+    from fastreid_u.images import Images
+    from fastreid_u.labels.dbscan import DBSCANLabels
+    from fastreid_u.labels.infomap import InfomapLabels
+
+    config = get_method("cluster_contrast_infomap").Config(k1=30)
+    for generator in (DBSCANLabels, InfomapLabels):
+        assert generator(config, Images(300)).scale() == (
+            "k1 30, 300 images: fits people of about 30 images each, so about 10 of them; set k1 near the number of "
+            "images that a person has"
+        )
+    assert "so about 1 of them" in DBSCANLabels(config, Images(20)).scale()
+
+
+def test_the_scale_is_a_line_of_the_card_where_there_is_one():
+    recipe = get_method("cluster_contrast")
+    about = dict(model=MODEL, labels="DBSCAN", device="cpu", selects="best")
+    with_scale = RecipeCard(recipe, recipe.Config(), "a", **about, scale="k1 30, 300 images").lines()
+    assert "  scale       k1 30, 300 images" in with_scale
+    without = RecipeCard(recipe, recipe.Config(), "a", **about).lines()
+    assert [line for line in with_scale if line not in without] == ["  scale       k1 30, 300 images"]

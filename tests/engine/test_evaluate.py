@@ -135,9 +135,9 @@ def test_no_images_and_one_image(dataset, tmp_path):
 
 
 def test_queries_without_a_match_in_another_camera_are_said_not_crashed_on(dataset, tmp_path):
-    first = tuple(sample for sample in dataset.gallery if sample.camid == 0)
-    query = tuple(sample for sample in dataset.query if sample.camid == 0)
-    run, log = trained(dataclasses.replace(dataset, query=query, gallery=first), tmp_path)
+    query = next(sample for sample in dataset.query if sample.camid == 0)
+    gallery = tuple(sample for sample in dataset.gallery if sample.camid == 0 or sample.pid != query.pid)
+    run, log = trained(dataclasses.replace(dataset, query=(query,), gallery=gallery), tmp_path)
     assert "mAP" not in run.last
     assert run.best is None
     assert "camera" in log[log.index("warning: ") :]
@@ -251,11 +251,21 @@ def test_mistakes_are_named(own, call, error, message):
 
 
 def test_data_without_a_match_are_an_error_here(own, dataset, capsys):
-    one = tuple(sample for sample in dataset.query + dataset.gallery if sample.camid == 0)
-    lonely = dataclasses.replace(dataset, query=one[:1], gallery=one[1:])
+    query = next(sample for sample in dataset.query if sample.camid == 0)
+    gallery = tuple(sample for sample in dataset.gallery if sample.camid == 0 or sample.pid != query.pid)
+    lonely = dataclasses.replace(dataset, query=(query,), gallery=gallery)
     with pytest.raises(ValueError, match="evaluate: dataset must hold a query with a match in another camera, got"):
         fastreid_u.evaluate(own.folder, lonely, device="cpu", workers=0)
     assert "warning: " in capsys.readouterr().out
+
+
+def test_extract_reads_what_a_list_reads_and_counts_the_rest(own, plant, capsys):
+    folder = plant("crops", "a.jfif", "b.jpe", "c.gif", "d.JPG", "e.avif", "f.txt")
+    result = fastreid_u.extract(own.folder, folder, device="cpu", workers=0, quiet=False)
+    assert [Path(path).name for path in result.paths] == ["a.jfif", "b.jpe", "c.gif", "d.JPG"]
+    assert not result.bad
+    assert "note: folder: 1 files left out, of types that are not read: 1 .avif" in capsys.readouterr().out
+    assert len(fastreid_u.extract(own.folder, folder / "a.jfif", device="cpu", workers=0).paths) == 1
 
 
 def test_extract_takes_every_image_below_a_folder(own, plant, tmp_path):

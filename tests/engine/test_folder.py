@@ -11,9 +11,11 @@ import fastreid_u
 from fastreid_u._toml import dump_toml, load_toml
 from fastreid_u.data import load_dataset, locate
 from fastreid_u.engine import checkpoint
-from fastreid_u.engine.folder import LAYOUT, LayoutError, RunFolder, State, settings_text
+from fastreid_u.engine.folder import RunFolder, settings_text
+from fastreid_u.engine.layout import LAYOUT, LayoutError
 from fastreid_u.engine.lock import FolderInUse
 from fastreid_u.engine.records import Records, highest_map
+from fastreid_u.engine.state import State
 
 TABLES = {
     "run": {"method": "spcl", "dataset": "market1501", "root": "/data"},
@@ -154,7 +156,7 @@ def test_clean_removes_debris_and_a_run_only_when_asked(folder):
     (folder.path / "notes.txt").touch()
     folder.clean(run=False)
     assert {path.name for path in folder.path.iterdir()} == {"notes.txt"} | {
-        file.name for file in folder.files() if file not in (folder.log, folder.curves)
+        file.name for file in folder.files() if file not in (folder.log, folder.curves, folder.labels)
     }
     folder.clean(run=True)
     assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]

@@ -35,6 +35,11 @@ def test_health_of_a_hand_made_case():
     }  # fmt: skip
 
 
+def test_labels_with_gaps_are_counted_and_cost_no_memory():
+    health = label_health(np.array([7, 7, 2**31 - 1, -1]), None, None)
+    assert (health["clusters"], health["largest"]) == (2, 2)
+
+
 def test_health_without_truth_past_or_clusters():
     health = label_health(np.array([-1, -1]), None, np.array([-1, -1]))
     assert health == {

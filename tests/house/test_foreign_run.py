@@ -3,6 +3,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -146,6 +147,50 @@ def test_a_link_in_the_place_of_a_file_is_refused(honest, tmp_path, capsys, name
     assert re.search(rf"{re.escape(name)} must be a file of its own, got a link or a device", capsys.readouterr().err)
     assert mine.read_text() == "the user's\n" if kind == "link" else not mine.exists()
     assert (run / "config.toml").read_bytes() == told
+
+
+@pytest.mark.parametrize("name", ["config.toml", "metrics.jsonl", "state.safetensors", "model_last.safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_has_no_end_is_not_read(honest, tiny_world, tmp_path, capsys, name, kind):
+    """A pipe waits for a writer, /dev/zero fills the memory: resuming, evaluating and extracting refuse both."""
+    run = shutil.copytree(honest, tmp_path / "run")
+    (run / name).unlink()
+    os.mkfifo(run / name) if kind == "pipe" else (run / name).symlink_to("/dev/zero")
+    uses = [["train", "--logs-dir", str(run), "--resume", "--epochs", "2", "--device", "cpu", "--quiet"]]
+    if name == "config.toml":
+        uses += [[*uses[0], "--help"], ["evaluate", str(run), "--device", "cpu"]]
+    if name.startswith("model"):
+        uses = [["evaluate", str(run)], ["evaluate", str(run / name)], ["extract", str(run), str(tiny_world / "query")]]
+    for words in uses:
+        assert main(words) == 1
+        assert re.search(
+            rf"error: {words[0]}|load_model: .*{name} must be a regular file, got a ", capsys.readouterr().err
+        )
+
+
+def test_pickles_beside_a_run_are_not_opened(honest, tiny_world, tmp_path):
+    """A folder holds no pickle, and what lies there under the usual names of one is nothing to a run."""
+    run = shutil.copytree(honest, tmp_path / "run")
+
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "marker",))
+
+    for name in ("model_last.pth", "model_best.pt", "state.pth", "state.pkl", "checkpoint.pth.tar", "features.npy"):
+        (run / name).write_bytes(pickle.dumps(Trap()))
+    fastreid_u.train(logs_dir=run, resume=True, quiet=True, device="cpu")
+    fastreid_u.evaluate(run, quiet=True, device="cpu", workers=0)
+    fastreid_u.extract(run, tiny_world / "query", device="cpu", workers=0)
+    for name in ("config.toml", "metrics.jsonl", "state.safetensors", "model_last.safetensors"):
+        (run / name).write_bytes(pickle.dumps(Trap()))
+    for use in (
+        lambda: fastreid_u.train(logs_dir=run, resume=True, quiet=True, device="cpu"),
+        lambda: fastreid_u.evaluate(run, quiet=True, device="cpu"),
+        lambda: fastreid_u.load_model(run),
+    ):
+        with pytest.raises(ValueError, match=r"config\.toml must be as train wrote it|not a readable safetensors file"):
+            use()
+    assert not (tmp_path / "marker").exists()
 
 
 def test_a_run_that_overwrites_replaces_links(honest, tiny_world, tmp_path):

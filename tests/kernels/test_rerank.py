@@ -26,11 +26,12 @@ def on_triton(monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setattr(op, "nearest_neighbours", lambda x, k, backend: reference_knn.knn(x, k))
 
-    def run(query, gallery, k1, k2, weight, *, distance="sqeuclidean", distmats=None, top=None):
+    def run(query, gallery, k1, k2, weight, *, distance="sqeuclidean", distmats=None, top=None, style="openreid"):
         move = functools.partial(torch.Tensor.to, device=DEVICE)
         query, gallery = (None if rows is None else move(rows) for rows in (query, gallery))
         distmats = distmats and tuple(map(move, distmats))
-        found = op._triton(query, gallery, k1, k2, weight, distance=distance, distmats=distmats, top=top)
+        given = dict(style=style, distance=distance, distmats=distmats, top=top)
+        found = op._triton(query, gallery, k1, k2, weight, **given)
         return found.cpu() if top is None else tuple(part.cpu() for part in found)
 
     return run
@@ -54,6 +55,15 @@ def test_equals_the_cpu(clustered, on_triton, distance):
     nearest = on_triton(x[:10], x[10:], 8, 3, 0.4, distance=distance, top=4)
     expected = op.rerank(x[:10], x[10:], 8, 3, 0.4, distance=distance, backend="numba", top=4)
     assert torch.equal(nearest[1], expected[1])
+
+
+@pytest.mark.parametrize("style", ["zhong", "clustering"])
+def test_the_other_styles_equal_the_cpu(clustered, on_triton, style):
+    x = clustered(24, 7) * torch.linspace(0.6, 1.3, 24)[:, None]
+    found = on_triton(x[:9], x[9:], 6, 3, 0.4, style=style)
+    torch.testing.assert_close(
+        found, op.rerank(x[:9], x[9:], 6, 3, 0.4, style=style, backend="numba"), atol=1e-7, rtol=0
+    )
 
 
 @pytest.mark.parametrize(("k", "half", "k2"), [(9, 5, 4), (5, 3, 7)])

@@ -300,3 +300,15 @@ def test_without_numba_the_search_is_shared_and_the_rest_repeated(monkeypatch, c
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the reference says that it is slow
         assert torch.equal(pseudo_labels(x, k1=10, group="world"), expected)
+
+
+@pytest.mark.usefixtures("single")
+def test_a_default_device_is_not_that_of_the_features(clustered):
+    x = clustered(60, 8)
+    expected = pseudo_labels(x, k1=10)
+    torch.set_default_device("meta")
+    try:
+        found = pseudo_labels(x, k1=10, group="world")
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found, expected)

@@ -216,3 +216,80 @@ def test_copies_tie_and_rank_by_index(width):
 def test_unsigned_identities_without_a_match_are_warned_of():
     with pytest.warns(UserWarning, match="no identity of the query is in the gallery"):
         rank_metrics(torch.eye(3), torch.eye(3), np.zeros(3, np.uint16), np.ones(3, np.int64))
+
+
+def test_an_image_in_query_and_gallery_is_no_match_of_its_own(clustered):
+    """Without cameras; also an image whose two entries contradict each other in identity or camera."""
+    x = clustered(30, 8)
+    pids = torch.arange(30) % 6
+    found = rank_metrics(x[:10], x, pids[:10], pids, q_images=range(10), g_images=range(30))
+    others = torch.cdist(x.double(), x.double()).fill_diagonal_(torch.inf)[:10]
+    assert found.num_valid_queries == 10
+    assert found.top(1) == (pids[others.argmin(1)] == pids[:10]).double().mean().item()
+    twice = rank_metrics(x[:1], x[[0, 0, 1]], [1], [1, 1, 1], q_images=[5], g_images=[5, 5, 6])
+    assert (twice.mAP, twice.ap.tolist()) == (1.0, [1.0])
+    contrary = rank_metrics(x[:1], x[[0, 1]], [1], [2, 1], [0], [1, 1], q_images=[5], g_images=[5, 6])
+    assert contrary.top(1) == 1.0
+    with pytest.warns(UserWarning, match="are NaN: every true match is the query's own image"):
+        rank_metrics(x[:1], x[[0, 1]], [1], [1, 2], q_images=[5], g_images=[5, 6])
+    with pytest.raises(ValueError, match="q_images and g_images must be given together, got no g_images"):
+        rank_metrics(x[:1], x[:1], [1], [1], q_images=[5])
+
+
+def test_a_set_against_itself_without_numbers_of_its_images_warns(clustered):
+    x, pids = clustered(12, 4), torch.arange(12) % 3
+    for sets in ({"query": x, "gallery": x.clone()}, {"query": None, "gallery": None, "distmat": torch.cdist(x, x)}):
+        if "distmat" in sets:
+            sets["distmat"].fill_diagonal_(0)
+        with pytest.warns(UserWarning, match="query and gallery are the same images and each finds itself first"):
+            assert rank_metrics(**sets, q_pids=pids, g_pids=pids).top(1) == 1.0
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            own = rank_metrics(**sets, q_pids=pids, g_pids=pids, q_images=range(12), g_images=range(12))
+        assert own.num_valid_queries == 12
+
+
+def test_top_is_defined_for_every_rank_from_1_on():
+    found = rank_metrics(None, None, [1], [2, 1], distmat=torch.tensor([[0.0, 1.0]]), max_rank=5)
+    assert [found.top(rank) for rank in (1, 2, 5, 6, 200, np.int64(2))] == [0.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    for rank in (0, -1):
+        with pytest.raises(ValueError, match=f"RankMetrics.top: rank must be at least 1, got {rank}"):
+            found.top(rank)
+    with pytest.raises(TypeError, match=r"RankMetrics.top: rank must be an integer, got 1\.5"):
+        found.top(1.5)
+
+
+@pytest.mark.parametrize(
+    ("pids", "error", "message"),
+    [
+        ([10**20, 1], ValueError, r"q_pids must lie in \[-2\*\*63, 2\*\*63\), got 100000000000000000000"),
+        (np.array([10**20, 1]), ValueError, r"q_pids must lie in \[-2\*\*63, 2\*\*63\), got 100000000000000000000"),
+        (np.array([2**64 - 2, 1], np.uint64), ValueError, r"q_pids must be below 2\*\*63, got 18446744073709551614"),
+        (["a", "b"], TypeError, "q_pids must hold numbers in equal rows, got list"),
+    ],
+)
+def test_identities_beyond_int64_are_named(pids, error, message):
+    with pytest.raises(error, match=f"rank_metrics: {message}"):
+        rank_metrics(None, None, pids, [1, 2], distmat=torch.rand(2, 2))
+
+
+def test_identities_as_large_as_int64_holds_are_ranked():
+    big = 2**63 - 1
+    found = rank_metrics(None, None, [big, -big], [-big, big], distmat=torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    assert found.top(1) == 1.0
+
+
+def test_torch_s_default_device_does_not_matter(clustered):
+    """ "meta" stands for a device that is not there."""
+    x = clustered(20, 4)
+    pids = (torch.arange(20) % 4).tolist()
+    expected = rank_metrics(x[:5], x[5:], pids[:5], pids[5:])
+    torch.set_default_device("meta")
+    try:
+        found = rank_metrics(x[:5], x[5:], pids[:5], pids[5:])
+        in_lists = rank_metrics(x[:5].tolist(), x[5:].tolist(), pids[:5], pids[5:], [0] * 5, [1] * 15)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found.ap, expected.ap)
+    assert torch.equal(in_lists.ap, expected.ap)
+    assert torch.equal(found.cmc, expected.cmc)

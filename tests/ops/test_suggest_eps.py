@@ -8,16 +8,39 @@ from fastreid_u.ops.jaccard import jaccard_distance
 from fastreid_u.ops.pseudo_labels import pseudo_labels
 from fastreid_u.ops.suggest_eps import knee, suggest_eps
 
+pytestmark = pytest.mark.filterwarnings("ignore:suggest_eps. the knee is not reliable:UserWarning")
+
+
+def few_images_a_person():
+    """Unit rows of 120 people with 2 to 10 images each; most have a nearest row of the same person."""
+    generator = torch.Generator().manual_seed(0)
+    count = torch.randint(2, 11, (120,), generator=generator)
+    person = torch.arange(120).repeat_interleave(count)
+    rows = torch.randn(120, 12, generator=generator)[person] + 0.8 * torch.randn(len(person), 12, generator=generator)
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+def test_a_knee_past_the_collapse_is_warned_of_and_seen_in_the_sweep():
+    with pytest.warns(UserWarning, match=r"suggest_eps: the knee is not reliable .* eps 0\.5"):
+        found = suggest_eps(few_images_a_person())
+    share = dict(zip(found.grid, found.largest, strict=True))
+    assert share[0.5] < 0.2
+    assert max(most for eps, most in share.items() if eps <= found.eps) > 0.5
+    assert "not reliable" in str(found).splitlines()[-1]
+
 
 def test_sweep_is_what_pseudo_labels_finds(clustered):
     x = clustered(300, 24, spread=0.9)
     found = suggest_eps(x, k1=20, min_samples=3)
     assert found.grid[0] == 0.3
     assert found.grid[-1] == 0.8
-    for eps, clusters, unclustered in zip(found.grid, found.clusters, found.unclustered, strict=True):
+    for eps, clusters, unclustered, largest in zip(
+        found.grid, found.clusters, found.unclustered, found.largest, strict=True
+    ):
         labels = pseudo_labels(x, eps=eps, k1=20, min_samples=3)
         assert clusters == labels.max() + 1
         assert unclustered == pytest.approx((labels < 0).double().mean().item())
+        assert largest == pytest.approx(labels[labels >= 0].bincount(minlength=1).max().item() / 300)
     assert len(set(found.clusters)) > 3, "else the sweep shows nothing"
 
 

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fastreid_u.data.locate import list_images, shown
 from fastreid_u.data.synthetic.config import RENDERER, SyntheticConfig
 from fastreid_u.data.synthetic.render import Shot, World
+from fastreid_u.data.synthetic.scratch import scratch_folder
 
 Plan = list[tuple[str, Shot]]  # path inside the folder, what it shows
 
@@ -63,8 +65,8 @@ def generate(
 
     The folder is ``<root>/synthetic-<digest>``, with ``bounding_box_train``, ``query``, ``bounding_box_test`` and
     ``synthetic.json`` (dials and counts). It appears under that name only when it is complete; a broken run leaves
-    nothing behind. The bytes depend on the dials alone, not on ``workers``, as long as NumPy, Pillow and its JPEG
-    encoder are the same.
+    nothing behind, the next removes what a killed one has left, and a set of which images are gone is rendered anew.
+    The bytes depend on the dials alone, not on ``workers``, as long as NumPy, Pillow and its JPEG encoder are the same.
 
     Args:
         config: the dials; None means ``SyntheticConfig()``.
@@ -73,7 +75,7 @@ def generate(
         progress: called as ``progress(done, total)`` every few images, in the calling thread; not on a cache hit.
 
     Raises:
-        ValueError: ``workers`` is not positive.
+        ValueError: ``workers`` is not positive, or the folder holds images that were not rendered.
         OSError: the folder cannot be written (no permission, disk full); the message names it.
         RuntimeError: a rendering process died.
     """
@@ -83,31 +85,55 @@ def generate(
     root = os.environ.get("FASTREID_U_CACHE") or "~/.cache/fastreid_u" if root is None else root
     root = Path(root).expanduser()
     final = root / f"synthetic-{config.digest()}"
-    if (final / "synthetic.json").is_file():
-        return final
+    try:
+        if _is_whole(config, final):
+            return final
+    except OSError as error:
+        raise _unwritable(root, error) from error
     plan = make_plan(config)
     if workers is None:
         workers = max(1, min(_cpus(), len(plan) // 100))
     try:
         root.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=root))
+        with scratch_folder(final) as scratch:
+            for folder in ("bounding_box_train", "query", "bounding_box_test"):
+                (scratch / folder).mkdir()
+            done = render_share(config, plan, scratch) if workers == 1 else _render_apart(config, scratch, workers)
+            with contextlib.closing(done):  # before the scratch folder goes, its writers must
+                for count, _ in enumerate(done, 1):
+                    if progress is not None and (count % 16 == 0 or count == len(plan)):
+                        progress(count, len(plan))
+            (scratch / "synthetic.json").write_text(json.dumps(_describe(config, plan), indent=2) + "\n")
+            _publish(scratch, final)
     except OSError as error:
         raise _unwritable(root, error) from error
-    try:
-        for folder in ("bounding_box_train", "query", "bounding_box_test"):
-            (scratch / folder).mkdir()
-        done = render_share(config, plan, scratch) if workers == 1 else _render_apart(config, scratch, workers)
-        with contextlib.closing(done):  # before the scratch folder goes, its writers must
-            for count, _ in enumerate(done, 1):
-                if progress is not None and (count % 16 == 0 or count == len(plan)):
-                    progress(count, len(plan))
-        (scratch / "synthetic.json").write_text(json.dumps(_describe(config, plan), indent=2) + "\n")
-        _publish(scratch, final)
-    except OSError as error:
-        raise _unwritable(root, error) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return final
+
+
+def _is_whole(config: SyntheticConfig, final: Path) -> bool:
+    """Whether ``final`` holds the images that its marker counts, none of them empty. If not, the marker goes.
+
+    Raises:
+        ValueError: images lie there that ``config`` does not have; they would be trained on or ranked.
+    """
+    marker = final / "synthetic.json"
+    if not marker.is_file():
+        return False
+    present = [os.path.relpath(path, final).replace(os.sep, "/") for path in list_images(final, recursive=True)]
+    try:
+        told = json.loads(marker.read_text(encoding="utf-8"))["images"]
+    except (ValueError, LookupError, TypeError):  # not as _describe writes it
+        told = None
+    if told == Counter(name.partition("/")[0] for name in present) and all(
+        os.path.getsize(final / name) for name in present
+    ):
+        return True
+    if more := sorted({*present} - {name for name, _ in make_plan(config)}):
+        raise ValueError(
+            f"generate: {shown(final)} must hold the rendered images alone, got {len(more)} others: {shown(more[0])}"
+        )
+    marker.unlink()
+    return False
 
 
 def _cpus() -> int:

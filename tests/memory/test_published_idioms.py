@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What code written for the published classes does with a memory: sets its attributes, leaves rows unnormalised."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastreid_u.memory import ClusterMemory, InstanceMemory, ProxyMemory
+
+generator = torch.Generator().manual_seed(0)
+X, ROWS, OTHER = (torch.randn(n, 8, generator=generator) for n in (4, 10, 10))
+INDEX, LABELS, LATER = torch.tensor([0, 3, 5, 9]), torch.arange(10) // 2, torch.arange(10) % 3
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+SETTINGS = {
+    "default device": lambda: torch.device("meta"),
+    "inference mode": torch.inference_mode,
+    "deterministic algorithms": deterministic,
+}
+MEMORIES = {
+    "cluster": lambda rows, labels: ClusterMemory.from_centroids(rows),
+    "instance": lambda rows, labels: instance(labels, rows),
+    "proxy": lambda rows, labels: ProxyMemory.from_features(rows, labels, labels % 2),
+}
+
+
+def instance(labels, rows=ROWS, **settings):
+    memory = InstanceMemory.from_features(rows, **settings)
+    memory.set_labels(labels)
+    return memory
+
+
+def same(memory, expected):
+    for name, buffer in expected.named_buffers():
+        assert torch.equal(getattr(memory, name), buffer), name
+    assert torch.equal(memory.loss(X, INDEX), expected.loss(X, INDEX))
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor.clone, torch.Tensor.int, torch.Tensor.numpy, torch.Tensor.tolist])
+def test_labels_that_are_assigned_make_the_clusters_anew(kind):
+    memory = instance(LABELS)
+    memory.labels = kind(LATER)
+    same(memory, instance(LATER))
+    assert isinstance(memory.labels, torch.Tensor)
+    assert memory.labels.dtype == torch.int64
+
+
+def test_features_that_are_assigned_make_the_clusters_anew():
+    memory, rows = instance(LABELS), F.normalize(OTHER, dim=1)
+    memory.features = rows
+    same(memory, instance(LABELS, OTHER))
+    assert memory.features is rows
+
+
+def test_both_may_be_assigned_in_either_order_and_to_another_number_of_rows():
+    memory = InstanceMemory(8, 0)
+    memory.features = F.normalize(ROWS, dim=1)
+    with pytest.raises(ValueError, match="labels must be set before the first loss"):
+        memory.loss(X, INDEX)
+    memory.labels = LABELS
+    same(memory, instance(LABELS))
+    memory.labels = LATER
+    memory.features = F.normalize(OTHER, dim=1)
+    same(memory, instance(LATER, OTHER))
+
+
+def test_assigned_labels_are_those_of_all_rows_source_classes_included():
+    memory = InstanceMemory.from_features(ROWS[2:], source_centroids=ROWS[:2])
+    memory.labels = torch.cat([torch.arange(2), LABELS[2:] + 2])
+    expected = InstanceMemory.from_features(ROWS[2:], source_centroids=ROWS[:2])
+    expected.set_labels(LABELS[2:])
+    same(memory, expected)
+
+
+def test_a_memory_goes_on_from_a_state_behind_assignments():
+    memory, other = instance(LABELS), InstanceMemory(8, 3)
+    memory.labels = LATER
+    memory.update_(X, INDEX)
+    other.load_state_dict(memory.state_dict())
+    same(other, memory)
+
+
+@pytest.mark.parametrize(
+    ("labels", "rule"),
+    [
+        (LABELS[:4], r"one entry for each row of features \(10\), got 4"),
+        (LABELS.float(), "labels must hold integers, got torch.float32"),
+        (LABELS - 3, r"labels must lie in \[0, 100100\), got -3"),
+        (torch.where(LABELS == 0, 2**31 - 1, LABELS), r"labels must lie in \[0, 100100\), got 2147483647"),
+    ],
+    ids=["another length", "fractions", "below -1", "noise as the largest int32"],
+)
+@pytest.mark.parametrize("form", ["assigned", "set_labels"])
+def test_labels_that_cannot_be_are_refused_and_the_old_stay(labels, rule, form):
+    memory = instance(LABELS)
+    with pytest.raises((TypeError, ValueError), match="InstanceMemory.*" + rule.replace("features ", ".*")):
+        setattr(memory, "labels", labels) if form == "assigned" else memory.set_labels(labels)
+    same(memory, instance(LABELS))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda **s: ClusterMemory.from_centroids(ROWS, **s), lambda **s: instance(LABELS, **s)]
+)
+def test_normalize_holds_for_loss_and_update_alike(make):
+    """Given to the memory, or to one call."""
+    apart, always, once = make(), make(normalize=False), make()
+    expected = apart.loss(X, INDEX, normalize=False)
+    apart.update_(X, INDEX, normalize=False)
+    losses = [
+        memory(X.clone().requires_grad_(), INDEX, **s) for memory, s in ((always, {}), (once, {"normalize": False}))
+    ]
+    for memory, loss in zip((always, once), losses, strict=True):
+        loss.backward()
+        assert torch.equal(loss.detach(), expected)
+        assert torch.equal(memory.features, apart.features)
+    normalised = make()
+    normalised.update_(X, INDEX)
+    assert not torch.allclose(normalised.features, apart.features)
+    make(normalize=False).loss(X, INDEX).item()
+
+
+@pytest.mark.parametrize("make", [lambda: ClusterMemory.from_centroids(ROWS), lambda: instance(LABELS)])
+def test_a_setting_of_the_memory_may_be_another_for_one_loss(make):
+    warm = make()
+    warm.temp = 0.5
+    assert torch.equal(make().loss(X, INDEX, temperature=0.5), warm.loss(X, INDEX))
+
+
+def test_use_hard_may_be_changed_as_the_published_class_reads_it_at_each_call():
+    hard, memory = ClusterMemory.from_centroids(ROWS, use_hard=True), ClusterMemory.from_centroids(ROWS)
+    memory.use_hard = True
+    for each in (hard, memory):
+        each.update_(X, [1, 1, 1, 2])
+    assert torch.equal(hard.features, memory.features)
+    memory.use_hard = False
+    assert (memory.rule, memory.use_hard) == ("sequential", False)
+    with pytest.raises(ValueError, match="use_hard must be False with rule='push', got True"):
+        ClusterMemory(8, 10, rule="push").use_hard = True
+
+
+def test_labels_of_numpy_and_any_integer_type_are_taken():
+    for labels in (LATER.numpy().astype(np.uint16), LATER.to(torch.int8), tuple(LATER.tolist())):
+        same(instance(labels), instance(LATER))
+
+
+@pytest.mark.parametrize("make", MEMORIES.values(), ids=MEMORIES)
+@pytest.mark.parametrize("setting", ["default device", "inference mode", "deterministic algorithms"])
+def test_a_memory_that_is_made_under_a_global_setting_of_torch_trains_as_any(make, setting):
+    """A default device that the inputs are not on, features and labels of inference mode, ..."""
+    found = []
+    for settings in (contextlib.nullcontext, SETTINGS[setting]):
+        with settings():
+            memory, targets = make(ROWS * 1, LABELS * 1), INDEX // 2
+        x = X.clone().requires_grad_()
+        with SETTINGS[setting]() if setting == "deterministic algorithms" else contextlib.nullcontext():
+            memory(x, targets).backward()
+        memory.update_(X, targets)
+        found.append((x.grad, *memory.buffers()))
+    for each, expected in zip(*found, strict=True):
+        assert torch.equal(each, expected)
