@@ -94,25 +94,6 @@ def require_ids(op: str, name: str, x: object) -> Tensor:
     return ids
 
 
-def require_labels(op: str, name: str, x: object, count: int) -> Tensor:
-    """What a clustering returns of ``count`` images: (count,) whole numbers of any type; as int64, -1 for negative."""
-    x = require_1d(op, name, as_tensor(op, name, x))
-    if len(x) != count:
-        raise ValueError(f"{op}: {name} must have one entry for each image ({count}), got {len(x)}")
-    if x.is_floating_point():
-        broken = x[~(x == x.round())]  # NaN too
-        if len(broken):
-            raise ValueError(f"{op}: {name} must be whole numbers, got {broken[0].item():g}")
-        x = x.double().clamp(-1, 2.0**62)  # infinity is above the limit, as are numbers that int64 does not have
-    x = require_integer(op, name, x.long() if x.is_floating_point() or len(x) == 0 else x).long().clamp(min=-1)
-    return require_values_in(op, name, x, -1, label_limit(count), always=True)
-
-
-def label_limit(count: int) -> int:
-    """Labels of ``count`` images lie below: gaps between them cost memory, and other libraries mark noise so."""
-    return 100_000 + 10 * count
-
-
 def require_finite(op: str, name: str, x: Tensor, *, always: bool = False) -> Tensor:
     """``x`` holds no NaN and no infinity.
 
@@ -189,14 +170,6 @@ def require_features(op: str, name: str, x: object) -> Tensor:
             f"got length {length[far[0]]:.2g} in {len(far)} of {len(x)} rows (first: row {int(far[0])})"
         )
     return x
-
-
-def require_cluster_numbers(op: str, name: str, labels: Tensor) -> Tensor:
-    """Labels for which a row each is set aside up to the largest: -1 for none, else below 2 N or 131072.
-
-    What is far beyond the number of rows is no cluster but another's mark for noise, such as 2147483647.
-    """
-    return require_values_in(op, name, labels, -1, max(2 * len(labels), 2**17), always=True)
 
 
 def require_same_length(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> Tensor:

@@ -189,6 +189,9 @@ class Config:
     )
     eval_initial: bool = option(False, "also evaluate the network before training")
     eval_batch_size: int = option(256, "images per batch in extraction; changes speed, not results", rule=at_least(1))
+    ignore_cameras: bool = option(
+        False, "rank also the images of the query's own camera, for people who are each seen by one camera only"
+    )
     ap: str = option(
         "rank",
         "formula of average precision; most published code uses sklearn's, equal without ties",

@@ -18,6 +18,12 @@ def evaluate(words: list[str]) -> None:
         "--data", action="append", default=[], metavar="KEY=VALUE", help="option of the data set's reader"
     )
     parser.add_argument("--ap", choices=("rank", "sklearn", "trapezoid"), help="default: the run's own")
+    parser.add_argument(
+        "--rerank", choices=("openreid", "zhong", "clustering"), help="re-rank by this rule; default off"
+    )
+    parser.add_argument(
+        "--ignore-cameras", action=argparse.BooleanOptionalAction, help="rank images of the query's own camera too"
+    )
     add_reading_options(parser)
     given = vars(parser.parse_args(words))
 

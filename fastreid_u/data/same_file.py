@@ -3,9 +3,9 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from fastreid_u.data.dataset import ReIDDataset
+from fastreid_u.data.dataset import ReIDDataset, Sample
 
 
 def file_numbers(paths: Iterable[str]) -> list[int]:
@@ -16,14 +16,23 @@ def file_numbers(paths: Iterable[str]) -> list[int]:
 
 def with_shared_files_noted(dataset: ReIDDataset) -> ReIDDataset:
     """``dataset``, with a note if files of its training part are in query or gallery too: those are trained on."""
-    train, test = dataset.train, dataset.query + dataset.gallery
-    numbers = file_numbers(sample.path for sample in (*train, *test)) if test else []
-    trained = set(numbers[: len(train)])
-    shared = len(trained.intersection(numbers[len(train) :]))
-    note = f"{shared} of {len(trained)} training images are in query or gallery too: the figures flatter the network"
+    return with_leak_noted(dataset, "training", dataset.train)
+
+
+def with_leak_noted(dataset: ReIDDataset, kind: str, trained: Sequence[Sample]) -> ReIDDataset:
+    """``dataset``, with a note of how many images of ``trained``, of this ``kind``, its query or gallery hold too."""
+    shared = shared_files(trained, dataset.query + dataset.gallery)
+    note = f"{shared} of {len(trained)} {kind} images are in query or gallery too: the figures flatter the network"
     if not shared or note in dataset.notes:
         return dataset
     return dataclasses.replace(dataset, notes=(*dataset.notes, note))
+
+
+def shared_files(first: Sequence[Sample], second: Sequence[Sample]) -> int:
+    """How many of the ``first`` are files that the ``second`` hold too."""
+    numbers = file_numbers(sample.path for sample in (*first, *second)) if first and second else []
+    others = set(numbers[len(first) :])
+    return sum(number in others for number in numbers[: len(first)])
 
 
 def _file(path: str) -> object:

@@ -47,7 +47,7 @@ def load_datasets(experiment: Experiment, display: Display) -> Datasets:
         ValueError: a set has no images to train on, or both are the same. FileNotFoundError: a set is not there.
     """
     from fastreid_u.data import ReIDDataset
-    from fastreid_u.data.same_file import with_shared_files_noted
+    from fastreid_u.data.same_file import shared_files, with_leak_noted, with_shared_files_noted
 
     target = experiment.dataset
     if isinstance(target, ReIDDataset):
@@ -57,8 +57,10 @@ def load_datasets(experiment: Experiment, display: Display) -> Datasets:
     if not target.train:
         raise ValueError(f"train: dataset must hold training images, got none in {target.root}")
     source = _load_source(experiment, display)
-    if source is not None and not {s.path for s in target.train}.isdisjoint(s.path for s in source.train):
+    if source is not None and shared_files(target.train, source.train):
         raise ValueError(f"train: source must hold other images than the set to learn, got {target.root} for both")
+    if source is not None:
+        target = with_leak_noted(target, "labelled source", source.train)
     return Datasets(target, source, fingerprint(target, source))
 
 

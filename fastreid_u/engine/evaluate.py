@@ -12,6 +12,7 @@ from fastreid_u.engine.device import Machine
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.image_set import ImageSet, Reading
 from fastreid_u.ops.rank_metrics import rank_metrics
+from fastreid_u.ops.rerank import rerank
 
 if TYPE_CHECKING:
     from fastreid_u.data import ReIDDataset, Sample
@@ -19,11 +20,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Split:
-    """Images to rank: the first ``queries`` of ``samples`` against the rest, or all against all when it is None."""
+    """Images to rank, and how.
+
+    Attributes:
+        samples, queries: the first ``queries`` of ``samples`` against the rest, or all against all when it is None.
+        has_cameras: leave images of the query's identity and camera out.
+        style: re-rank by this rule of ``rerank``; None ranks by the features' own distance.
+    """
 
     samples: "tuple[Sample, ...]"
     queries: int | None
     has_cameras: bool
+    style: str | None = None
 
     @cached_property
     def files(self) -> Tensor:
@@ -54,15 +62,23 @@ class SplitImages(ImageSet):
         self.split = split
 
 
-def test_split(dataset: "ReIDDataset", display: Display) -> Split | None:
-    """What can be ranked, with a warning where it is less than a query and a gallery with cameras; None = nothing."""
-    if dataset.query and dataset.gallery:
+def test_split(dataset: "ReIDDataset", display: Display, ignore_cameras: bool = False) -> Split | None:  # noqa: PT028
+    """What can be ranked, with a warning where it is less than a query and a gallery with cameras; None = nothing.
+
+    With ``ignore_cameras`` images of the query's own camera are ranked too.
+    """
+    ranked = dataset.query and dataset.gallery
+    cameras = dataset.has_test_cameras if ranked else dataset.has_train_cameras
+    if cameras and ignore_cameras:
+        cameras = False
+        display.line("note: cameras are ignored in the ranking, which published figures do not do")
+    if ranked:
         if not dataset.has_test_cameras:
             display.line(
                 "warning: no camera ids for all of query and gallery, or one camera only: images of the query's own "
                 "camera cannot be left out of its ranking"
             )
-        split = Split(dataset.query + dataset.gallery, len(dataset.query), dataset.has_test_cameras)
+        split = Split(dataset.query + dataset.gallery, len(dataset.query), cameras)
         queries, gallery = split.files[: split.queries], split.files[split.queries :]
         shared = int(torch.isin(queries, gallery).sum())
         if shared:
@@ -80,7 +96,7 @@ def test_split(dataset: "ReIDDataset", display: Display) -> Split | None:
             "warning: no query/gallery split: the training images with known identities are ranked against each "
             "other, which flatters the network"
         )
-        return Split(named, None, dataset.has_train_cameras)
+        return Split(named, None, cameras)
     display.line("warning: no query/gallery split and no identities: nothing to evaluate; labels are still reported")
     return None
 
@@ -103,11 +119,13 @@ def rank_split(features: Tensor, split: Split, ap: str) -> dict[str, Any]:
         first = torch.arange(len(readable), device="cpu") < split.queries
         query, gallery = readable & first, readable & ~first
     pids, camids, files = split.pids, split.camids if split.has_cameras else None, split.files
+    ranked = {"query": features[query], "gallery": features[gallery]}
+    if split.style is not None:
+        ranked = {"query": None, "gallery": None, "distmat": rerank(*ranked.values(), style=split.style)}
     result = rank_metrics(
-        features[query], features[gallery], pids[query], pids[gallery],
-        None if camids is None else camids[query], None if camids is None else camids[gallery],
+        **ranked, q_pids=pids[query], g_pids=pids[gallery],
+        q_camids=None if camids is None else camids[query], g_camids=None if camids is None else camids[gallery],
         q_images=files[query], g_images=files[gallery], ap=ap,
     )  # fmt: skip
-    cmc = [float(value) for value in result.cmc]
-    top = {f"top{rank}": cmc[min(rank, len(cmc)) - 1] for rank in (1, 5, 10)}
+    top = {f"top{rank}": result.top(rank) for rank in (1, 5, 10)}
     return {"mAP": float(result.mAP), "mINP": float(result.mINP), **top, "queries": int(result.num_valid_queries)}

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastreid_u._checks import require_ids, require_labels, require_same_length
+from fastreid_u._checks import require_ids, require_same_length
+from fastreid_u._label_checks import require_clustering
 from fastreid_u.engine.card import table_head, table_row
 from fastreid_u.engine.curves import draw_curves
 from fastreid_u.engine.evaluate import rank_split
@@ -53,8 +54,8 @@ def run_epochs(session: Session) -> None:
             features = s.recipe.features(s.extract, epoch)
             s.kept.forget()
         with _timed(seconds, "label"), display.phase("label", len(features)) as advance:
-            labels = s.recipe.labels(features, epoch)
-            labels = require_labels("train", f"labels of {s.recipe.name!r}", labels, len(features)).to(features.device)
+            found, whose = s.recipe.labels(features, epoch), f"labels of {s.recipe.name!r}"
+            labels = require_clustering("train", whose, found, len(features)).to(features.device)
             advance(len(features))
         health = check_labels(s, labels.cpu().numpy(), epoch)
 

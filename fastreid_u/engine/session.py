@@ -136,7 +136,7 @@ def open_session(recipe: Recipe, datasets: Datasets, machine: Machine, folder: R
         seed=config.seed,
         cache=config.cache_images,
     )
-    split = test_split(target, machine.display)
+    split = test_split(target, machine.display, ignore_cameras=config.ignore_cameras)
     return Session(
         recipe=recipe,
         datasets=datasets,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastreid_u._checks import require_labels
+from fastreid_u._label_checks import require_clustering
 from fastreid_u.config import Config
 from fastreid_u.images import Images
 
@@ -44,7 +44,7 @@ class LabelGenerator(nn.Module, ABC):
         if self.config.center_per_camera and camids is not None:
             used = center_per_camera(used, camids[readable].to(used.device))
         labels = torch.full((len(features),), -1, dtype=torch.int64, device=features.device)
-        found = require_labels(
+        found = require_clustering(
             "train", f"labels of {type(self).__name__}.cluster", self.cluster(used, epoch), len(used)
         )
         labels[readable.to(features.device)] = found.to(labels.device)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fastreid_u._checks import (
     as_tensor,
-    label_limit,
     require_features,
     require_ids,
     require_in_range,
@@ -18,6 +17,7 @@ from fastreid_u._checks import (
     require_same_width,
     require_values_in,
 )
+from fastreid_u._label_checks import label_limit
 from fastreid_u.memory.one_call import loss_then_update
 from fastreid_u.memory.rows import RowMemory, lasting
 from fastreid_u.ops.centroids import cluster_centroids

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastreid_u._checks import (
-    require_cluster_numbers,
     require_features,
     require_ids,
     require_same_device,
     require_same_length,
 )
+from fastreid_u._label_checks import require_cluster_numbers
 from fastreid_u.ops._dispatch import choose
 from fastreid_u.ops.segments import segment_mean
 from fastreid_u.reference import centroids as reference
@@ -33,8 +33,8 @@ def cluster_centroids(x: Tensor, labels: Tensor, *, normalize: bool = True, back
         The same bits every time.
 
     Raises:
-        TypeError, ValueError: wrong type or shape, NaN or infinity, a label below -1 or far above N (from 2 N and
-            131072 on), as some clusterings mark noise.
+        TypeError, ValueError: wrong type or shape, NaN or infinity, a label below -1 or far above N (from
+            100,000 + 10 N on), as some clusterings mark noise.
 
     Not differentiable. Dai et al., Cluster Contrast, ACCV 2022, section 3.2.
     """
@@ -68,8 +68,8 @@ def proxy_centroids(
         cameras ascending, in each camera the clusters ascending, as CAP and ICE number them. The same bits every time.
 
     Raises:
-        TypeError, ValueError: wrong type or shape, NaN or infinity, a label below -1 or far above N (from 2 N and
-            131072 on), as some clusterings mark noise.
+        TypeError, ValueError: wrong type or shape, NaN or infinity, a label below -1 or far above N (from
+            100,000 + 10 N on), as some clusterings mark noise.
 
     Not differentiable. Wang et al., CAP, AAAI 2021; Chen et al., ICE, ICCV 2021.
     """

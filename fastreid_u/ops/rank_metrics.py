@@ -133,7 +133,10 @@ def rank_metrics(
     metrics = RankMetrics(**scores._asdict(), num_valid_queries=len(scores.ap), num_queries=len(q_pids))
     if metrics.num_valid_queries == 0:
         if q_camids is not None and torch.isin(q_pids.cpu(), g_pids.cpu()).any():
-            why = "every true match shares its query's camera; without camera ids none would be removed"
+            why = (
+                "every true match shares its query's camera; without camera ids (ignore_cameras of train and evaluate) "
+                "none would be removed"
+            )
         elif torch.isin(q_pids.cpu(), g_pids.cpu()).any():
             why = "every true match is the query's own image"
         else:

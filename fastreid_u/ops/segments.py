@@ -12,7 +12,6 @@ from torch import Tensor
 from fastreid_u._checks import (
     as_tensor,
     require_2d,
-    require_cluster_numbers,
     require_floating,
     require_ids,
     require_int_at_least,
@@ -20,6 +19,7 @@ from fastreid_u._checks import (
     require_same_length,
     require_values_in,
 )
+from fastreid_u._label_checks import require_cluster_numbers
 
 
 def segment_sum(x: Tensor, labels: Tensor, num_segments: int | None = None) -> Tensor:
@@ -38,7 +38,7 @@ def segment_sum(x: Tensor, labels: Tensor, num_segments: int | None = None) -> T
 
     Raises:
         TypeError, ValueError: wrong type or shape; a label below -1 or not below ``num_segments`` (seen on a CPU, on a
-        GPU with ``FASTREID_U_CHECK=1``); without ``num_segments``, one far above N (from 2 N and 131072 on).
+        GPU with ``FASTREID_U_CHECK=1``); without ``num_segments``, one far above N (from 100,000 + 10 N on).
     """
     return _sum(*_checked("segment_sum", x, labels, num_segments))
 

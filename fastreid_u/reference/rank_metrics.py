@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -101,7 +102,7 @@ def _average_precision(match: np.ndarray, sorted_distance: np.ndarray, formula: 
 
 
 def _distances(query: Tensor | None, gallery: Tensor | None, distmat: Tensor | None) -> Iterator[np.ndarray]:
-    """One vector of distances per query; from features the squared distance, in float64 and rounded to float32.
+    """One vector of distances per query; from features the squared distance, in float64, scaled and rounded to float32.
 
     Copies in the gallery are measured once, so that they tie. Where a query is so near that the expanded form would
     leave rounding only, differences are summed instead: a copy of the query is at exactly 0.
@@ -109,7 +110,7 @@ def _distances(query: Tensor | None, gallery: Tensor | None, distmat: Tensor | N
     if distmat is not None:
         yield from distmat.cpu().numpy()
         return
-    if len(gallery) == 0 or gallery.shape[1] == 0:
+    if 0 in (len(query), *gallery.shape):
         yield from np.zeros((len(query), len(gallery)), np.float32)
         return
     distinct, copy_of = torch.unique(gallery, dim=0, return_inverse=True)
@@ -122,4 +123,5 @@ def _distances(query: Tensor | None, gallery: Tensor | None, distmat: Tensor | N
         block = size - 2 * (q @ g.T)
         near = (block <= size * _NEAR).nonzero(as_tuple=True)
         block[near] = pair_sq_dist(rows, distinct, *near)
-        yield from block.float()[:, copy_of].cpu().numpy()
+        power = math.frexp(float(size.max()))[1]  # a power of two changes no rank, and float32 then holds any scale
+        yield from (block * 2.0**-power).float()[:, copy_of].cpu().numpy()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A loader's seed is one or several whole numbers, of any integer type."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -27,13 +29,8 @@ def test_several_numbers_may_be_an_array(loader, several):
     assert torch.equal(images(loader, several), images(loader, (3, 1)))
 
 
-@pytest.mark.parametrize(
-    ("seed", "rule"),
-    [
-        (-1, "must be at least 0, got -1"), (0.5, "must be an integer, got 0.5"),
-        ([1, None], "must be an integer, got None"), ((), "must hold at least one number"),
-    ],
-)  # fmt: skip
-def test_a_seed_that_is_none_is_refused_by_name(loader, seed, rule):
-    with pytest.raises((TypeError, ValueError), match=f"make_loader: seed {rule}"):
+@pytest.mark.parametrize("seed", [-1, 0.5, [1, None], ()])
+def test_a_seed_that_is_none_is_refused_by_name(loader, seed):
+    rule = f"make_loader: seed must be one or several integers of 0 or more, got {seed}"
+    with pytest.raises(ValueError, match=re.escape(rule)):
         loader.epoch(seed=seed)

@@ -11,6 +11,8 @@ import torch
 import fastreid_u
 from fastreid_u.data import ReIDDataset, Sample, load_dataset
 from fastreid_u.data.same_file import file_numbers
+from fastreid_u.engine.arguments import Arguments, experiment_of
+from fastreid_u.engine.datasets import load_datasets
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.evaluate import test_split as split_of
 
@@ -117,3 +119,25 @@ def test_files_that_are_not_there_are_told_apart_by_their_path(tmp_path):
     display = Display(stream=io.StringIO())
     assert torch.equal(split_of(split, display).files, torch.tensor([0, 0]))
     assert "1 of 1 query images" in display.stream.getvalue()
+
+
+def test_a_labelled_source_that_holds_images_of_the_test_is_remarked(crops):
+    """And refused where it holds an image to learn, under whatever path."""
+    folder, pids = crops
+    train = [(path.relative_to(folder), "", "train") for path in sorted((folder / "train").iterdir())]
+    test = [(f"test/{n}.jpg", pid, "query" if n % 2 else "gallery") for n, pid in enumerate(pids)]
+    target = csv_of(folder, "target.csv", train + test)
+    (folder / "other").symlink_to("test")
+    source = csv_of(folder, "source.csv", [(f"other/{n}.jpg", pid, "train") for n, pid in enumerate(pids)])
+    display = Display(quiet=True)
+
+    def datasets(source):
+        given = Arguments(target, "cluster_contrast_uda", None, None, None, {"source": str(source)})
+        return load_datasets(experiment_of(given), display)
+
+    note = "12 of 12 labelled source images are in query or gallery too: the figures flatter the network"
+    assert note in datasets(source).target.notes
+    (folder / "train link").symlink_to("train")
+    same = csv_of(folder, "same.csv", [(f"train link/{train[0][0].name}", 1, "train")])
+    with pytest.raises(ValueError, match="train: source must hold other images than the set to learn"):
+        datasets(same)

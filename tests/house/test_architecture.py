@@ -14,7 +14,21 @@ ROOT = Path(__file__).resolve().parents[2]
 # From the ground up. A module belongs to the floor that lists it or the package it is in.
 FLOORS = [
     ("ground", ["kernels", "reference", "cpu", "_C"]),
-    ("environment", ["_env", "_ext", "_checks", "_default_device", "_text", "_toml", "config", "pixel_norm", "ranks"]),
+    (
+        "environment",
+        [
+            "_env",
+            "_ext",
+            "_checks",
+            "_label_checks",
+            "_default_device",
+            "_text",
+            "_toml",
+            "config",
+            "pixel_norm",
+            "ranks",
+        ],
+    ),
     ("ops", ["ops"]),
     ("parts", ["recipe", "images", "draws", "labels", "memory", "models", "data"]),
     ("recipes", ["recipes"]),

@@ -63,11 +63,11 @@ def test_ci_runs_the_test_command():
 
 
 @pytest.fixture
-def crops(tiny_world, tmp_path, monkeypatch):
+def crops(tiny_world, tiny_source, tmp_path, monkeypatch):
     """The folders that the README's commands speak of, under a working directory of their own."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "path" / "to").mkdir(parents=True)
-    (tmp_path / "path" / "to" / "crops").symlink_to(tiny_world / "bounding_box_train")
+    (tmp_path / "path" / "to" / "crops").symlink_to(tiny_source / "bounding_box_train")
     rows = [
         f"{path},{path.name[:4]},{path.name[6]}" for path in sorted((tiny_world / "bounding_box_train").glob("*.jpg"))
     ]
@@ -112,7 +112,9 @@ def test_python_snippets(crops, monkeypatch):
     assert len(snippets) == 2
     run: dict = {}
     exec(snippets[0], run)
-    assert run["features"].shape == (72, run["model"].num_features)
+    count = len(list((crops / "path" / "to" / "crops").glob("*.jpg")))
+    assert run["features"].shape == (count, run["model"].num_features)
+    assert count == 48
     assert not run["unreadable"]
 
     pieces = {"fastreid_u": fastreid_u, "features": features, "batch_labels": torch.arange(4).repeat_interleave(4)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastreid_u
-from fastreid_u._checks import require_labels
+from fastreid_u._label_checks import require_clustering
 from fastreid_u.config import Config
 from fastreid_u.data import load_dataset
 from fastreid_u.labels.generator import LabelGenerator
@@ -89,7 +89,7 @@ def test_labels_are_those_of_the_readable_images_alone():
 
 
 def test_no_images_have_no_labels():
-    assert require_labels("train", "labels", [], 0).dtype == torch.int64
+    assert require_clustering("train", "labels", [], 0).dtype == torch.int64
 
 
 class Own(ClusterContrast):

@@ -293,3 +293,12 @@ def test_torch_s_default_device_does_not_matter(clustered):
     assert torch.equal(found.ap, expected.ap)
     assert torch.equal(in_lists.ap, expected.ap)
     assert torch.equal(found.cmc, expected.cmc)
+
+
+@pytest.mark.parametrize("power", [-100, -70, 62])
+def test_the_scale_of_features_does_not_matter(clustered, power):
+    """Where float32 does not hold their squares, distances must not all be 0 or infinite and rank by index."""
+    x, pids = clustered(60, 8), torch.arange(60) % 12
+    expected = rank_metrics(x[:20], x[20:], pids[:20], pids[20:])
+    found = rank_metrics(x[:20] * 2.0**power, x[20:] * 2.0**power, pids[:20], pids[20:])
+    assert torch.equal(found.ap, expected.ap)
