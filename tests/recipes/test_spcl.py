@@ -160,8 +160,8 @@ def test_unclustered_images_are_classes_of_one_and_shown_once():
     assert targets.tolist() == [0, 0, 0, 0, 2, 1, 3, 1, 4]
     shown = recipe.batches(targets, epoch=0)
     assert [len(batch) for batch in shown] == [4, 4]  # 4 + 4 + 1 + 1 + 1, without the last batch that is not full
-    once = recipe_with_memory(F.normalize(torch.randn(9, 4)), batch_size=1, num_instances=1, iters=0)
-    assert sorted({row for (row,) in once.batches(targets, epoch=0)} & {4, 6, 8}) == [4, 6, 8]
+    once = recipe_with_memory(F.normalize(torch.randn(9, 4)), batch_size=5, num_instances=1, iters=0)
+    assert sorted({row for rows in once.batches(targets, epoch=0) for row in rows} & {4, 6, 8}) == [4, 6, 8]
 
 
 def test_small_and_few_clusters_fill_a_batch_by_repetition():
