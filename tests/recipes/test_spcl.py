@@ -174,6 +174,7 @@ def test_small_and_few_clusters_fill_a_batch_by_repetition():
     assert {*shown[0], *shown[1]} == set(range(6))
 
 
+@pytest.mark.filterwarnings("ignore:.* is more than the 5 rows there are:UserWarning")
 def test_images_that_cannot_be_read_are_in_no_class():
     features = F.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
     features[2] = torch.nan
