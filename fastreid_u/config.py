@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self, get_type_hints
 
 from fastreid_u._toml import plain
+from fastreid_u.pixel_norm import RULE, is_pixel_norm
 
 OURS = "ours"
 LINEAGE = "SpCL lineage"  # the same in SpCL, Cluster Contrast and the code that descends from them
@@ -100,9 +101,10 @@ class Config:
     )
     pixel_norm: str = option(
         "imagenet",
-        "mean and deviation that pixels are normalised by; half = 0.5 and 0.5",
+        "mean and deviation of pixels: imagenet, half (0.5 and 0.5), clip or six numbers with commas; left out, those "
+        "of the weights that are downloaded",
         source=LINEAGE,
-        choices=("imagenet", "half"),
+        rule=Rule(RULE, is_pixel_norm),
     )
     workers: int = option(
         4, "processes that read images; 0 reads in the main process", source=LINEAGE, flags=("-j",), rule=NOT_NEGATIVE
@@ -130,7 +132,7 @@ class Config:
     )
 
     # batches
-    batch_size: int = option(256, "images per step", source=LINEAGE, flags=("-b",), rule=at_least(1))
+    batch_size: int = option(256, "images per step", source=LINEAGE, flags=("-b",), rule=at_least(2))
     num_instances: int = option(16, "images per cluster in a batch", source=LINEAGE, rule=at_least(1))
     no_cam: bool = option(False, "draw a cluster's images without regard to cameras", source=LINEAGE)
 

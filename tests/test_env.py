@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import fastreid_u
 from fastreid_u import _env, _ext
 
 
@@ -61,6 +62,21 @@ def test_missing_core_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _env.core_cuda().detail == "_C is missing"
     with pytest.raises(ImportError, match="start Python outside the source checkout"):
         _ext.core()
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.filterwarnings("error", "ignore:suggest_eps. the knee:UserWarning")
+def test_an_unbuilt_core_is_one_error_and_no_slow_reference_is_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastreid_u._C", None)
+    distances, features = 1 - torch.eye(4), torch.eye(4)
+    for call in (
+        lambda: fastreid_u.dbscan(distances, 0.5),
+        lambda: fastreid_u.DBSCAN(0.5).fit(distances),
+        lambda: fastreid_u.pseudo_labels(features, k1=2, k2=1),
+        lambda: fastreid_u.suggest_eps(features, k1=2, k2=1),
+    ):
+        with pytest.raises(ImportError, match=r"_C cannot be imported .* run `pip install -e .` once"):
+            call()
 
 
 @pytest.mark.usefixtures("fresh")

@@ -5,18 +5,17 @@ import argparse
 import os
 from pathlib import Path
 
+from fastreid_u.cli.network import add_network_options, run_or_weights
 from fastreid_u.cli.reading import add_reading_options
 
 
 def extract(words: list[str]) -> None:
     """Write the features of a folder of crops to a NumPy .npz file."""
     parser = argparse.ArgumentParser(prog="fastreid-u extract", description=extract.__doc__)
-    parser.add_argument("run", help="run folder or model_*.safetensors")
+    add_network_options(parser)
     parser.add_argument("images", help="folder of crops (every image below it), image, CSV, or a known set")
     parser.add_argument("--out", type=Path, default=Path("features.npz"), help="arrays: features (N, D), paths (N,)")
-    parser.add_argument("--which", choices=("last", "best"), default="last", help="default: last")
     add_reading_options(parser)
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default a GPU if there is one)")
     given = vars(parser.parse_args(words))
 
     import numpy as np
@@ -26,7 +25,7 @@ def extract(words: list[str]) -> None:
     from fastreid_u.trained import extract as trained
 
     out = _writable(given.pop("out"))
-    result = trained.extract(given.pop("run"), given.pop("images"), quiet=False, **given)
+    result = trained.extract(run_or_weights(given), given.pop("images"), quiet=False, **given)
     arrays = {"features": result.features.cpu().numpy(), "paths": np.array(result.paths)}
     write_whole(out, lambda file: np.savez(file, **arrays))  # a file, not a name: savez would add a suffix to that
     Display().line(f"{out}: {tuple(result.features.shape)} features, {len(result.bad)} unreadable")

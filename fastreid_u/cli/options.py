@@ -13,7 +13,7 @@ from fastreid_u.config import Config
 
 _PLAIN = (bool, int, float, str, os.PathLike, NoneType)
 # The words of the types that are not called with a word to make a value of it.
-_VALUES: dict[type, dict[str, Any]] = {NoneType: {"None": None}, bool: {"True": True, "False": False}}
+_VALUES: dict[type, dict[str, Any]] = {NoneType: {"none": None}, bool: {"true": True, "false": False}}
 
 
 def add_options(parser: Any, config_class: type[Config]) -> None:
@@ -63,7 +63,7 @@ def _reader(kinds: tuple[type, ...]) -> Callable[[str], Any]:
     def read(word: str) -> Any:
         for kind in sorted(kinds, key=lambda kind: kind is str):
             with suppress(ValueError, KeyError):
-                return _VALUES[kind][word] if kind in _VALUES else kind(word)
+                return _VALUES[kind][word.lower()] if kind in _VALUES else kind(word)
         raise argparse.ArgumentTypeError(
             f"must be {' or '.join('None' if kind is NoneType else kind.__name__ for kind in kinds)}, got {word!r}"
         )

@@ -2,8 +2,9 @@
 """Decoded pixels that stay in memory, so that an image is read once a run and not once an epoch."""
 
 import torch
+from PIL import Image
 
-from fastreid_u.data.images import read_pixels
+from fastreid_u.data.images import read_pixels, resized_pixels
 from fastreid_u.data.shared_memory import free_shared_memory
 
 
@@ -35,6 +36,11 @@ class PixelCache:
             self.pixels[index] = read_pixels(path, *self.pixels.shape[-2:], truncated=truncated)
             self.ready[index] = True
         return self.pixels[index]
+
+    def put(self, index: int, image: Image.Image) -> None:
+        """Keep an RGB ``image`` as image ``index``, which is then never read from a file."""
+        self.pixels[index] = resized_pixels(image, *self.pixels.shape[-2:])
+        self.ready[index] = True
 
 
 def _require_shared_memory(needed: int) -> None:

@@ -74,13 +74,8 @@ def read_rgb(path: str | os.PathLike, *, truncated: bool = False) -> Image.Image
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for a writer
             raise BadImage(path, "not a file")
         with Image.open(path, formats=_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise BadImage(path, f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-            image = _loaded(path, image) if truncated else image
-            image.load()
-            if image.getexif().get(_ORIENTATION, 1) != 1:
-                image = ImageOps.exif_transpose(image)
-            return _to_rgb(path, image)
+            _refuse_large(path, image)
+            return upright_rgb(path, _loaded(path, image) if truncated else image)
     except BadImage:
         raise
     except _DECODE_ERRORS as error:
@@ -100,6 +95,20 @@ def _loaded(path: str, image: Image.Image) -> Image.Image:
             return Image.open(io.BytesIO(file.read() + b"\xff\xd9"), formats=_FORMATS)
     image.tile = []  # nothing is left to decode: what was decoded is the picture
     return image
+
+
+def _refuse_large(path: str, image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage(path, f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+
+
+def upright_rgb(path: str, image: Image.Image) -> Image.Image:
+    """What ``read_rgb`` makes of an opened ``image``; ``path`` names it in the error. The decoder's errors pass."""
+    _refuse_large(path, image)
+    image.load()
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    return _to_rgb(path, image)
 
 
 def _to_rgb(path: str, image: Image.Image) -> Image.Image:
@@ -131,7 +140,11 @@ def _reason(path: str, error: BaseException) -> str:
 
 def read_pixels(path: str | os.PathLike, height: int, width: int, *, truncated: bool = False) -> torch.Tensor:
     """Decode and resize: (3, height, width) uint8, bicubic as Pillow computes it (the published pipelines do)."""
-    image = read_rgb(path, truncated=truncated)
+    return resized_pixels(read_rgb(path, truncated=truncated), height, width)
+
+
+def resized_pixels(image: Image.Image, height: int, width: int) -> torch.Tensor:
+    """An RGB image as (3, height, width) uint8; see ``read_pixels``."""
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from fastreid_u.pixel_norm import NAMED, RULE, is_pixel_norm, mean_and_std
+
+IMAGENET_MEAN, IMAGENET_STD = NAMED["imagenet"]
 
 Step = Callable[[torch.Tensor, np.random.Generator], torch.Tensor]
 
@@ -119,8 +120,9 @@ class Normalize:
         return image.to(torch.float32).div_(255.0).sub_(mean).div_(std)
 
 
-# By the name that ``Config.pixel_norm`` has.
-PIXEL_NORMS = {"imagenet": Normalize(), "half": Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
+def normalize_by(pixel_norm: str) -> Normalize:
+    """The step for ``Config.pixel_norm``."""
+    return Normalize(*mean_and_std(pixel_norm))
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ def train_transform(
         color_jitter: strength of brightness, contrast and saturation jitter.
         grey: probability of a grey image.
         blur: probability of a Gaussian blur (ICE 0.5).
-        pixel_norm: "imagenet", or "half" (mean and deviation 0.5) for the ViT runs.
+        pixel_norm: "imagenet", "half" (mean and deviation 0.5), "clip", or six numbers with commas between them.
 
     Raises:
         ValueError: a size that is not positive, a probability outside [0, 1], or an unknown ``pixel_norm``.
@@ -220,7 +222,7 @@ def train_transform(
         (flip, Flip(flip)),
         (pad, PadCrop(pad)),
         (blur, Blur(blur)),
-        (1.0, PIXEL_NORMS[pixel_norm]),
+        (1.0, normalize_by(pixel_norm)),
         (erase, Erase(erase, area=erase_area, aspect=erase_aspect, fill=erase_fill)),
     ]
     return View(height, width, tuple(step for strength, step in steps if strength > 0))
@@ -229,7 +231,7 @@ def train_transform(
 def test_transform(height: int = 256, width: int = 128, *, pixel_norm: str = "imagenet") -> View:
     """Resize and normalise, nothing random: for features, evaluation and the weak view of ICE."""
     _check("test_transform", height, width, pixel_norm)
-    return View(height, width, (PIXEL_NORMS[pixel_norm],))
+    return View(height, width, (normalize_by(pixel_norm),))
 
 
 test_transform.__test__ = False  # or pytest collects it wherever it is imported
@@ -238,5 +240,5 @@ test_transform.__test__ = False  # or pytest collects it wherever it is imported
 def _check(op: str, height: int, width: int, pixel_norm: str) -> None:
     if height < 1 or width < 1:
         raise ValueError(f"{op}: height and width must be positive, got {height} and {width}")
-    if pixel_norm not in PIXEL_NORMS:
-        raise ValueError(f"{op}: pixel_norm must be one of {', '.join(PIXEL_NORMS)}, got {pixel_norm!r}")
+    if not is_pixel_norm(pixel_norm):
+        raise ValueError(f"{op}: pixel_norm must {RULE}, got {pixel_norm!r}")

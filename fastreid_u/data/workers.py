@@ -206,6 +206,9 @@ class _Deliveries(_MultiProcessingDataLoaderIter):
     def _shutdown_workers(self) -> None:
         try:
             super()._shutdown_workers()
+        except RuntimeError as error:  # raised by torch's handler of signals, wherever it is told that a worker died
+            if not str(error).startswith("DataLoader worker"):
+                raise
         finally:
             for worker in self._workers if self._shutdown else ():  # a stopped process does not hear that it shall end
                 if worker.is_alive():

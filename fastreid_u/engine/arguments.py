@@ -14,6 +14,7 @@ import torch
 
 from fastreid_u._toml import plain
 from fastreid_u.config import Config
+from fastreid_u.engine.network_settings import fitted_to_network
 from fastreid_u.recipe import Recipe
 from fastreid_u.recipes import get_method, methods
 
@@ -123,7 +124,8 @@ def _new_experiment(arguments: Arguments) -> Experiment:
         raise ValueError(f"train: data must be left out with a ready dataset, got {dict(arguments.data)}")
     name = _dataset_name(arguments)
     known = dataset.name if isinstance(dataset, ReIDDataset) else name
-    config = recipe_class.Config.for_dataset(known, **_named_overrides(arguments))
+    overrides = _named_overrides(arguments)
+    config = fitted_to_network(recipe_class.Config.for_dataset(known, **overrides), overrides)
     return _experiment(arguments, recipe_class, config, name, ({}, root, root))
 
 

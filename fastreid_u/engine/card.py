@@ -58,7 +58,7 @@ class RecipeCard:
             f"  network     {model['arch']}, {model['parameters'] / 1e6:.1f} M parameters, "
             f"{model['num_features']} features, pooling {model['pooling']}, weights {model['weights']}",
             f"  labels      {self.labels}, per-camera centring "
-            + ("ON (ours, not in the published recipe)" if config.center_per_camera else "off"),
+            + ("ON (not in the published recipe)" if config.center_per_camera else "off"),
             *([f"  scale       {self.scale}"] if self.scale else []),
             f"  batch       {config.batch_size} = {config.batch_size // config.num_instances} clusters "
             f"x {config.num_instances} images, BatchNorm over {config.bn_group or config.batch_size}",

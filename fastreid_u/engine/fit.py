@@ -66,7 +66,7 @@ def fit_epoch(session: "Session", epoch: int, targets: Tensor) -> float:
 def _loaded(session: "Session", batches: Sequence[Sequence[int]], targets: Tensor, epoch: int) -> Iterator[Batch]:
     """The epoch's batches on the device, each with one of source images where there is a source.
 
-    A step whose images, or whose source images, are all unreadable is left out.
+    A step is left out if fewer than two of its images, or of its source images, can be read: BatchNorm needs two.
     """
     recipe, images, device = session.recipe, session.recipe.images, session.machine.device
     seed = (recipe.config.seed, epoch)
@@ -76,7 +76,7 @@ def _loaded(session: "Session", batches: Sequence[Sequence[int]], targets: Tenso
         source = session.source.train_batches(own, (*seed, 1))
     target = session.target.train_batches(batches, seed)
     for loaded, labelled in zip(target, source):  # noqa: B905 - repeat(None) has no end
-        if len(loaded.indices) and (labelled is None or len(labelled.indices)):
+        if len(loaded.indices) > 1 and (labelled is None or len(labelled.indices) > 1):
             batch = _on_device(loaded, images, targets, device)
             extra = None if labelled is None else _on_device(labelled, images.source, images.source.pids, device)
             yield replace(batch, source=extra, epoch=epoch)

@@ -150,7 +150,6 @@ def save_epoch(s: Session, record: dict[str, Any], network: nn.Module) -> None:
         write_labels(s.folder.labels, target.train, s.labels)
     s.folder.save_epoch(record, network, about, current_state(s, record["epoch"]))
     draw(s)
-    s.machine.display.line(table_row(record))
 
 
 def draw(s: Session) -> None:

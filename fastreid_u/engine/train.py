@@ -19,6 +19,7 @@ from fastreid_u.engine.device import Machine, pick_device, uses_bfloat16
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.folder import RunFolder, settings_text
 from fastreid_u.engine.loop import run_epochs
+from fastreid_u.engine.network_settings import pixel_warning
 from fastreid_u.engine.records import Records
 from fastreid_u.engine.session import Session, build_network, open_session, restore, start_networks
 from fastreid_u.ranks import require_one_rank
@@ -167,7 +168,8 @@ def _introduce(session: Session, model: "ReIDModel", experiment: Experiment) -> 
     card = RecipeCard(
         type(recipe), recipe.config, name, model.describe(), labels.describe(), device, selects, labels.scale()
     )
-    for line in [*card.lines(), f"  run folder  {session.folder}", ""]:
+    unlike = pixel_warning(recipe.config)
+    for line in [*card.lines(), f"  run folder  {session.folder}", *([unlike] if unlike else []), ""]:
         display.line(line)
 
 

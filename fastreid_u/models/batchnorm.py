@@ -24,8 +24,8 @@ RUNNING = ("first", "mean")
 def group_sizes(batch: int, group: int) -> list[int]:
     """How ``batch`` rows are cut into contiguous groups of ``group``.
 
-    A remainder of less than half a group joins the group before it; a larger one is a group of its own. So a group of
-    one row, which has no variance, arises only where ``group`` or ``batch`` is 1.
+    A remainder of less than half a group, or of one row, joins the group before it; a larger one is a group of its own.
+    So a group of one row, which has no variance, arises only where ``group`` or ``batch`` is 1.
 
     >>> group_sizes(32, 16), group_sizes(36, 16), group_sizes(40, 16), group_sizes(5, 16)
     ([16, 16], [16, 20], [16, 16, 8], [5])
@@ -34,7 +34,7 @@ def group_sizes(batch: int, group: int) -> list[int]:
     if full == 0:
         return [batch]
     sizes = [group] * full
-    if 2 * rest >= group:
+    if 2 * rest >= group and rest > 1:
         sizes.append(rest)
     else:
         sizes[-1] += rest

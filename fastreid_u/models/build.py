@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fastreid_u._default_device import on_cpu
 from fastreid_u.models.batchnorm import set_bn_group
 from fastreid_u.models.pooling import make_pooling
 from fastreid_u.models.reid import ReIDModel
 from fastreid_u.models.resnet import ALIASES, RESNETS, ResNet
 from fastreid_u.models.timm_backbone import TimmBackbone
 from fastreid_u.models.weights import imagenet_file, load_weights
+from fastreid_u.pixel_norm import named
 
 _drawing = threading.Lock()
 
@@ -22,6 +24,19 @@ _drawing = threading.Lock()
 def model_names() -> list[str]:
     """Architectures that ``build_model`` has itself; ``timm/<name>`` comes on top where timm is installed."""
     return list(RESNETS)
+
+
+def pretrained_norm(arch: str) -> str | None:
+    """The ``Config.pixel_norm`` that the published weights of ``arch`` were trained with; None where it is unknown."""
+    arch = ALIASES.get(arch, arch)
+    if arch in RESNETS:
+        return "imagenet"
+    if not arch.startswith("timm/") or importlib.util.find_spec("timm") is None:
+        return None  # which build_model refuses
+    import timm
+
+    about = timm.get_pretrained_cfg(arch.removeprefix("timm/"))
+    return named(about.mean, about.std) if about is not None and len(about.mean) == len(about.std) == 3 else None
 
 
 def build_model(
@@ -79,7 +94,7 @@ def build_model(
         raise ValueError(f"build_model: drop_path must be 0 for {arch}, got {drop_path!r}")
     file = imagenet_file(arch, weights) if weights in ("imagenet", "imagenet_v2") and arch in RESNETS else weights
     # one thread at a time: weights are drawn from a generator that all share
-    with _drawing, torch.random.fork_rng(devices=[], enabled=seed is not None):
+    with _drawing, on_cpu(), torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which reseeds every GPU as well
         if arch in RESNETS:
@@ -91,7 +106,7 @@ def build_model(
             backbone = TimmBackbone(name, pretrained=weights == "imagenet", drop_path=drop_path, image_size=image_size)
             card = {"pooling": pooling if backbone.gives_map else "the network's own"}
             pool = make_pooling(pooling) if backbone.gives_map else nn.Identity()
-    model = ReIDModel(backbone, pool, arch=arch, card=card)
+        model = ReIDModel(backbone, pool, arch=arch, card=card)
 
     if file is None or file == "imagenet":  # timm fetched its own
         source = "random" if file is None else "imagenet (timm)"

@@ -80,6 +80,7 @@ def cluster(
     graph: DistanceGraph, eps: list[float], min_samples: int, radius: float | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """(E, N) labels and (E, N) core flags on the graph's device."""
+    _ext.core()  # it checks the graph for every backend, so without it none is chosen
     min_samples = min(require_positive_int(_OP, "min_samples", min_samples), graph.n + 1)  # more than all is too many
     eps = [require_positive(_OP, "eps", e) for e in eps]
     radii = [] if radius is None else [require_positive(_OP, "radius", radius)]

@@ -79,6 +79,7 @@ def pseudo_labels(
     if shared and step.x.device.type == "cpu" and not missing("numba"):
         labels = share_clustering(step, ranks)
     else:
+        _ext.core()  # every backend ends in its DBSCAN, so without it none is chosen
         encoders = {"cpp": _encode_by_numba, "cuda": _encode_by_triton, "cupy": _encode_by_triton}
         runs = {name: functools.partial(_graph_free, backend=name, encode=by) for name, by in encoders.items()}
         cannot = {"cpp": missing("numba"), "cuda": missing("triton"), "cupy": missing("triton")}

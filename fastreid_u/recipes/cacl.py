@@ -146,13 +146,13 @@ class CACL(Recipe):
 
     def features(self, extract: Extract, epoch: int) -> Tensor:
         """The colour network's memory; zeros for an image that could not be read."""
-        from fastreid_u.data.transforms import PIXEL_NORMS
+        from fastreid_u.data.transforms import normalize_by
 
         rows = self.memory.features
         if epoch == 0 or self.config.refresh:
             grey = self.grey
             if self.config.grey and not self.config.compat:  # published code starts the grey memory from colour images
-                grey = SeesGrey(grey, PIXEL_NORMS[self.config.pixel_norm]).to(rows.device)
+                grey = SeesGrey(grey, normalize_by(self.config.pixel_norm)).to(rows.device)
             rows.copy_(extract(self.model).nan_to_num(0.0))
             self.grey_memory.features.copy_(extract(grey).nan_to_num(0.0))
         return rows

@@ -18,7 +18,7 @@ from fastreid_u.engine.display import Display
 from fastreid_u.engine.evaluate import SplitImages, evaluate_split, test_split
 from fastreid_u.engine.folder import RunFolder
 from fastreid_u.ops.rerank import STYLES
-from fastreid_u.trained.model import load_model, reading_of, run_path
+from fastreid_u.trained.model import Choice, network_and_config, reading_of, run_path
 
 if TYPE_CHECKING:
     from fastreid_u.data import ReIDDataset
@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 
 @on_cpu()
 def evaluate(
-    run: str | os.PathLike,
+    run: str | os.PathLike | None,
     dataset: "str | os.PathLike | ReIDDataset | None" = None,
     *,
+    arch: str | None = None,
     root: str | os.PathLike | None = None,
     data: Mapping[str, Any] | None = None,
     which: str = "last",
     ap: str | None = None,
+    amp: str | None = None,
     rerank: str | None = None,
     ignore_cameras: bool | None = None,
     batch_size: int | None = None,
@@ -41,13 +43,15 @@ def evaluate(
     truncated_images: bool | None = None,
     device: str | torch.device | None = None,
     quiet: bool = False,
+    **settings: Any,
 ) -> dict[str, Any]:
     """mAP, mINP and CMC of a trained network, printed and returned as fractions.
 
     Precision, batch size and formula are the run's own, so on a CPU the figures of an epoch come out again exactly.
 
     Args:
-        run: run folder or model file.
+        run: run folder or model file; with ``arch``, what ``train`` takes as ``weights``.
+        arch, amp, **settings: as for ``extract``: a network without a run, and the precision.
         dataset: as for ``train``; default the set that the network was trained on, where the run's folder knows it.
         root: as for ``train``; with the default ``dataset``, the place where the run found it.
         data: the reader's options; with the default ``dataset`` they change the run's own.
@@ -75,8 +79,9 @@ def evaluate(
     if rerank is not None:
         require_choice("evaluate", "rerank", rerank, STYLES)
     device = pick_device("evaluate", device)
-    model, about = load_model(run, which=which, device=device)
-    config = about["config"]
+    model, config = network_and_config("evaluate", run, Choice(arch, settings, which, amp), device)
+    if dataset is None and arch is not None:
+        raise ValueError("evaluate: dataset must be given for a network without a run, got None")
     if dataset is None:
         dataset, root, data = _own_dataset(run, root, data)
     if isinstance(dataset, ReIDDataset):

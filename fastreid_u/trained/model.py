@@ -3,6 +3,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from fastreid_u.engine.finite import wrong_weight
 from fastreid_u.engine.folder import RunFolder
 from fastreid_u.engine.image_set import Reading
 from fastreid_u.engine.layout import LAYOUT, LayoutError
+from fastreid_u.engine.network_settings import fitted_to_network
+from fastreid_u.engine.session import build_network
 
 if TYPE_CHECKING:
     from fastreid_u.models import ReIDModel
@@ -72,6 +75,52 @@ def load_model(
         memory_format = torch.channels_last if config["channels_last"] else torch.contiguous_format
         model = model.to(device, torch.float32, memory_format=memory_format)
     return model.eval(), about
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which network is meant, and in which precision it looks at images.
+
+    Attributes:
+        arch: a network without a run, by the name that ``train`` takes; None for that of a run.
+        settings: settings of ``train`` for a network without a run.
+        which: "last" or "best", of a run.
+        amp: "off", "bf16" or "auto"; None for the run's own, or "off".
+    """
+
+    arch: str | None
+    settings: Mapping[str, Any]
+    which: str
+    amp: str | None
+
+
+# Settings that a network without a run may be given: they decide what it is, and how it is shown images.
+_SETTINGS = ("height", "width", "pooling_type", "stem_relu", "pixel_norm", "channels_last", "seed")
+
+
+def network_and_config(
+    op: str, run: str | os.PathLike | None, choice: Choice, device: torch.device
+) -> "tuple[ReIDModel, dict[str, Any]]":
+    """The network of ``run``, or that of ``choice.arch`` with the weights ``run``, and its config.
+
+    Raises:
+        TypeError: settings of a network beside a run, which has its own. ValueError: a value out of range.
+        Also what ``load_model`` and ``build_model`` raise.
+    """
+    unknown = [name for name in choice.settings if choice.arch is None or name not in _SETTINGS]
+    if unknown:
+        rule = f"one of {', '.join(_SETTINGS)}" if choice.arch else "left out without arch, since a run has its own"
+        raise TypeError(f"{op}: {unknown[0]} must be {rule}, got {choice.settings[unknown[0]]!r}")
+    amp = {} if choice.amp is None else {"amp": choice.amp}
+    if choice.arch is None:
+        Config(**amp)  # refuses what is no precision
+        model, about = load_model(run, which=choice.which, device=device)
+        return model, {**about["config"], **amp}
+    weights = None if run is None else os.fspath(run)
+    given = {"arch": choice.arch, "weights": weights, **choice.settings}
+    config = fitted_to_network(Config(**given, **amp), given)
+    with torch.inference_mode(False):
+        return build_network(config, device, trained=False).eval(), config.to_dict()
 
 
 def _checked(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:

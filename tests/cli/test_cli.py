@@ -76,6 +76,7 @@ def test_what_was_said_counts_even_if_it_is_the_default(seen):
         ("-b 256 -a resnet50 -d market1501", {"batch_size": 256, "arch": "resnet50"}),
         ("--epochs 1 --quiet market1501 --use-hard", {"epochs": 1, "use_hard": True}),
         ("--use-hard market1501 --bn-group None", {"use_hard": True, "bn_group": None}),
+        ("market1501 --bn-group none --weights none", {"bn_group": None, "weights": None}),
     ],
 )
 def test_flags_in_any_order_and_spelling_are_all_heard(seen, words, expected):
@@ -115,7 +116,7 @@ def test_a_method_of_unusual_option_types_is_heard_too(seen, tmp_path):
         ("train market1501 -- --epochs 3", "Unrecognized options: --epochs 3"),
         ("train market1501 --use-hard=yes", "--use-hard/--no-use-hard: ignored explicit argument 'yes'"),
         ("train market1501 --epochs 1e2", "argument --epochs: must be int, got '1e2'"),
-        ("train market1501 --bn-group none", "argument --bn-group: must be int or None, got 'none'"),
+        ("train market1501 --bn-group nine", "argument --bn-group: must be int or None, got 'nine'"),
         ("train market1501 --height", "argument --height: expected one argument"),
         ("evaluate run set more", "unrecognized arguments: more"),
         ("methods more", "unrecognized arguments: more"),

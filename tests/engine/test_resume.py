@@ -92,7 +92,7 @@ def test_what_a_run_does_not_know_must_be_given_again(world, tmp_path):
     ready = load_dataset("market1501", world)
     run = fastreid_u.train(ready, method=Mine, logs_dir=tmp_path / "run", epochs=1, **TINY)
     log = (run.folder / "log.txt").read_text()
-    assert "published" not in log.replace("(ours, not in the published recipe)", "")
+    assert "published" not in log.replace("(not in the published recipe)", "")
     with pytest.raises(ValueError, match="dataset must be given again"):
         resumed(run.folder, method=Mine)
     with pytest.raises(ValueError, match=r"method must be given again, as FILE.py:CLASS .*\('mine'\)"):

@@ -79,7 +79,7 @@ def test_each_epoch_says_how_it_went(finished):
 def test_the_log_reads_from_table_to_final_block(finished):
     log = (finished.folder / "log.txt").read_text()
     assert re.search(r"subset +\| +# ids +\| +# images +\| +# cameras", log)
-    assert "per-camera centring ON (ours, not in the published recipe)" in log
+    assert "per-camera centring ON (not in the published recipe)" in log
     assert re.search(r"arch +resnet10 +published resnet50", log)
     assert re.search(r"epoch +clusters +unclust\.", log)
     assert re.search(r"Mean AP: +[\d.]+%\nCMC Scores:\n  top-1 ", log)

@@ -102,6 +102,7 @@ def test_autocast_changes_no_gradient_to_a_memory_that_learns():
     assert torch.equal(*found)
 
 
+@pytest.mark.filterwarnings("ignore:momentum_update_. numba has no torch.float16, running the slow:RuntimeWarning")
 @pytest.mark.parametrize("rule", ["sequential", "hard", "mean", "weighted", "row", "push", "push_sequential"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("backend", ["auto", "reference"])

@@ -144,6 +144,7 @@ def test_copies_have_one_encoding(backend):
     assert (rows[:40] == rows[0]).all()
 
 
+@pytest.mark.filterwarnings("ignore:suggest_eps. the knee is not reliable:UserWarning")
 def test_suggest_eps_finds_copies_at_0():
     assert (suggest_eps(torch.full((40, 4), 0.5), k1=12, k2=2).core_distance == 0).all()
 

@@ -257,6 +257,7 @@ def test_networks_share_no_weight_and_the_predictor_reads_the_pooled_feature():
     assert before == pytest.approx((2 / recipe.model.num_features) ** 0.5, rel=0.02)  # kaiming, fan out
 
 
+@pytest.mark.filterwarnings("ignore:.* is more than the 6 rows there are:UserWarning")
 def test_single_images_and_unreadable_ones():
     features = F.normalize(torch.randn(7, 8, generator=torch.Generator().manual_seed(0)))
     features[5] = torch.nan

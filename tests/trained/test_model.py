@@ -11,6 +11,7 @@ import fastreid_u
 from fastreid_u.config import Config
 from fastreid_u.engine import checkpoint
 from fastreid_u.models import build_model
+from fastreid_u.pixel_norm import RULE
 
 CONFIG = Config(arch="resnet10", weights=None, height=64, width=32, pooling_type="avg")
 
@@ -43,8 +44,8 @@ def test_a_model_as_train_writes_it_is_loaded(model):
     [
         ({"arch": None}, "arch must be str, got None"),
         ({"arch": 5}, "arch must be str, got 5"),
-        ({"pixel_norm": "x"}, "pixel_norm must be one of imagenet, half, got 'x'"),
-        ({"pixel_norm": "imagenes"}, "pixel_norm must be one of imagenet, half, got 'imagenes'"),
+        ({"pixel_norm": "x"}, f"pixel_norm must {re.escape(RULE)}, got 'x'"),
+        ({"pixel_norm": "imagenes"}, f"pixel_norm must {re.escape(RULE)}, got 'imagenes'"),
         ({"amp": "zz"}, "amp must be one of off, bf16, auto, got 'zz'"),
         ({"ap": "Rank"}, "ap must be one of rank, sklearn, trapezoid, got 'Rank'"),
         ({"height": "64"}, "height must be int, got '64'"),
