@@ -32,6 +32,7 @@ from fastreid_u.reference import rerank as reference
 STYLES = ("openreid", "zhong", "clustering")
 
 _LARGEST = 2.0**63  # whose square float32 still holds
+_BELOW_ZERO = 0.01  # of the largest distance, or of 1: what half precision may round below zero
 _BLOCK = 2**22  # entries of a block of queries against the gallery: 32 MB of float64
 
 
@@ -64,7 +65,8 @@ def rerank(
             "clustering", of the evaluators of fast-reid (with "cosine") and OpenUnReID: :func:`jaccard_distance` mixed
             with the plain distance.
         distance: "sqeuclidean" (what published evaluators pass in), "euclidean" or "cosine".
-        distmats: ready (Q, G), (Q, Q) and (G, G) distances instead of features; ``distance`` is then not used. Not with
+        distmats: ready (Q, G), (Q, Q) and (G, G) distances instead of features; ``distance`` is then not used. None
+            is negative, but for rounding: by a hundredth of the largest (or of 1, if that is more) at most. Not with
             "clustering", which searches features.
         top: keep this many gallery images a query instead of all G; more than there are is clipped with a warning.
         backend: "auto", "numba" (a CPU, as many threads as ``torch.get_num_threads()``), "triton" (a GPU) or
@@ -108,6 +110,8 @@ def rerank(
         device, images = query.device, len(query) + len(gallery)
     else:
         distmats = _checked(op, distmats, style)
+        if query is not None or gallery is not None:
+            raise ValueError(f"{op}: query and gallery must be None with distmats, got features as well")
         device, images = distmats[0].device, sum(distmats[0].shape)
     if style == "clustering" and k2 > k1:
         raise ValueError(f"{op}: k2 must be at most k1 ({k1}) with style 'clustering', got {k2}")
@@ -255,15 +259,24 @@ def _checked(op: str, distmats: tuple[Tensor, Tensor, Tensor], style: str) -> tu
         raise ValueError(f"{op}: distmats must be left out with style 'clustering', which searches features, got some")
     if not isinstance(distmats, (tuple, list)) or len(distmats) != 3:
         raise TypeError(f"{op}: distmats must be three matrices (q_g, q_q, g_g), got {type(distmats).__name__}")
-    checked = []
+    checked, smallest, largest = [], {}, 0.0
     for name, matrix in zip(("q_g", "q_q", "g_g"), distmats, strict=True):
         matrix = require_floating(op, name, require_2d(op, name, as_tensor(op, name, matrix)))
-        checked.append(require_finite(op, name, matrix.detach().float(), always=True))
-        if style == "openreid" and checked[-1].numel() and checked[-1].abs().max() >= _LARGEST:
-            raise ValueError(f"{op}: {name} must be below 2**63, as distances are squared, got {matrix.abs().max():g}")
+        matrix = require_finite(op, name, matrix.detach(), always=True)
+        low, high = (float(value) for value in matrix.aminmax()) if matrix.numel() else (0.0, 0.0)
+        if style == "openreid" and max(-low, high) >= _LARGEST:
+            raise ValueError(f"{op}: {name} must be below 2**63, as distances are squared, got {max(-low, high):g}")
+        if max(-low, high) > torch.finfo(torch.float32).max:
+            raise ValueError(f"{op}: {name} must hold distances that float32 can hold, got {max(-low, high):g}")
+        checked.append(matrix.float())
+        smallest[name], largest = low, max(largest, high)
         require_same_device(op, name, checked[-1], "q_g", checked[0])
     rows, columns = checked[0].shape
     for name, matrix, side in (("q_q", checked[1], rows), ("g_g", checked[2], columns)):
         if matrix.shape != (side, side):
             raise ValueError(f"{op}: {name} must have shape {(side, side)} beside q_g, got {tuple(matrix.shape)}")
+    rounding = _BELOW_ZERO * max(1, largest)
+    for name, low in smallest.items():
+        if low < -rounding:
+            raise ValueError(f"{op}: {name} must hold no distance below 0 (or {-rounding:g}, rounded), got {low:g}")
     return tuple(checked)

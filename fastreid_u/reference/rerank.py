@@ -6,6 +6,8 @@ Zhong et al., "Re-ranking Person Re-identification with k-reciprocal Encoding", 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,8 @@ def rerank(
         jaccard = jaccard_distance(_unit(x) if distance == "cosine" else x, k1, k2)[: len(query), len(query) :]
         return _nearest((1 - lambda_value) * jaccard + lambda_value * _pairwise(query, gallery, distance), top)
     if distmats is None:
+        if distance != "cosine":
+            query, gallery = _rescaled(query, gallery)
         distmats = tuple(_pairwise(a, b, distance) for a, b in ((query, gallery), (query, query), (gallery, gallery)))
     q_g, q_q, g_g = distmats
     if not q_g.numel():
@@ -95,6 +99,18 @@ def _pairwise(a: Tensor, b: Tensor, distance: str) -> Tensor:
         a, b = _unit(a), _unit(b)
     exact = torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist")
     return {"euclidean": exact, "sqeuclidean": exact.square(), "cosine": exact.square() / 2}[distance].to(a.dtype)
+
+
+def _rescaled(query: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]:
+    """Both divided by one power of two, exactly, where fourth powers of their entries would leave their dtype.
+
+    Distances count in proportion to the largest of their column, so the result is that of any other scale.
+    """
+    largest = max((float(x.abs().amax()) for x in (query, gallery) if x.numel()), default=0.0)
+    exponent = math.frexp(largest)[1]
+    if abs(exponent) <= 16:  # as all usual features
+        return query, gallery
+    return tuple((x.double() * 2.0**-exponent).to(x.dtype) for x in (query, gallery))
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -157,3 +157,49 @@ def test_torch_s_default_device_does_not_matter(clustered, style, backend):
         torch.set_default_device(None)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("distance", ["sqeuclidean", "euclidean", "cosine"])
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("exponent", [-60, -35, 30, 60])
+def test_the_reference_ranks_features_of_any_length_as_numba_does(clustered, exponent, style, distance):
+    """Fourth powers of long rows were infinite, those of short ones 0: NaN, or all neighbours alike."""
+    if (style == "clustering" and exponent < 0) or (distance == "cosine" and exponent < -35):
+        pytest.skip("distances as they are, all near 0; no direction is read from rows that short")
+    x = clustered(40, 6)
+    x[5] *= 1.5
+    long = x * 2.0**exponent
+    found = rerank(long[:12], long[12:], 8, 3, style=style, distance=distance, backend="reference")
+    expected = rerank(long[:12], long[12:], 8, 3, style=style, distance=distance, backend="numba")
+    torch.testing.assert_close(found, expected, atol=4e-6, rtol=1e-5)
+    if style != "clustering":
+        usual = rerank(x[:12], x[12:], 8, 3, style=style, distance=distance, backend="reference")
+        torch.testing.assert_close(found, usual, atol=4e-6, rtol=0)
+
+
+@pytest.mark.parametrize("style", ["openreid", "zhong"])
+@pytest.mark.parametrize("turned", [0, 1, 2])
+def test_distances_far_below_zero_are_refused(clustered, style, turned):
+    """Similarities, or distances turned around."""
+    x = F.normalize(clustered(30, 8))
+    whole = torch.cdist(x, x)
+    parts = [whole[:10, 10:], whole[:10, :10], whole[10:, 10:]]
+    parts[turned] = -parts[turned]
+    message = rf"rerank: {('q_g', 'q_q', 'g_g')[turned]} must hold no distance below 0 \(or -0.0\d+, rounded\), got -1"
+    with pytest.raises(ValueError, match=message):
+        rerank(None, None, 8, 3, style=style, distmats=parts)
+
+
+def test_features_and_distances_at_once_are_refused():
+    q, g, parts = torch.ones(2, 4), torch.ones(3, 4), (torch.ones(2, 3), torch.ones(2, 2), torch.ones(3, 3))
+    for given in ((q, g), (q, None), (None, g)):
+        with pytest.raises(ValueError, match="rerank: query and gallery must be None with distmats, got features as w"):
+            rerank(*given, 2, 1, distmats=parts)
+
+
+def test_float64_distances_beyond_float32_are_refused_as_such():
+    """They were called infinite."""
+    huge, zeros = torch.full((2, 2), 1e200, dtype=torch.float64), torch.zeros(2, 2)
+    for style, rule in (("openreid", r"be below 2\*\*63, as"), ("zhong", "hold distances that float32 can hold")):
+        with pytest.raises(ValueError, match=rf"rerank: q_g must {rule}.*, got 1e\+200"):
+            rerank(None, None, 2, 2, style=style, distmats=(huge, zeros, zeros))
