@@ -11,7 +11,7 @@ import math
 import numbers
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Set
 
 import numpy as np
 import torch
@@ -153,16 +153,19 @@ def require_marked(op: str, name: str, x: Tensor, mask_name: str, mask: Tensor, 
 
 
 def require_features(op: str, name: str, x: object) -> Tensor:
-    """What ops that run once an epoch take as features: (N, D), floating, finite in float32; returned so, detached.
+    """What ops that run once an epoch take as features: (N, D), floating, finite; returned in float32, detached.
 
     No row is longer than 2**63: squared distances stay below 2**128, where float32 ends.
     """
     x = require_floating(op, name, require_2d(op, name, as_tensor(op, name, x)))
-    x = x.detach().float()  # float64 may hold more than float32 can
+    given = x.detach()
+    x = given.float()  # float64 may hold more than float32 can
     if x.numel() == 0 or torch.stack(x.aminmax()).abs().max() * math.sqrt(x.shape[1]) <= _LONGEST:  # not if it is NaN
         return x
-    require_finite(op, name, x, always=True)
-    length = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+    require_finite(op, name, given, always=True)
+    rows = given.double()
+    largest = rows.abs().amax(dim=1, keepdim=True).clamp_(min=1)
+    length = torch.linalg.vector_norm(rows / largest, dim=1) * largest[:, 0]  # squares of float64 end at 1e308 too
     far = (length > _LONGEST).nonzero().flatten()
     if len(far):
         raise ValueError(
@@ -236,14 +239,15 @@ def require_in_range(
 
 def one_or_more(op: str, name: str, value: object) -> tuple[list, bool]:
     """One number or a sequence or array of them, as a list yet to be checked, and whether it was a sequence."""
-    if isinstance(value, (Tensor, np.ndarray)):
-        value = value.tolist()
-    if isinstance(value, numbers.Real):
-        return [value], False
+    given = value.tolist() if isinstance(value, (Tensor, np.ndarray)) else value
+    if isinstance(given, numbers.Real):
+        return [given], False
     try:
-        values = list(value)
+        values = None if isinstance(given, str | bytes | bytearray | Mapping | Set) else list(given)
     except TypeError:
-        raise TypeError(f"{op}: {name} must be a real number or a sequence of them, got {value!r}") from None
+        values = None
+    if values is None or any(isinstance(each, list | tuple) for each in values):
+        raise TypeError(f"{op}: {name} must be a real number or a sequence of them, got {given!r}")
     if not values:
         raise ValueError(f"{op}: {name} must hold at least one number, got an empty sequence")
     return values, True

@@ -2,6 +2,7 @@
 """The named checks, by themselves and in the ops."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -254,8 +255,19 @@ def test_cluster_numbers_may_have_gaps():
 @of_features
 def test_float64_beyond_float32_is_refused_by_name(op, request):
     name = request.node.callspec.id
-    with pytest.raises(ValueError, match=f"^{name}: (x|query) must be finite, got NaN or infinity in 1 of 6 rows"):
+    expected = f"^{name}: (x|query) must have no row longer than .*, got length 1e.200 in 1 of 6 rows .first: row 2"
+    with pytest.raises(ValueError, match=expected):
         op(too_long_for_float32())
+    both = too_long_for_float32()
+    both[4, 1] = torch.nan
+    with pytest.raises(ValueError, match=f"^{name}: (x|query) must be finite, got NaN or infinity in 1 of 6 rows"):
+        op(both)
+
+
+def test_the_length_of_rows_whose_squares_float64_cannot_hold_is_given():
+    for rows in (torch.full((20, 4), 1e300, dtype=torch.float64), np.full((20, 4), -1e300)):
+        with pytest.raises(ValueError, match=r"op: x must have no row longer than .*, got length 2e\+300 in 20 of 20"):
+            checks.require_features("op", "x", rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -324,3 +336,17 @@ def test_a_changing_temperature_compiles_whole():
         )
     with pytest.raises(ValueError, match="temperature must be positive and finite, got nan"):
         fastreid_u.cluster_nce(x, targets, memory, temperature=math.nan)
+
+
+@pytest.mark.parametrize("value", ["0.5", b"0.5", np.array("0.5"), {0.5: 1}, {0.5}, None, [[0.5, 0.6]]], ids=repr)
+def test_one_or_several_numbers_are_no_text_and_no_unordered_collection(value):
+    """A string was read letter by letter."""
+    shown = re.escape(repr(value.tolist() if isinstance(value, np.ndarray) else value))
+    x = torch.eye(40)
+    for op, name, run in (
+        ("pseudo_labels", "eps", lambda: fastreid_u.pseudo_labels(x, eps=value)),
+        ("dbscan", "eps", lambda: fastreid_u.dbscan(x, value)),
+        ("suggest_eps", "grid", lambda: fastreid_u.suggest_eps(x, grid=value)),
+    ):
+        with pytest.raises(TypeError, match=f"^{op}: {name} must be a real number or a sequence of them, got {shown}$"):
+            run()
