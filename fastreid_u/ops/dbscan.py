@@ -142,7 +142,7 @@ def _checked(graph: DistanceGraph, backend: str) -> DistanceGraph:
         graph = graph.sorted()
         code = check(_pointers(graph))
     if code >= 0:
-        raise ValueError(f"{_OP}: graph must {_RULES[faults[code % len(faults)]]} row {code // len(faults)}")
+        raise ValueError(f"{graph.called} must {_RULES[faults[code % len(faults)]]} row {code // len(faults)}")
     return graph
 
 

@@ -66,13 +66,13 @@ class DBSCAN(sklearn.cluster.DBSCAN):
             return super().fit(X, y, sample_weight)
         graph = None
         if not (isinstance(X, np.ndarray) or scipy.sparse.issparse(X)) and hasattr(X, "__dlpack__"):
-            graph = read_graph("DBSCAN", X)
+            graph = read_graph("DBSCAN", X, "X")
             X = _on_the_cpu(graph)
         if sample_weight is not None:
             return super().fit(X, y, sample_weight)
         self._validate_params()
         X = validate_data(self, X, accept_sparse="csr")
-        labels, core = cluster(read_graph("DBSCAN", X) if graph is None else graph, [self.eps], self.min_samples)
+        labels, core = cluster(graph or read_graph("DBSCAN", X, "X"), [self.eps], self.min_samples)
         self.labels_ = labels[0].cpu().numpy()
         self.core_sample_indices_ = core[0].nonzero().flatten().cpu().numpy()
         self.components_ = X[self.core_sample_indices_].copy()

@@ -97,7 +97,7 @@ def test_scikit_learns_own_checks_pass_where_its_own_estimator_passes(metric):
     [
         ({}, {3: np.nan}, "contains NaN"),
         ({}, {3: np.inf}, "contains infinity"),
-        ({}, {3: -1}, "graph must hold no negative distance"),
+        ({}, {3: -1}, "X must hold no negative distance"),
         ({"eps": 0}, {}, "'eps' parameter of DBSCAN must be"),
         ({"min_samples": 0}, {}, "'min_samples' parameter of DBSCAN must be"),
         ({"metric": "l3"}, {}, "'metric' parameter of DBSCAN must be"),
@@ -121,3 +121,11 @@ def test_the_estimator_can_be_cloned_and_pickled(graph):
         found.set_params(radius=1)
     again = pickle.loads(pickle.dumps(found.fit(graph)))
     np.testing.assert_array_equal(again.labels_, found.labels_)
+
+
+@pytest.mark.parametrize("form", [np.asarray, torch.as_tensor, scipy.sparse.csr_array], ids=["numpy", "torch", "scipy"])
+def test_messages_call_the_matrix_as_the_estimator_does(form):
+    with pytest.raises(ValueError, match=r"^DBSCAN: X must be square, got shape \(4, 3\)"):
+        fastreid_u.DBSCAN().fit(form(np.ones((4, 3))))
+    with pytest.raises(ValueError, match=r"^DBSCAN: X must hold no negative distance, got one in row 0"):
+        fastreid_u.DBSCAN().fit(form(-np.ones((3, 3))))
