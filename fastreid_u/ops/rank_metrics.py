@@ -111,6 +111,8 @@ def rank_metrics(
         require_same_device(op, "gallery", gallery, "query", query)
         shape, device = (len(query), len(gallery)), query.device
     else:
+        if query is not None or gallery is not None:
+            raise ValueError(f"{op}: query and gallery must be None with distmat, got features as well")
         distmat = require_floating(op, "distmat", require_2d(op, "distmat", as_tensor(op, "distmat", distmat)))
         distmat = require_finite(op, "distmat", distmat.detach(), always=True)
         if distmat.dtype not in (torch.float32, torch.float64):
@@ -132,7 +134,11 @@ def rank_metrics(
     )  # fmt: skip
     metrics = RankMetrics(**scores._asdict(), num_valid_queries=len(scores.ap), num_queries=len(q_pids))
     if metrics.num_valid_queries == 0:
-        if q_camids is not None and torch.isin(q_pids.cpu(), g_pids.cpu()).any():
+        if len(q_pids) == 0:
+            why = "there are no queries"
+        elif len(g_pids) == 0:
+            why = "the gallery is empty"
+        elif q_camids is not None and torch.isin(q_pids.cpu(), g_pids.cpu()).any():
             why = (
                 "every true match shares its query's camera; without camera ids (ignore_cameras of train and evaluate) "
                 "none would be removed"

@@ -150,7 +150,8 @@ def test_nobody_to_score_warns_and_gives_nan(g_pids, g_camids, why):
 
 @pytest.mark.parametrize(("q", "g"), [(0, 5), (3, 0), (0, 0)])
 def test_empty_sides(q, g):
-    with pytest.warns(UserWarning, match=f"none of {q} queries"):
+    why = "there are no queries" if q == 0 else "the gallery is empty"
+    with pytest.warns(UserWarning, match=f"none of {q} queries can be scored, the metrics are NaN: {why}"):
         found = rank_metrics(torch.zeros(q, 4), torch.zeros(g, 4), [1] * q, [1] * g)
     assert (found.num_queries, found.num_valid_queries) == (q, 0)
 
@@ -302,3 +303,9 @@ def test_the_scale_of_features_does_not_matter(clustered, power):
     expected = rank_metrics(x[:20], x[20:], pids[:20], pids[20:])
     found = rank_metrics(x[:20] * 2.0**power, x[20:] * 2.0**power, pids[:20], pids[20:])
     assert torch.equal(found.ap, expected.ap)
+
+
+@pytest.mark.parametrize("given", [(torch.eye(2), torch.eye(2)), (torch.eye(2), None), (None, torch.eye(2))])
+def test_features_and_distances_at_once_are_refused(given):
+    with pytest.raises(ValueError, match="rank_metrics: query and gallery must be None with distmat, got features as"):
+        rank_metrics(*given, [0, 1], [0, 1], distmat=torch.rand(2, 2))
