@@ -256,9 +256,10 @@ class Ranks:
 
 
 def bits_of(x: Tensor) -> list[int]:
-    """Shape and two sums over the bits of a float32 or int64 matrix, to tell whether others hold the same."""
+    """Shape and two sums over the bits of a float32 or int64 matrix, to tell whether others hold the same in order."""
     words = x.contiguous().view(torch.int32)
-    row = words.sum(dim=1, dtype=torch.int64)
+    place = torch.arange(1, words.shape[1] + 1, device=words.device)
+    row = torch.cat([(block * place).sum(dim=1) for block in words.split(2**22 // max(len(place), 1) + 1)])
     return [*x.shape, int(row.sum()), int((row * torch.arange(1, len(row) + 1, device=row.device)).sum())]
 
 

@@ -52,21 +52,22 @@ def agreed(check: Callable[[], tuple[LabelStep, bool]], ranks: Ranks) -> tuple[L
     Raises:
         Exception: on every rank, at this first exchange.
     """
-    found, error, seen = None, None, [0] * 16
+    found, error, seen = None, None, [0] * 17
     try:
         found = check()
-        seen = _seen(found[0])
+        seen = _seen(*found)
     except FAULTS as fault:  # raised again as soon as the other ranks have heard of it
         error = fault
     ranks.agree(error, seen)
     return found
 
 
-def _seen(step: LabelStep) -> list[int]:
-    """Sixteen numbers that differ if the arguments do."""
+def _seen(step: LabelStep, several: bool) -> list[int]:
+    """Seventeen numbers that differ if the arguments do."""
     eps = torch.tensor([struct.unpack("<q", struct.pack("<d", e)) for e in step.eps], device="cpu")
     lists = step.x.new_zeros(0, 0, dtype=torch.int64) if step.knn is None else step.knn[1][:, : step.k1]
-    return [step.min_samples, step.k1, step.k2, bool(step.compat), *bits_of(step.x), *bits_of(eps), *bits_of(lists)]
+    settings = [several, step.min_samples, step.k1, step.k2, bool(step.compat)]
+    return [*settings, *bits_of(step.x), *bits_of(eps), *bits_of(lists)]
 
 
 def share_search(step: LabelStep, ranks: Ranks) -> tuple[Tensor, Tensor]:

@@ -175,12 +175,19 @@ def worker(rank, world, folder):
     x = make("identities", 203)
     given = torch.cdist(x, x).sort(dim=1)
     found["lists"] = pseudo_labels(x, knn=(given.values[:, :30] ** 2, given.indices[:, :30]), group="world")
+    swapped = given.indices[:, [0, 2, 1, *range(3, 30)]]
     for name, change in {
         "nan": {"x": x.clone().fill_(torch.nan) if rank == 2 else x},
         "other features": {"x": x + 1e-6 * (rank == 3)},
         "other rows": {"x": x[: len(x) - (rank == 1)]},
         "other order": {"x": x.flip(0) if rank == 1 else x},
         "other eps": {"x": x, "eps": 0.6 + 0.1 * (rank == 1)},
+        "one eps or several": {"x": x, "eps": 0.5 if rank == 2 else [0.5]},
+        "other columns": {"x": x.flip(1) if rank == 3 else x},
+        "other order in lists": {
+            "x": x,
+            "knn": (given.values[:, :30], swapped if rank == 1 else given.indices[:, :30]),
+        },
         "other lists": {"x": x, "knn": (given.values, given.indices if rank else given.indices.flip(1))},
         "bad eps": {"x": x, "eps": 1.5},
         "bad type": {"x": "features" if rank == 0 else x},
@@ -245,6 +252,9 @@ DIFFER = "ValueError: pseudo_labels: features and settings must be the same on e
         ("other rows", DIFFER.format(1), DIFFER.format(1), None),
         ("other order", DIFFER.format(1), DIFFER.format(1), None),
         ("other eps", DIFFER.format(1), DIFFER.format(1), None),
+        ("one eps or several", DIFFER.format(2), DIFFER.format(2), None),
+        ("other columns", DIFFER.format(3), DIFFER.format(3), None),
+        ("other order in lists", DIFFER.format(1), DIFFER.format(1), None),
         ("other lists", DIFFER.format(1), DIFFER.format(1), None),
         ("bad eps", "", r"eps must lie in (0, 1), got 1.5", None),
     ],
