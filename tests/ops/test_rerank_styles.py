@@ -164,15 +164,13 @@ def test_torch_s_default_device_does_not_matter(clustered, style, backend):
 @pytest.mark.parametrize("exponent", [-60, -35, 30, 60])
 def test_the_reference_ranks_features_of_any_length_as_numba_does(clustered, exponent, style, distance):
     """Fourth powers of long rows were infinite, those of short ones 0: NaN, or all neighbours alike."""
-    if (style == "clustering" and exponent < 0) or (distance == "cosine" and exponent < -35):
-        pytest.skip("distances as they are, all near 0; no direction is read from rows that short")
     x = clustered(40, 6)
     x[5] *= 1.5
     long = x * 2.0**exponent
     found = rerank(long[:12], long[12:], 8, 3, style=style, distance=distance, backend="reference")
     expected = rerank(long[:12], long[12:], 8, 3, style=style, distance=distance, backend="numba")
     torch.testing.assert_close(found, expected, atol=4e-6, rtol=1e-5)
-    if style != "clustering":
+    if style != "clustering" and (distance != "cosine" or exponent > -40):  # shorter rows have no direction
         usual = rerank(x[:12], x[12:], 8, 3, style=style, distance=distance, backend="reference")
         torch.testing.assert_close(found, usual, atol=4e-6, rtol=0)
 
