@@ -137,11 +137,14 @@ class ClusterMemory(RowMemory):
         )  # fmt: skip
 
     def forward(self, x: Tensor, targets: Tensor, **settings) -> Tensor:
+        return loss_then_update(self, self._batch_of_one_call, x, targets, **settings)
+
+    def _batch_of_one_call(self, x: object, targets: object) -> tuple[Tensor, Tensor]:
         if self.rule == "index":
             raise ValueError(
                 "ClusterMemory: rule must not be 'index' in one call; use loss(...) and update_(..., index)"
             )
-        return loss_then_update(self, _batch, x, targets, **settings)
+        return _batch(x, targets)
 
     def extra_repr(self) -> str:
         return (
