@@ -19,13 +19,13 @@ def loss_then_update(memory: nn.Module, checked: Callable, x: Tensor, targets: T
 
     Nothing copies the memory: the gradient to ``x`` is made together with the loss, so several losses of one memory may
     go into one backward and all have seen the old rows. The update runs once for each call, at its first backward: a
-    penalty on the gradient, or ``retain_graph=True``, does not repeat it. Without gradients there is no update. Only for
-    a second derivative (``create_graph=True``) backward makes the gradient again, from a copy of the memory.
+    penalty on the gradient, or ``retain_graph=True``, does not repeat it. Without gradients there is no update. Only
+    for a second derivative (``create_graph=True``) backward makes the gradient again, from a copy of the memory.
 
     Where gradients are enabled all ranks must call this together. If ``x`` requires grad on some ranks only, as where a
     rank has no images, all take the step: the loss requires grad on every rank, and every rank must run its backward.
-    Where gradients are disabled (``torch.no_grad``) a rank may call this alone. A compiled call exchanges nothing before
-    backward, and updates at every backward.
+    Where gradients are disabled (``torch.no_grad``) a rank may call this alone. A compiled call exchanges nothing
+    before backward, and updates at every backward.
 
     Args:
         memory: with ``loss`` and ``update_``.
