@@ -196,6 +196,13 @@ def require_same_device(op: str, name: str, x: Tensor, other_name: str, other: T
     return x
 
 
+def require_bool(op: str, name: str, value: object) -> bool:
+    """``value`` is True or False; NumPy's are taken."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
+    return bool(value)
+
+
 def require_int(op: str, name: str, value: object) -> int:
     """``value`` is a whole number; NumPy integers are taken, bool and float are not."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):

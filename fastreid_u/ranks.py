@@ -19,7 +19,9 @@ from torch import Tensor
 from fastreid_u._checks import as_tensor
 
 # What checks and computations raise, out of memory included; the other ranks have to hear of it.
-FAULTS = (TypeError, ValueError, LookupError, RuntimeError, MemoryError)
+FAULTS = (
+    TypeError, ValueError, LookupError, AttributeError, ArithmeticError, BufferError, RuntimeError, MemoryError,
+)  # fmt: skip
 
 
 def world_size() -> int:
@@ -101,6 +103,8 @@ def _form(op: str, tensor: Tensor) -> tuple[int, str, str, tuple[int, ...]]:
     """Rows, and what must be equal on all ranks."""
     if tensor.ndim == 0:
         raise ValueError(f"{op}: tensors must have a first dimension, got a single number")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: tensors must be dense, got {tensor.layout}")
     return len(tensor), str(tensor.dtype).removeprefix("torch."), tensor.device.type, tuple(tensor.shape[1:])
 
 

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """One prototype per cluster."""
 
+from functools import partial
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastreid_u._checks import (
     as_tensor,
+    require_bool,
     require_choice,
     require_features,
     require_ids,
     require_in_range,
-    require_positive,
+    require_int_at_least,
     require_same_width,
 )
 from fastreid_u.memory.one_call import loss_then_update
-from fastreid_u.memory.rows import RowMemory, lasting
+from fastreid_u.memory.rows import Check, RowMemory, lasting, optional
 from fastreid_u.ops.cluster_nce import cluster_nce
 from fastreid_u.ops.momentum_update import momentum_update_
 
@@ -43,6 +47,13 @@ class ClusterMemory(RowMemory):
     ...). Source: Dai et al., Cluster Contrast, ACCV 2022.
     """
 
+    SETTINGS: ClassVar[dict[str, Check]] = RowMemory.SETTINGS | {
+        "rule": partial(require_choice, choices=RULES),
+        "weight_temperature": optional(partial(require_in_range, low=0, high=float("inf"), open_low=True)),
+        "normalize": require_bool,
+        "push_weight": partial(require_in_range, low=0, high=float("inf"), open_high=True),
+    }
+
     def __init__(
         self,
         num_features: int,
@@ -58,14 +69,15 @@ class ClusterMemory(RowMemory):
     ) -> None:
         super().__init__()
         self.num_features = num_features
-        self.temp = require_positive("ClusterMemory", "temp", temp)
-        self.momentum = require_in_range("ClusterMemory", "momentum", momentum, 0, 1)
-        if use_hard and rule not in (None, "hard"):
+        self.temp = temp
+        self.momentum = momentum
+        if require_bool("ClusterMemory", "use_hard", use_hard) and rule not in (None, "hard"):
             raise ValueError(f"ClusterMemory: rule must be 'hard' or None with use_hard, got {rule!r}")
-        self.rule = require_choice("ClusterMemory", "rule", rule or ("hard" if use_hard else "sequential"), RULES)
+        self.rule = ("hard" if use_hard else "sequential") if rule is None else rule
         self.weight_temperature = weight_temperature
         self.push_weight = push_weight
         self.normalize = normalize
+        num_samples = require_int_at_least("ClusterMemory", "num_samples", num_samples, 0)
         self.register_buffer("features", torch.zeros(num_samples, num_features, dtype=torch.float32))
 
     @classmethod
@@ -84,6 +96,7 @@ class ClusterMemory(RowMemory):
 
     @use_hard.setter
     def use_hard(self, value: bool) -> None:
+        value = require_bool("ClusterMemory", "use_hard", value)
         if self.rule in ("sequential", "hard"):
             self.rule = "hard" if value else "sequential"
         elif value:
@@ -137,11 +150,14 @@ class ClusterMemory(RowMemory):
         )  # fmt: skip
 
     def forward(self, x: Tensor, targets: Tensor, **settings) -> Tensor:
+        return loss_then_update(self, self._batch_of_one_call, x, targets, **settings)
+
+    def _batch_of_one_call(self, x: object, targets: object) -> tuple[Tensor, Tensor]:
         if self.rule == "index":
             raise ValueError(
                 "ClusterMemory: rule must not be 'index' in one call; use loss(...) and update_(..., index)"
             )
-        return loss_then_update(self, _batch, x, targets, **settings)
+        return _batch(x, targets)
 
     def extra_repr(self) -> str:
         return (

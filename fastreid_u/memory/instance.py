@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """One row per image, compared with through the means of their clusters."""
 
+from functools import partial
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastreid_u._checks import (
     as_tensor,
+    require_bool,
     require_features,
     require_ids,
     require_in_range,
     require_int_at_least,
-    require_positive,
     require_same_device,
     require_same_length,
     require_same_width,
@@ -19,7 +22,7 @@ from fastreid_u._checks import (
 )
 from fastreid_u._label_checks import label_limit
 from fastreid_u.memory.one_call import loss_then_update
-from fastreid_u.memory.rows import RowMemory, lasting
+from fastreid_u.memory.rows import Check, RowMemory, lasting
 from fastreid_u.ops.centroids import cluster_centroids
 from fastreid_u.ops.cluster_nce import cluster_nce
 from fastreid_u.ops.momentum_update import momentum_update_
@@ -53,6 +56,11 @@ class InstanceMemory(RowMemory):
     """
 
     PER_ROW = ("features", "labels")
+    SETTINGS: ClassVar[dict[str, Check]] = RowMemory.SETTINGS | {
+        "num_source_classes": partial(require_int_at_least, low=0),
+        "normalize": require_bool,
+        "epsilon": partial(require_in_range, low=0, high=1, open_high=True),
+    }
 
     def __init__(
         self,
@@ -67,11 +75,12 @@ class InstanceMemory(RowMemory):
     ) -> None:
         super().__init__()
         self.num_features = num_features
-        self.temp = require_positive("InstanceMemory", "temp", temp)
-        self.momentum = require_in_range("InstanceMemory", "momentum", momentum, 0, 1)
-        self.num_source_classes = require_int_at_least("InstanceMemory", "num_source_classes", num_source_classes, 0)
-        self.epsilon = require_in_range("InstanceMemory", "epsilon", epsilon, 0, 1, open_high=True)
+        self.temp = temp
+        self.momentum = momentum
+        self.num_source_classes = num_source_classes
+        self.epsilon = epsilon
         self.normalize = normalize
+        num_samples = require_int_at_least("InstanceMemory", "num_samples", num_samples, 0)
         self.register_buffer("features", torch.zeros(num_samples, num_features, dtype=torch.float32))
         self.register_buffer("labels", torch.full((num_samples,), -1))
         self.register_buffer("cluster_means", self.features[:0].clone())
@@ -113,14 +122,14 @@ class InstanceMemory(RowMemory):
 
     def __setattr__(self, name: str, value: object) -> None:
         """The clusters follow the rows and labels that published code sets by assignment."""
-        follow = name in self.PER_ROW and "cluster_sizes" in self._buffers
-        if follow and name == "labels":
-            value = require_ids("InstanceMemory", "labels", value).to(self.features.device)
-            require_same_length("InstanceMemory", "labels", value, "features", self.features)
-            require_values_in("InstanceMemory", "labels", value, 0, label_limit(len(value)), ignore=-1, always=True)
         super().__setattr__(name, value)
-        if follow:
+        if name in self.PER_ROW and "cluster_sizes" in self._buffers:
             self._gather_clusters()
+
+    def _require_values(self, op: str, name: str, value: Tensor) -> None:
+        super()._require_values(op, name, value)
+        if name == "labels":
+            require_values_in(op, name, value, 0, label_limit(len(value)), ignore=-1, always=True)
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """One prototype per cluster and camera."""
 
+from functools import partial
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastreid_u._checks import (
     as_tensor,
+    require_bool,
+    require_choice,
     require_features,
     require_ids,
     require_in_range,
-    require_positive,
+    require_int_at_least,
+    require_positive_int,
     require_same_device,
     require_same_length,
     require_same_width,
     require_values_in,
 )
 from fastreid_u.memory.one_call import loss_then_update
-from fastreid_u.memory.rows import RowMemory, lasting
+from fastreid_u.memory.rows import Check, RowMemory, lasting, optional
 from fastreid_u.ops.centroids import proxy_centroids
 from fastreid_u.ops.momentum_update import momentum_update_
 from fastreid_u.ops.proxy_nce import proxy_nce
@@ -44,6 +50,14 @@ class ProxyMemory(RowMemory):
     """
 
     PER_ROW = ("features", "clusters", "cameras")
+    SETTINGS: ClassVar[dict[str, Check]] = RowMemory.SETTINGS | {
+        "compat": require_bool,
+        "intra_weight": partial(require_in_range, low=0, high=float("inf"), open_high=True),
+        "inter_weight": partial(require_in_range, low=0, high=float("inf"), open_high=True),
+        "hard_negatives": optional(require_positive_int),
+        "positives": partial(require_choice, choices=("all", "other_cameras")),
+        "reduction": partial(require_choice, choices=("mean", "camera", "sum", "none")),
+    }
 
     def __init__(
         self,
@@ -61,14 +75,15 @@ class ProxyMemory(RowMemory):
     ) -> None:
         super().__init__()
         self.num_features = num_features
-        self.temp = require_positive("ProxyMemory", "temp", temp)
-        self.momentum = require_in_range("ProxyMemory", "momentum", momentum, 0, 1)
-        self.intra_weight = require_in_range("ProxyMemory", "intra_weight", intra_weight, 0, float("inf"))
-        self.inter_weight = require_in_range("ProxyMemory", "inter_weight", inter_weight, 0, float("inf"))
+        self.temp = temp
+        self.momentum = momentum
+        self.intra_weight = intra_weight
+        self.inter_weight = inter_weight
         self.hard_negatives = hard_negatives
         self.positives = positives
         self.reduction = reduction
         self.compat = compat
+        num_proxies = require_int_at_least("ProxyMemory", "num_proxies", num_proxies, 0)
         self.register_buffer("features", torch.zeros(num_proxies, num_features, dtype=torch.float32))
         self.register_buffer("clusters", torch.zeros(num_proxies, dtype=torch.int64))
         self.register_buffer("cameras", torch.zeros(num_proxies, dtype=torch.int64))
@@ -99,9 +114,24 @@ class ProxyMemory(RowMemory):
         self._take(*proxies)
 
     def _take(self, rows: Tensor, clusters: Tensor, cameras: Tensor) -> None:
-        self.features, self.clusters, self.cameras = (
-            rows.to(self.features), clusters.to(self.clusters), cameras.to(self.cameras)
-        )  # fmt: skip
+        # all at once, as an assignment to one takes as many rows as there are
+        self._buffers.update(
+            features=rows.to(self.features), clusters=clusters.to(self.clusters), cameras=cameras.to(self.cameras)
+        )
+
+    def _rows(self, name: str, value: object) -> Tensor:
+        rows = super()._rows(name, value)
+        if len(rows) != self.num_proxies:
+            raise ValueError(
+                f"ProxyMemory: {name} must have {self.num_proxies} rows, a proxy each, got {len(rows)}; restart(...) "
+                "takes any number"
+            )
+        return rows
+
+    def _require_values(self, op: str, name: str, value: Tensor) -> None:
+        super()._require_values(op, name, value)
+        if name in ("clusters", "cameras"):
+            require_values_in(op, name, value, 0, 2**31, always=True)
 
     def rows(self, labels: Tensor, cameras: Tensor) -> Tensor:
         """The row of each image (N,) int64 by its label and camera; -1 where there is none. Reads nothing back."""
@@ -122,10 +152,12 @@ class ProxyMemory(RowMemory):
 
         ``targets`` (B,) are rows; -1 is ignored.
         """
+        if self.num_proxies == 0:
+            raise ValueError("ProxyMemory: features must have at least one row before the first loss, got no proxy")
         x, targets = _batch(x, targets)
         require_same_device("ProxyMemory", "targets", targets, "features", self.features)
         require_values_in("ProxyMemory", "targets", targets, 0, self.num_proxies, ignore=-1)
-        row = targets.clamp(0, max(self.num_proxies - 1, 0))  # out of range on a GPU: update_ will flag it
+        row = targets.clamp(0, self.num_proxies - 1)  # out of range on a GPU: update_ will flag it
         clusters = torch.where(targets >= 0, self.clusters[row], -1)
         arguments = (x, clusters, self.cameras[row], self.features, self.clusters, self.cameras)
         settings = {"temperature": self.temp, "reduction": self.reduction, "compat": self.compat}

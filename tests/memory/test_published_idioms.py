@@ -43,9 +43,13 @@ def instance(labels, rows=ROWS, **settings):
 
 
 def same(memory, expected):
+    same_as(memory, expected)
+    assert torch.equal(memory.loss(X, INDEX), expected.loss(X, INDEX))
+
+
+def same_as(memory, expected):
     for name, buffer in expected.named_buffers():
         assert torch.equal(getattr(memory, name), buffer), name
-    assert torch.equal(memory.loss(X, INDEX), expected.loss(X, INDEX))
 
 
 @pytest.mark.parametrize("kind", [torch.Tensor.clone, torch.Tensor.int, torch.Tensor.numpy, torch.Tensor.tolist])
@@ -108,6 +112,86 @@ def test_labels_that_cannot_be_are_refused_and_the_old_stay(labels, rule, form):
     with pytest.raises((TypeError, ValueError), match="InstanceMemory.*" + rule.replace("features ", ".*")):
         setattr(memory, "labels", labels) if form == "assigned" else memory.set_labels(labels)
     same(memory, instance(LABELS))
+
+
+ROWS_THAT_CANNOT_BE = {
+    "NaN": (OTHER / 0.0 * 0.0, ValueError, "features must be finite, got NaN or infinity in 10 of 10 rows"),
+    "none": (None, TypeError, "features must be a tensor, got NoneType"),
+    "integers": (OTHER.long(), TypeError, "features must be floating point, got torch.int64"),
+    "another width": (OTHER[:, :7], ValueError, "features must have 8 columns, as num_features, got 7"),
+    "one dimension": (OTHER[0], ValueError, r"features must be 2-D, got shape \(8,\)"),
+    "trained": (OTHER.clone().requires_grad_(), ValueError, "features must not require grad"),
+}
+
+
+@pytest.mark.parametrize("case", ROWS_THAT_CANNOT_BE)
+@pytest.mark.parametrize("make", MEMORIES.values(), ids=MEMORIES)
+def test_features_that_cannot_be_rows_are_refused_and_the_old_stay(make, case):
+    memory, (rows, kind, rule) = make(ROWS, LABELS), ROWS_THAT_CANNOT_BE[case]
+    with pytest.raises(kind, match=f"^{type(memory).__name__}: {rule}"):
+        memory.features = rows
+    same_as(memory, make(ROWS, LABELS))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("features", OTHER[:4], "features must have 10 rows, a proxy each, got 4"),
+        ("clusters", None, "clusters must be a tensor"),
+        ("clusters", LABELS[:4], r"clusters must have one entry for each row of features \(10\), got 4"),
+        ("cameras", LABELS.float(), "cameras must hold integers"),
+        ("cameras", LABELS - 1, r"cameras must lie in \[0, 2147483648\), got -1"),
+    ],
+)
+def test_rows_of_a_proxy_memory_stay_of_one_number(name, value, rule):
+    memory = ProxyMemory.from_features(ROWS, torch.arange(10), LABELS)
+    with pytest.raises((TypeError, ValueError), match=f"^ProxyMemory: {rule}"):
+        setattr(memory, name, value)
+    same_as(memory, ProxyMemory.from_features(ROWS, torch.arange(10), LABELS))
+
+
+@pytest.mark.parametrize("make", [MEMORIES["cluster"], MEMORIES["instance"]])
+def test_a_tensor_that_is_assigned_is_the_one_that_moves(make):
+    memory, rows = make(ROWS, LABELS), F.normalize(OTHER, dim=1)[:6]
+    memory.features, before = rows, rows.clone()
+    memory.update_(X[:2], [0, 5])
+    assert memory.features is rows
+    assert (rows != before).any(dim=1).tolist() == [True, False, False, False, False, True]
+
+
+@pytest.mark.parametrize("make", MEMORIES.values(), ids=MEMORIES)
+def test_features_of_inference_mode_and_parameters_become_rows_that_move(make):
+    memory = make(ROWS, torch.arange(10))
+    with torch.inference_mode():
+        memory.features = OTHER * 1
+    memory.update_(X, INDEX)
+    memory.features = torch.nn.Parameter(OTHER.clone(), requires_grad=False)
+    memory.update_(X, INDEX)
+    assert "features" in memory.state_dict()
+    assert not list(memory.parameters())
+
+
+@pytest.mark.parametrize("make", MEMORIES.values(), ids=MEMORIES)
+@pytest.mark.parametrize(
+    ("value", "rule"), [(ROWS / 0.0 * 0.0, "must be finite, got NaN or infinity"), (None, "must be a tensor, got None")]
+)
+def test_a_state_whose_features_cannot_be_rows_is_refused_and_the_old_stay(make, value, rule):
+    memory = make(ROWS, LABELS)
+    with pytest.raises(RuntimeError, match=f"{type(memory).__name__}.load_state_dict: features {rule}"):
+        memory.load_state_dict(
+            memory.state_dict() | {"features": value if value is None else value[: len(memory.features)]}
+        )
+    same_as(memory, make(ROWS, LABELS))
+
+
+@pytest.mark.parametrize(("make", "name"), [("instance", "labels"), ("proxy", "clusters"), ("proxy", "cameras")])
+def test_a_state_whose_ids_cannot_be_is_refused(make, name):
+    memory = MEMORIES[make](ROWS, LABELS)
+    state = memory.state_dict()
+    state[name] = state[name] - 7
+    with pytest.raises(RuntimeError, match=rf"load_state_dict: {name} must lie in \[0, "):
+        memory.load_state_dict(state)
+    same_as(memory, MEMORIES[make](ROWS, LABELS))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranks whose batches differ: other numbers of rows are one batch all the same, other kinds an error on all ranks."""
 
+import itertools
 import multiprocessing
 import sys
 
@@ -41,8 +42,8 @@ def share(rank, split):
 
 
 def one_call(memory, x, targets):
-    leaf = x.clone().requires_grad_()
-    memory(leaf, targets).backward()
+    wanted = isinstance(x, torch.Tensor) and x.is_floating_point()
+    memory(x.clone().requires_grad_() if wanted else x, targets).backward()
     return memory.features
 
 
@@ -66,7 +67,24 @@ def bad_batches(rank):
         "a target too few": (x, targets[: 4 - odd]),
         "rows without a second dimension": (x[0] if odd else x, targets),
         "NaN": (x / (0.0 if odd else 1.0), targets),
+        "no features": (None if odd else x, targets),
+        "features that are integers": (x.long() if odd else x, targets),
+        "features that are sparse": (x.to_sparse() if odd else x, targets),
     }
+
+
+def without_gradient():
+    """Batches of a rank whose features require no grad, and how many rows each adds to the step."""
+    with torch.inference_mode():
+        made = X[:4] * 1
+    return {"detached": X[:4], "empty": X[:0], "array": X[:4].numpy(), "of inference mode": made}
+
+
+def step(memory, x, targets):
+    """The loss and the memory behind its backward, which every rank runs, with or without a gradient of its own."""
+    loss = memory(x, targets)
+    loss.backward()
+    return loss.detach(), memory.features
 
 
 def work(rank):
@@ -83,7 +101,16 @@ def work(rank):
             found["dtype", dtype, rows] = gather_in_rank_order(torch.full((rows[rank], 2), rank).to(dtype))[0]
     for name, (x, targets) in bad_batches(rank).items():
         found["one call", name] = words(one_call, memories()["cluster"], x, targets)
+        found["other memories", name] = [words(one_call, memories()[m], x, targets) for m in ("instance", "proxy")]
         found["apart", name] = words(lambda x=x, t=targets: memories()["cluster"].update_(*gather_in_rank_order(x, t)))
+    for (kind, x), name in itertools.product(without_gradient().items(), memories()):
+        x = x if rank else X.clone().requires_grad_()
+        found["step", kind, name] = step(memories()[name], x, TARGETS[: len(x)])
+    frozen = memories()["cluster"]
+    found["frozen"] = frozen(X, TARGETS).requires_grad, frozen.features
+    with torch.no_grad():
+        found["alone"] = frozen(X, TARGETS) if rank == 0 else None  # as an evaluation on one rank
+    found["index"] = words(one_call, ClusterMemory(WIDTH, ROWS, rule="index" if rank else None), X, TARGETS)
     found["number"] = words(gather_in_rank_order, *[X] * (1 + rank))
     found["no tensor"] = words(gather_in_rank_order, "x" if rank else X)
     found["no rows"] = words(gather_in_rank_order, torch.tensor(1.0) if rank else X)
@@ -143,6 +170,9 @@ WRONG = {
     "a target too few": ("targets must have one entry for each row of x (4), got 3", "one entry for each row of x (8)"),
     "rows without a second dimension": ("x must be 2-D, got shape (16,)", EQUAL),
     "NaN": ("x must be finite, got NaN or infinity", "x must be finite, got NaN or infinity"),
+    "no features": ("Memory: x must be a tensor", "tensors must be a tensor or an array"),
+    "features that are integers": ("Memory: x must be floating point, got torch.int64", EQUAL),
+    "features that are sparse": ("x must be dense, got torch.sparse_coo", "tensors must be dense"),
 }
 
 
@@ -151,6 +181,30 @@ def test_what_is_wrong_on_one_rank_is_said_on_both(answers, name):
     for found in answers:
         for form, rule in zip(("one call", "apart"), WRONG[name], strict=True):
             assert rule in found[form, name]
+        for heard in found["other memories", name]:
+            assert "Error: " in heard
+
+
+@pytest.mark.parametrize("memory", memories())
+@pytest.mark.parametrize("kind", without_gradient())
+def test_ranks_with_and_without_gradient_take_one_step(answers, kind, memory):
+    x = torch.as_tensor(without_gradient()[kind])
+    whole = torch.cat([X, x]), torch.cat([TARGETS, TARGETS[: len(x)]])
+    alone = memories()[memory]
+    alone.update_(*whole)
+    for found, own in zip(answers, (X, x), strict=True):
+        loss, features = found["step", kind, memory]
+        assert torch.equal(features, alone.features)
+        assert torch.equal(loss, memories()[memory].loss(own, TARGETS[: len(own)]))
+
+
+def test_where_no_rank_wants_a_gradient_nothing_moves(answers):
+    for found in answers:
+        wanted, features = found["frozen"]
+        assert not wanted
+        assert torch.equal(features, memories()["cluster"].features)
+        assert "rule must not be 'index' in one call" in found["index"]
+    assert torch.equal(answers[0]["alone"], memories()["cluster"].loss(X, TARGETS))
 
 
 def test_the_other_rank_hears_which_rank_failed(answers):

@@ -143,6 +143,20 @@ def test_the_second_derivative_of_one_call_is_that_of_the_loss_and_the_rows_move
     assert torch.equal(memories[0].features, memories[1].features)
 
 
+@pytest.mark.parametrize("make", [cluster, instance, proxy])
+def test_a_step_of_the_loss_and_a_penalty_on_its_gradient_moves_the_rows_once(make):
+    """Backward goes through the loss twice: for the gradient, and for the sum."""
+    leaves, memories = [X.clone().requires_grad_() for _ in range(2)], [make(), make()]
+    for leaf, call in zip(leaves, (memories[0], memories[1].loss), strict=True):
+        value = call(leaf, TARGETS)
+        (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+        (value + (gradient**2).sum()).backward(retain_graph=True)
+        value.backward()
+    memories[1].update_(X, TARGETS)
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+    assert torch.equal(memories[0].features, memories[1].features)
+
+
 def test_a_second_derivative_by_rows_that_have_moved_is_refused():
     memory, x = cluster(), X.clone().requires_grad_()
     first, second = memory(x, TARGETS), memory(x, TARGETS)
