@@ -17,7 +17,9 @@ def require_clustering(op: str, name: str, x: object, count: int) -> Tensor:
             raise ValueError(f"{op}: {name} must be whole numbers, got {broken[0].item():g}")
         x = x.double().clamp(-1, 2.0**62)  # infinity is above the limit, as are numbers that int64 does not have
     x = require_integer(op, name, x.long() if x.is_floating_point() or len(x) == 0 else x).long().clamp(min=-1)
-    return require_values_in(op, name, x, -1, label_limit(count), always=True)
+    if len(x) and x.max() >= label_limit(count):
+        raise ValueError(f"{op}: {name} must be below {label_limit(count)} for {count} images, got {int(x.max())}")
+    return x
 
 
 def label_limit(count: int) -> int:

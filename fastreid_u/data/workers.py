@@ -10,6 +10,7 @@ import multiprocessing
 import multiprocessing.context
 import os
 import pickle
+import signal
 import sys
 import threading
 import warnings
@@ -53,6 +54,7 @@ class Workers(DataLoader):
             _InWorker(reader),
             batch_sampler=self._queued,
             collate_fn=_as_is,
+            worker_init_fn=_ignore_interrupts,
             num_workers=count,
             prefetch_factor=_AHEAD,
             persistent_workers=True,
@@ -167,6 +169,11 @@ class _InWorker:
         except (RuntimeError, OSError) as error:
             return _NoRoom(str(error).splitlines()[0])
         return loaded._replace(indices=loaded.indices.numpy())  # travels in the message: no file of its own
+
+
+def _ignore_interrupts(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal; this one waits for its parent, which ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_is(loaded: Any) -> Any:

@@ -230,6 +230,12 @@ def _resumed_config(stored: Mapping[str, Any], recipe_class: type[Recipe], overr
             f"train: a resumed run must keep its settings (only {', '.join(sorted(RESUMABLE))} may change), got "
             + ", ".join(f"{k}={v!r} instead of {values.get(k)!r}" for k, v in changed.items())
         )
+    try:
+        recipe_class.Config.for_dataset("", **values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"train: config.toml must hold settings of method {recipe_class.name!r}, got {error}"
+        ) from error
     return recipe_class.Config.for_dataset("", **{**values, **overrides})
 
 

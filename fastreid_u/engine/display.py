@@ -58,8 +58,14 @@ class Display:
         text = _encodable(text, self.stream)
         if self._progress is not None:  # above the bar, not through it
             self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
+            return
+        try:
             print(text, file=self.stream, flush=hasattr(self.stream, "flush"))
+        except OSError as error:  # a full device, say; a run goes on with its log
+            if isinstance(error, BrokenPipeError) or self._log is None:
+                raise
+            self.stream = None
+            self.line(f"note: nothing more is shown on standard output: {error.strerror or error}")
 
     def once(self, text: str) -> None:
         """``line``, unless ``text`` went this way before."""

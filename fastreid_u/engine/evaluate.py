@@ -35,10 +35,16 @@ class Split:
 
     @cached_property
     def files(self) -> Tensor:
-        """(N,) numbers of the files, the same where two samples are one file."""
-        from fastreid_u.data.same_file import file_numbers
+        """(N,) numbers of the files, the same where two samples are one file.
 
-        return torch.tensor(file_numbers(sample.path for sample in self.samples), device="cpu")
+        A query and a gallery without cameras, which would leave out what was taken at the same moment, count copies of
+        a file as that file.
+        """
+        from fastreid_u.data.same_file import file_numbers, image_numbers
+
+        copies = self.queries is not None and not self.has_cameras
+        numbers = (image_numbers if copies else file_numbers)([sample.path for sample in self.samples])
+        return torch.tensor(numbers, device="cpu")
 
     @property
     def pids(self) -> Tensor:

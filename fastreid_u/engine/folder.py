@@ -121,7 +121,10 @@ class RunFolder:
             LayoutError: a newer version wrote them.
             ValueError: ``train`` did not write them; messages begin with ``op``.
         """
-        text = read_own(self.config, op).decode("utf-8", "surrogateescape")
+        try:
+            text = read_own(self.config, op).decode("utf-8", "surrogateescape")
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{op}: {self.config} must be there, with the run's settings, got none") from None
         try:
             tables = load_toml(text)
         except (ValueError, RecursionError) as error:

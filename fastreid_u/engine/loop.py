@@ -106,7 +106,7 @@ def _ranking(s: Session) -> tuple[dict[str, Any], nn.Module]:
         if s.ranks_training_images:
             s.kept.keep(network, features)
         if figures["queries"]:
-            found.append(figures | {"network": name})
+            found.append(figures | {"network": name, "ranked": s.surroundings["ranked"][:12]})
     best = highest_map(found)
     if best is None:
         return {}, next(iter(networks.values()))

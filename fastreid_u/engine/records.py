@@ -22,9 +22,11 @@ class Records(list[dict[str, Any]]):
     def best(self) -> dict[str, Any] | None:
         """Record of the epoch with the highest mAP, the one in ``model_best``; None if nothing was evaluated.
 
-        Of equal ones the first; the network before training does not count.
+        Of equal ones the first. The network before training does not count, nor do figures on other images than those
+        that were ranked first: a run may go on with another gallery, where a higher mAP is not a better network.
         """
-        return highest_map(record for record in self if record["epoch"] >= 0)
+        first = next((record["ranked"] for record in self if record.get("ranked")), None)
+        return highest_map(record for record in self if record["epoch"] >= 0 and record.get("ranked", first) == first)
 
     @property
     def start(self) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from fastreid_u._toml import load_toml
 from fastreid_u.engine.arguments import RESUMABLE
+from fastreid_u.engine.checkpoint import read_described
 from fastreid_u.engine.folder import RunFolder
 from fastreid_u.engine.state import State
 from fastreid_u.recipe import Recipe
@@ -31,7 +32,10 @@ def compared(now: Mapping[str, str], state: State, root: str | os.PathLike) -> I
         )
     for name in others:
         if name == "ranked":
-            yield f"warning: the ranked images are others than {until}: mAP before and after cannot be compared"
+            yield (
+                f"warning: the ranked images are others than {until}: mAP before and after cannot be compared, and "
+                "model_best is chosen by the images that were ranked first"
+            )
         else:
             yield f"note: {name} is {now[name]}, {until} it was {then[name]}: results may differ from an unbroken run's"
 
@@ -57,3 +61,22 @@ def compared_settings(folder: RunFolder, recipe: Recipe, state: State) -> Iterat
     unknown = now["config"].keys() - {field.name for field in dataclasses.fields(recipe.config)}
     if unknown:
         yield f"note: {folder.config} names {', '.join(sorted(unknown))}, which method {recipe.name!r} has not"
+
+
+def compared_best(folder: RunFolder, epoch: int) -> Iterator[str]:
+    """What to show where ``model_best`` is not the network that the records until ``epoch`` call the best."""
+    best, path = folder.records.best, folder.model_file("best")
+    if best is None:
+        return
+    try:
+        found = read_described(path, "train")[1].get("epoch")
+        wrong = f"it holds epoch {found}" if found in range(epoch + 1) and found != best["epoch"] else ""
+    except FileNotFoundError:
+        wrong = "it is gone"
+    except (OSError, ValueError) as error:
+        wrong = str(error)
+    if wrong:
+        yield (
+            f"warning: {path} should be the network of epoch {best['epoch']}, {wrong}; a later epoch is saved there "
+            f"only if it ranks above mAP {best['mAP']:.1%}"
+        )

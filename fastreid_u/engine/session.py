@@ -20,7 +20,7 @@ from fastreid_u.engine.optimizer import make_optimizer
 from fastreid_u.engine.pace import Pace
 from fastreid_u.engine.restored import load_tensors
 from fastreid_u.engine.reuse import KeptFeatures
-from fastreid_u.engine.same_run import compared, compared_settings
+from fastreid_u.engine.same_run import compared, compared_best, compared_settings
 from fastreid_u.engine.state import State
 from fastreid_u.engine.surroundings import surroundings
 from fastreid_u.engine.watch import LabelWatch
@@ -216,4 +216,6 @@ def restore(session: Session) -> None:
     session.start = state.epoch + 1
     if folder.go_on_after(state.epoch, state.records):
         line(f"note: {folder.metrics} had lost records, or held others; those until epoch {state.epoch} are back")
+    for note in compared_best(folder, state.epoch):
+        line(note)
     line(f"resumed {f'after epoch {state.epoch}' if session.start else 'before epoch 0'}")

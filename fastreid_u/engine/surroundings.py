@@ -3,10 +3,12 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
 
+from fastreid_u.data import Sample
 from fastreid_u.engine.arguments import package_version
 from fastreid_u.engine.datasets import Datasets
 from fastreid_u.engine.evaluate import Split
@@ -27,20 +29,25 @@ def surroundings(datasets: Datasets, split: Split | None, device: torch.device) 
 
 
 def _contents(datasets: Datasets) -> str:
-    """A digest of the first bytes of some training images, spread over each set; of all in a small set."""
+    """A digest of the training images of each set."""
     digest = hashlib.sha256()
     for reid in (datasets.target, datasets.source):
-        train = reid.train if reid else ()
-        for sample in train[:: -(-len(train) // _IMAGES) or 1]:
-            with suppress(OSError, ValueError):  # the loader reports what cannot be read
-                digest.update(read_own(sample.path, "train", _BYTES))
-            digest.update(b"\n")
+        _add_bytes(digest, reid.train if reid else ())
     return digest.hexdigest()
 
 
+def _add_bytes(digest: "hashlib._Hash", samples: Sequence[Sample]) -> None:
+    """Feed ``digest`` the first bytes of some images, spread over the ``samples``; of all where they are few."""
+    for sample in samples[:: -(-len(samples) // _IMAGES) or 1]:
+        with suppress(OSError, ValueError):  # the loader reports what cannot be read
+            digest.update(read_own(sample.path, "train", _BYTES))
+        digest.update(b"\n")
+
+
 def _ranked(split: Split | None, root: str | os.PathLike) -> str:
-    """A digest of the images that are ranked: paths below the root, identities, cameras, which are queries."""
+    """A digest of the images that are ranked: paths below the root, identities, cameras, which are queries; bytes."""
     digest = hashlib.sha256(f"{split and split.queries}\n".encode())
+    _add_bytes(digest, split.samples if split else ())
     for sample in split.samples if split else ():
         name = os.path.relpath(sample.path, root)
         digest.update(f"{name}\0{sample.pid}\0{sample.camid}\n".encode("utf-8", "surrogateescape"))

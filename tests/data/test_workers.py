@@ -123,6 +123,18 @@ def test_a_fork_while_another_thread_draws_random_numbers(samples, monkeypatch, 
         thread.join()
 
 
+def test_an_interrupt_is_for_the_parent(samples):
+    """Ctrl-C reaches all processes of a terminal: workers that ended by it were taken for killed ones."""
+    loader = make_loader(samples, test_transform(*SIZE), batch_size=4, workers=1)
+    reading = loader.epoch()
+    next(reading)
+    (worker,) = loader._workers._iterator._workers
+    os.kill(worker.pid, signal.SIGINT)
+    assert sum(len(loaded.indices) for loaded in reading) == len(samples) - 4
+    assert worker.is_alive()
+    loader.close()
+
+
 def test_workers_end_with_the_loader(samples):
     before = set(multiprocessing.active_children())
     loader = make_loader(samples, test_transform(*SIZE), batch_size=4, workers=1)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A console that is none, and text that would act on one."""
 
+import errno
 import io
 import sys
 
@@ -91,3 +92,18 @@ def test_once(tmp_path):
     for text in ("a", "b", "a"):
         display.once(text)
     assert stream.getvalue() == "a\nb\n"
+
+
+def test_a_stream_on_a_full_device_does_not_end_a_run(tmp_path):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    display = Display(stream=Full())
+    display.log_to(tmp_path / "log.txt")
+    display.line("one")
+    display.line("two")
+    note = "note: nothing more is shown on standard output: No space left on device"
+    assert (tmp_path / "log.txt").read_text().splitlines() == ["one", note, "two"]
+    with pytest.raises(OSError, match="No space left"):
+        Display(stream=Full()).line("figures that are nowhere else")

@@ -66,16 +66,23 @@ def test_every_test_image_as_query_and_gallery_is_ranked_without_itself(run, cro
     assert with_split["top1"] < 1
 
 
-def test_links_and_other_spellings_are_the_same_image(run, crops, capsys):
+def test_links_other_spellings_and_copies_are_the_same_image(run, crops, capsys):
     folder, pids = crops
-    for other in ("linked", "hard", "again"):
+    for other in ("linked", "hard", "again", "copied"):
         (folder / other).mkdir()
     (folder / "folder link").symlink_to("test")
     for n in range(len(pids)):
         (folder / f"linked/{n} other name.jpg").symlink_to(f"../test/{n}.jpg")
         os.link(folder / f"test/{n}.jpg", folder / f"hard/{n}.jpg")
+        shutil.copy(folder / f"test/{n}.jpg", folder / f"copied/of {n}.jpg")
     expected = fastreid_u.evaluate(run.folder, device="cpu", workers=0, quiet=True)
-    for spelling in ("linked/{} other name.jpg", "hard/{}.jpg", "folder link/{}.jpg", "again/../test/{}.jpg"):
+    for spelling in (
+        "linked/{} other name.jpg",
+        "hard/{}.jpg",
+        "folder link/{}.jpg",
+        "again/../test/{}.jpg",
+        "copied/of {}.jpg",
+    ):
         rows = [(f"test/{n}.jpg", pid, "query") for n, pid in enumerate(pids)]
         rows += [(spelling.format(n), pid, "gallery") for n, pid in enumerate(pids)]
         listed = csv_of(folder, "spelled.csv", [("train/" + os.listdir(folder / "train")[0], "", "train"), *rows])

@@ -76,6 +76,48 @@ def test_a_gallery_that_was_cut_is_named(run, world):
     assert "warning: the ranked images are others than until epoch 0: mAP before and after" in run.log.read_text()
 
 
+def test_an_easier_gallery_does_not_replace_the_best_network(run, world):
+    before = run.model_file("best").read_bytes()
+    for path in sorted((world / "bounding_box_test").glob("0000*.bmp")):  # the distractors
+        path.unlink()
+    went_on = resume(run, root=world, epochs=3)
+    assert max(record["mAP"] for record in went_on.records[1:]) > went_on.records[0]["mAP"], "of fewer images"
+    assert run.model_file("best").read_bytes() == before
+    assert went_on.records.best["epoch"] == 0
+
+
+def test_a_gallery_with_other_contents_is_named(run, world):
+    first, second = sorted((world / "bounding_box_test").glob("*.bmp"))[:2]
+    contents = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(contents)
+    resume(run, root=world)
+    assert "warning: the ranked images are others" in run.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda run: run.model_file("best").unlink(), "it is gone"),
+        (lambda run: run.model_file("best").write_bytes(bytes(999)), "is not a readable safetensors file"),
+    ],
+)
+def test_a_best_network_that_is_gone_or_damaged_is_named(run, spoil, words):
+    spoil(run)
+    resume(run)
+    line = next(line for line in run.log.read_text().splitlines() if line.startswith("warning:"))
+    assert "model_best.safetensors should be the network of epoch 0, " in line
+    assert words in line
+
+
+def test_settings_that_are_gone_are_named(run):
+    run.config.unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"train: .*config.toml must be there, with the run's settings, got none"
+    ):
+        resume(run)
+
+
 def test_another_version_or_device_is_named(run, monkeypatch):
     resume(run)
     assert "it was" not in run.log.read_text()
