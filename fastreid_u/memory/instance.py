@@ -144,6 +144,15 @@ class InstanceMemory(RowMemory):
     def _count_clusters(self) -> None:
         self.cluster_sizes = torch.bincount(self.labels[self.labels >= 0])
 
+    def _misfits(self, pairs: dict[str, tuple[Tensor, Tensor]]) -> list[str]:
+        wrong = super()._misfits(pairs)
+        if not wrong and {"labels", "cluster_means"} <= pairs.keys():
+            means, labels = pairs["cluster_means"][1], pairs["labels"][1]
+            clusters = max(int(labels.max()) + 1, 0) if len(labels) else 0
+            if len(means) != clusters:
+                wrong.append(f"cluster_means must have a row for each of {clusters} labels, got {len(means)}")
+        return wrong
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         faults = len(errors)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)

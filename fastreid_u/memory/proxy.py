@@ -142,10 +142,11 @@ class ProxyMemory(RowMemory):
         require_same_length(op, "cameras", cameras, "labels", labels)
         if self.num_proxies == 0:
             return torch.full_like(labels, -1)
-        known = (self.cameras << 32) + self.clusters  # ascending, as the rows are
+        # ascending as the rows are, unless others were assigned
+        known, order = ((self.cameras << 32) + self.clusters).sort(stable=True)
         wanted = (cameras << 32) + labels
-        row = torch.searchsorted(known, wanted).clamp(max=self.num_proxies - 1)
-        return torch.where((known[row] == wanted) & (labels >= 0), row, -1)
+        place = torch.searchsorted(known, wanted).clamp(max=self.num_proxies - 1)
+        return torch.where((known[place] == wanted) & (labels >= 0), order[place], -1)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """``intra_weight`` times the loss of ``x`` (B, D) within cameras, plus ``inter_weight`` times that between.

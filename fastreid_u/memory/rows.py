@@ -71,6 +71,8 @@ class RowMemory(nn.Module):
             raise ValueError(f"{op}: {name} must have {width} columns, as num_features, got {value.shape[1]}")
         if value.requires_grad:
             raise ValueError(f"{op}: {name} must not require grad, as updates change it, got requires_grad=True")
+        if any(step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True)):
+            raise ValueError(f"{op}: {name} must have memory of its own for each number, got an expanded tensor")
         if value.is_inference():  # which torch lets only inference mode change
             with torch.inference_mode(False):
                 return value.clone()

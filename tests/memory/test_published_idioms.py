@@ -120,6 +120,7 @@ ROWS_THAT_CANNOT_BE = {
     "integers": (OTHER.long(), TypeError, "features must be floating point, got torch.int64"),
     "another width": (OTHER[:, :7], ValueError, "features must have 8 columns, as num_features, got 7"),
     "one dimension": (OTHER[0], ValueError, r"features must be 2-D, got shape \(8,\)"),
+    "one row, expanded": (OTHER[:1].expand(10, 8), ValueError, "features must have memory of its own for each number"),
     "trained": (OTHER.clone().requires_grad_(), ValueError, "features must not require grad"),
 }
 
@@ -184,11 +185,26 @@ def test_a_state_whose_features_cannot_be_rows_is_refused_and_the_old_stay(make,
     same_as(memory, make(ROWS, LABELS))
 
 
+@pytest.mark.parametrize("change", [{"labels": torch.arange(10)}, {"cluster_means": OTHER[:4]}])
+def test_a_state_whose_means_are_of_other_clusters_is_refused(change):
+    memory = instance(LABELS)
+    with pytest.raises(RuntimeError, match=r"cluster_means must have a row for each of (10|5) labels, got (5|4)"):
+        memory.load_state_dict(memory.state_dict() | change)
+    same(memory, instance(LABELS))
+
+
+def test_proxies_are_found_in_any_order_that_is_assigned():
+    memory = ProxyMemory.from_features(ROWS, torch.arange(10), LABELS)
+    memory.clusters, memory.cameras = torch.arange(10).flip(0), LABELS.flip(0)
+    assert memory.rows(torch.arange(10), LABELS).tolist() == list(range(9, -1, -1))
+    assert memory.rows([3, 3, 11], [1, 2, 0]).tolist() == [6, -1, -1]
+
+
 @pytest.mark.parametrize(("make", "name"), [("instance", "labels"), ("proxy", "clusters"), ("proxy", "cameras")])
 def test_a_state_whose_ids_cannot_be_is_refused(make, name):
     memory = MEMORIES[make](ROWS, LABELS)
     state = memory.state_dict()
-    state[name] = state[name] - 7
+    state[name] = torch.where(state[name] == 0, -7, state[name])
     with pytest.raises(RuntimeError, match=rf"load_state_dict: {name} must lie in \[0, "):
         memory.load_state_dict(state)
     same_as(memory, MEMORIES[make](ROWS, LABELS))
