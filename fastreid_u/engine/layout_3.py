@@ -28,4 +28,6 @@ def from_layout_3(tensors: dict[str, Tensor], recipe: Recipe) -> dict[str, Tenso
     count = recipe.images.count
     rows = found.get("recipe.memory.features") if "recipe.memory.labels" in found else None
     readable = torch.ones(count, dtype=torch.bool) if rows is None else rows[-count:].any(dim=1)
+    if "recipe.memory.labels" in found:  # the memory takes the means of these clusters when it is loaded
+        fresh.pop("recipe.memory.cluster_means", None)
     return {**fresh, "readable": readable, **found}
