@@ -99,8 +99,9 @@ class LabelWatch:
         share = self._now["unclustered"]
         if len(self._seen) > 1 or share <= UNCLUSTERED:
             return None
-        text = f"{share:.0%} of the images are un-clustered, as is common in first labels; if the share does not fall:"
-        return Finding("first labels", 1, f"{text} {self._against_noise()}")
+        text = f"{share:.0%} of the images are un-clustered, as is common in first labels. If the share does not fall:"
+        remedy = self._against_noise()
+        return Finding("first labels", 1, f"{text} {remedy[0].lower()}{remedy[1:]}")
 
     def _unclustered(self) -> Finding | None:
         if len(self._seen) < 2:
