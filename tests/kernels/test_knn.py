@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastreid_u.kernels import k_reciprocal, knn
+from fastreid_u.kernels.knn import plain
 from fastreid_u.ops.knn import knn as search_op
 from fastreid_u.reference.knn import knn as reference_knn
 
@@ -32,8 +33,8 @@ def assert_same_neighbours(x, k, gallery=None):
 @pytest.fixture
 def exhaustive(monkeypatch):
     """Rows that had to be measured against everything, as they come."""
-    rows, against_all = [], knn._against_all
-    monkeypatch.setattr(knn, "_against_all", lambda *args: (rows.extend(args[2].tolist()), against_all(*args))[1])
+    rows, against_all = [], knn.against_all
+    monkeypatch.setattr(knn, "against_all", lambda *args: (rows.extend(args[2].tolist()), against_all(*args))[1])
     return rows
 
 
@@ -52,7 +53,7 @@ def test_knn_in_rounds(clustered, exhaustive):
     """A gallery longer than the buffer, sorted by identity: thresholds rise and no buffer overflows."""
     x = clustered(60, 12)
     x = torch.cat([x, x + 0.01, x + 0.03, x - 0.01]).reshape(4, 60, 12).transpose(0, 1).reshape(240, 12)
-    assert len(list(knn._Search(x, x, 2)._rounds(240))) > 1
+    assert len(list(plain._Search(x, x, 2)._rounds(240))) > 1
     queries = x[::9].contiguous()
     assert_same_neighbours(queries, 2, x)
     assert exhaustive == []
@@ -99,7 +100,7 @@ def test_knn_bounds_hold(clustered, case):
         "tiny": x * 1e-30,
         "huge": x * 1e15,
     }[case].float()
-    find = knn._Search(x, x, 2)
+    find = plain._Search(x, x, 2)
     half, length = find._centred(x[find.order])
     score = half.half().double() @ find.gallery.double().T
     reach = (length + find.tiny)[:, None]
@@ -114,7 +115,7 @@ def test_knn_bounds_hold(clustered, case):
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 10, 97, 100, 4096, 12936])
 def test_knn_visits_every_row_once(m):
-    order = torch.arange(m) * knn._golden_stride(m) % m
+    order = torch.arange(m) * plain._golden_stride(m) % m
     assert torch.equal(order.sort().values, torch.arange(m))
     if m > 90:  # any tenth of the visit is spread over the whole
         assert order[: m // 10].sort().values.diff().max() < 20 * 1.62
@@ -143,9 +144,9 @@ def test_tensor_cores_stay_within_the_bound(clustered, record_property, case):
     if case == "large first":
         x[:, 1:] *= 1e-2
     x = x.cuda()
-    find = knn._Search(x, x, 30)
+    find = plain._Search(x, x, 30)
     score = torch.empty(n, n, device="cuda")
-    knn._product(find.gallery, find.gallery, score)
+    plain._product(find.gallery, find.gallery, score)
     length = find._centred(x[find.order])[1]
     slack = (length + find.tiny)[:, None] * find.slack.double() + find.curve * find.slack.double() ** 2
     exact = ((x.double() - find.mean.double()) * find.scale)[find.order]

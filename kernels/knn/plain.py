@@ -1,33 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact k nearest rows: tensor cores look for candidates with proven bounds, float64 measures them (Triton, cuBLAS).
-
-Stands alone: needs torch and triton, nothing else; copy this file to use it elsewhere.
-Oracle: fastreid_u/reference/knn.py.
+"""The plain search: the product of whole rows by tensor cores, filtered by proven bounds.
 
 With c = x - mean, ranking by distance is ranking by s_ij = c_i.c_j - |c_j|^2 / 2. The product of the centred rows,
 scaled by a power of two and rounded to float16 (as accurate as tf32 at twice its rate), gives s up to a bound that
 holds for every pair: |error| <= beta r_i r_j + zeta r_j^2, where r is the length of c, beta counts the rounding of both
 inputs and D additions, zeta the rest. Each row keeps what can still be among its first k: the k-th largest lower bound
 seen so far is a threshold, and a candidate whose upper bound reaches it is appended to the buffer. So the buffer is
-complete whatever the data are, unless it overflows, and rows whose buffer overflowed (more copies of a point than it
-holds, or rows so close together that float16 cannot tell them apart) are measured against everything instead.
+complete whatever the data are, unless it overflows.
 
 Gallery rows are visited in a golden-ratio stride, which spreads any order of the data set evenly, and in rounds that
 grow so that a buffer of 16 k entries does not fill: one pass over the gallery, log(M) rounds.
 
 Cost: 2 N M D on float16 tensor cores bounds the time; scores pass once through a buffer of 32 MB, sized to stay in the
-L2 of a large GPU; about 40 rows per row are measured. Memory: the result, 2 M D bytes for the float16 gallery, and
-300 MB of blocks at k = 30 and D = 2048. Never N x M. The product is the library's: fused with the filter, only 128 x 64
-tiles keep within the registers, and they read every operand two to three times as often as its tiles do.
+L2 of a large GPU; about 40 rows per row are measured. Memory: 2 M D bytes for the float16 gallery, and 300 MB of blocks
+at k = 30 and D = 2048.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from .measure import nearest
+
 _ROWS = 8192  # queries that share one pass over the gallery
 _TILE = (1024, 8192)  # of scores: 32 MB of float32
-_ENTRIES = 1 << 22  # of float64 temporaries while rows are centred; distances at a time in the exhaustive pass
+_ENTRIES = 1 << 22  # of float64 temporaries while rows are centred
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "first_place"])
@@ -116,133 +113,24 @@ def _tighten_kernel(
         tl.store(threshold_ptr + row, threshold)
 
 
-@triton.jit
-def _measure_kernel(
-    x_ptr,  # [N, D] fp32
-    y_ptr,  # [M, D] fp32
-    query_ptr,  # [rows] int64, rows of x
-    index_ptr,  # [rows, CAP] int32, rows of y; not read with ALL
-    count_ptr,  # [rows] int32; not read with ALL
-    dist_ptr,  # [rows, CAP] fp32 out
-    D,
-    CAP,
-    BLOCK_E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ALL: tl.constexpr,  # every row of y: CAP is M
-):
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.load(query_ptr + row)
-    if ALL:
-        count = CAP
-    else:
-        count = tl.load(count_ptr + row)
-    for start in range(tl.program_id(1) * BLOCK_E, count, tl.num_programs(1) * BLOCK_E):
-        e = start + tl.arange(0, BLOCK_E)
-        if ALL:
-            j = e.to(tl.int64)
-        else:
-            j = tl.load(index_ptr + row * CAP + e, mask=e < count, other=0).to(tl.int64)
-        total = tl.zeros([BLOCK_E, BLOCK_D], tl.float64)
-        for start_d in range(0, D, BLOCK_D):
-            d = start_d + tl.arange(0, BLOCK_D)
-            mine = tl.load(x_ptr + i * D + d, mask=d < D, other=0.0).to(tl.float64)
-            inside = (e < count)[:, None] & (d < D)[None, :]
-            theirs = tl.load(y_ptr + j[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float64)
-            gap = mine[None, :] - theirs
-            total += gap * gap
-        tl.store(dist_ptr + row * CAP + e, tl.sum(total, axis=1).to(tl.float32), mask=e < count)
-
-
-@triton.jit
-def _order_kernel(
-    dist_ptr,  # [rows, CAP] fp32
-    index_ptr,  # [rows, CAP] int32
-    count_ptr,  # [rows] int32
-    query_ptr,  # [rows] int64
-    out_dist_ptr,  # [rows, K] fp32 out
-    out_index_ptr,  # [rows, K] int64 out
-    K,
-    CAP: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    ALONE: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    own = tl.load(query_ptr + row)
-    count = tl.load(count_ptr + row)
-    t = tl.arange(0, CAP)
-    dist = tl.load(dist_ptr + row * CAP + t, mask=t < count, other=0.0)
-    index = tl.load(index_ptr + row * CAP + t, mask=t < count, other=0).to(tl.int64)
-    # bits of a float that is not negative order as the float does: one integer compares distance, then index
-    key = (dist.to(tl.int32, bitcast=True).to(tl.int64) << 32) | index
-    if ALONE:
-        key = tl.where(index == own, -1, key)
-    rank = tl.zeros([CAP], tl.int32)
-    for start in range(0, count, BLOCK_E):
-        e = start + tl.arange(0, BLOCK_E)
-        e_dist = tl.load(dist_ptr + row * CAP + e, mask=e < count, other=0.0)
-        e_index = tl.load(index_ptr + row * CAP + e, mask=e < count, other=0).to(tl.int64)
-        e_key = (e_dist.to(tl.int32, bitcast=True).to(tl.int64) << 32) | e_index
-        if ALONE:
-            e_key = tl.where(e_index == own, -1, e_key)
-        ahead = (e_key[:, None] < key[None, :]) & (e < count)[:, None]
-        rank += tl.sum(ahead.to(tl.int32), axis=0)
-    chosen = (t < count) & (rank < K)
-    tl.store(out_dist_ptr + row * K + rank, dist, mask=chosen)
-    tl.store(out_index_ptr + row * K + rank, index, mask=chosen)
-
-
-def knn(x: torch.Tensor, k: int, gallery: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``k`` rows of ``gallery`` (or of ``x`` itself) nearest to each row of ``x``.
-
-    Args:
-        x: (N, D) float32, finite.
-        k: at least 1; beyond the rows searched clipped.
-        gallery: (M, D) float32 or None.
-
-    Returns:
-        ``(sq_dist, index)``, (N, k) float32 and (N, k) int64. Without a gallery a row's own index comes first, the
-        rest ascends by (distance, index). Distances are summed in float64 and rounded once.
-    """
-    y = x if gallery is None else gallery
-    if x.dtype != torch.float32 or y.dtype != torch.float32:
-        raise TypeError(f"knn: want x and gallery float32, got {x.dtype} and {y.dtype}")
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or x.shape[1] == 0:
-        raise ValueError(
-            f"knn: x and gallery must be (N, D) and (M, D) with D > 0, got {tuple(x.shape)} and {tuple(y.shape)}"
-        )
-    x, y = x.contiguous(), y.contiguous()
-    n, k = len(x), min(k, len(y))
-    sq_dist = torch.empty(n, k, dtype=torch.float32, device=x.device)
-    index = torch.empty(n, k, dtype=torch.int64, device=x.device)
-    if n == 0 or k == 0:
-        return sq_dist, index
-
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        _fill(x, y, k, gallery is None, sq_dist, index)
-    return sq_dist, index
-
-
-def _fill(x, y, k, alone, sq_dist, index):
-    (n, dim), m = x.shape, len(y)
-    find = _Search(x, y, k)
-    open_rows = torch.empty(n, dtype=torch.bool, device=x.device)
-    for first in range(0, n, _ROWS):
-        query = torch.arange(first, min(n, first + _ROWS), device=x.device)
-        place, count = find.candidates(x[first : first + _ROWS])
+def search(
+    x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor | None, alone: bool, sq_dist: torch.Tensor, index: torch.Tensor
+) -> torch.Tensor:
+    """Writes the nearest rows of ``rows`` of ``x``, or of all; those that it returns had too many candidates."""
+    mine = x if rows is None else x[rows]
+    rows = torch.arange(len(x), device=x.device) if rows is None else rows
+    k = index.shape[1]
+    find = _Search(mine, y, k)
+    open_rows = torch.empty(len(rows), dtype=torch.bool, device=x.device)
+    for first in range(0, len(rows), _ROWS):
+        part = slice(first, first + _ROWS)
+        place, count = find.candidates(mine[part])
         # fewer than k: products past the range of float32
-        open_rows[query] = failed = (count > find.cap) | (count < k)
+        open_rows[part] = failed = (count > find.cap) | (count < k)
         count.masked_fill_(failed, 0)
-        candidate = find.order[place.long().clamp_(0, m - 1)].int()  # slots past ``count`` hold anything
-        dist = torch.empty_like(candidate, dtype=torch.float32)
-        block = {"BLOCK_E": 8, "BLOCK_D": min(256, triton.next_power_of_2(dim)), "num_warps": 4}
-        _measure_kernel[(len(query), 4)](x, y, query, candidate, count, dist, dim, find.cap, ALL=False, **block)
-        _order_kernel[(len(query),)](
-            dist, candidate, count, query, sq_dist[first:], index[first:], k,
-            CAP=find.cap, BLOCK_E=find.block_e, ALONE=alone,
-        )  # fmt: skip
-    rest = open_rows.nonzero().flatten()
-    for query in rest.split(max(1, _ENTRIES // m)) if len(rest) else ():
-        sq_dist[query], index[query] = _against_all(x, y, query, k, alone)
+        candidate = find.order[place.long().clamp_(0, len(y) - 1)].int()  # slots past ``count`` hold anything
+        nearest(x, y, rows[part], candidate, count, alone, sq_dist, index)
+    return rows[open_rows]
 
 
 class _Search:
@@ -355,18 +243,3 @@ def _product(a, b, out):
         torch.mm(a, b.T, out_dtype=torch.float32, out=out)
     else:  # interpreted: a CPU has no such product, but those of float16 numbers are exact in float32
         torch.mm(a.float(), b.float().T, out=out)
-
-
-def _against_all(x, y, query, k, alone):
-    """The exhaustive pass: every distance of these rows, and the k smallest by (distance, index)."""
-    (m, dim), rows = y.shape, len(query)
-    dist = torch.empty(rows, m, dtype=torch.float32, device=x.device)
-    block = {"BLOCK_E": 8, "BLOCK_D": min(256, triton.next_power_of_2(dim)), "num_warps": 4}
-    chunks = min(triton.cdiv(m, 8), 1024)
-    _measure_kernel[(rows, chunks)](x, y, query, None, None, dist, dim, m, ALL=True, **block)
-    key = (dist.view(torch.int32).long() << 32) | torch.arange(m, device=x.device)
-    if alone:
-        key[torch.arange(rows, device=x.device), query] = -1
-    nearest = key.topk(k, dim=1, largest=False, sorted=True).values
-    index = torch.where(nearest < 0, query[:, None], nearest & 0xFFFFFFFF)
-    return dist.gather(1, index), index
