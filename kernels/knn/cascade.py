@@ -3,7 +3,7 @@
 
 A hint is any list of rows of the gallery, last epoch's neighbours say. The k-th of its distances, measured, is no less
 than that of the k-th neighbour, whatever the hint is. Without one, the best of each of some thousand bins of the
-gallery by the first columns of the short rows are a guess, of which 2 k are measured.
+gallery by the first columns of the short rows are a guess, of which a few more than k are measured.
 
 Products of short rows meet their threshold where they are made: a bit a pair leaves the chip, not a score. So a tile of
 128 x 128 keeps within its registers, and no race decides where a candidate stands.
@@ -122,17 +122,18 @@ def search(
 ) -> torch.Tensor:  # fmt: skip
     """Writes the nearest rows of all rows of ``x`` but those that it returns, whose candidates were too many."""
     k, device = index.shape[1], x.device
-    gallery, size = short.of(y)
-    lift = short.lift(size)
-    cap = triton.next_power_of_2(max(128, 32 * k))
+    gallery, sizes = short.of(y)
+    lift = short.lift(sizes)
+    cap = capacity(k)
     open_rows = torch.empty(len(x), dtype=torch.bool, device=device)
     for first in range(0, len(x), _ROWS):
-        query = torch.arange(first, min(len(x), first + _ROWS), device=device)
-        mine, size = short.of(x[first : first + _ROWS])
-        named = _guess(mine, gallery, lift, k) if hint is None else hint[first : first + _ROWS]
+        part = slice(first, min(len(x), first + _ROWS))
+        query = torch.arange(part.start, part.stop, device=device)
+        mine, size = (gallery[part], sizes[part]) if alone else short.of(x[part])
+        named = _guess(mine, gallery, lift, k) if hint is None else hint[part]
         threshold = short.threshold(size, limits(x, y, query, named, k))
         place, count = _candidates(mine, gallery, lift, threshold, cap)
-        open_rows[query] = failed = (count > cap) | (count < k)
+        open_rows[part] = failed = (count > cap) | (count < k)
         count.masked_fill_(failed, 0)
         nearest(x, y, query, place, count, alone, sq_dist, index)
     return open_rows.nonzero().flatten()
@@ -153,8 +154,18 @@ def limits(x: torch.Tensor, y: torch.Tensor, query: torch.Tensor, named: torch.T
     return dist.masked_fill_(~valid, torch.inf).topk(k, dim=1, largest=False).values.amax(dim=1)
 
 
+def capacity(k: int) -> int:
+    """Most candidates of a row that are kept."""
+    return triton.next_power_of_2(max(128, 32 * k))
+
+
+def guesses(k: int) -> int:
+    """How many rows are measured where there is no hint: a few more than k make up for what a guess misses."""
+    return k + k // 4 + 2
+
+
 def _guess(mine, gallery, lift, k):
-    """(rows, 2 k) int32 rows of the gallery that are likely to be near, below 0 where there are none."""
+    """(rows, guesses(k)) int32 rows of the gallery that are likely to be near, below 0 where there are none."""
     (rows, width), m, block = mine.shape, len(gallery), 64
     strips = max(1, min(triton.cdiv(m, block), max(_BINS, 32 * k) // block))
     best = torch.empty(rows, strips * block, dtype=torch.float32, device=mine.device)
@@ -163,7 +174,7 @@ def _guess(mine, gallery, lift, k):
         mine, gallery, lift, best, place, rows, m,
         WIDTH=width, COLUMNS=GUESSED, BLOCK_R=128, BLOCK_C=block, num_warps=8, num_stages=3,
     )  # fmt: skip
-    return place.gather(1, best.topk(min(2 * k, best.shape[1]), dim=1).indices)
+    return place.gather(1, best.topk(min(guesses(k), best.shape[1]), dim=1).indices)
 
 
 def _candidates(mine, gallery, lift, threshold, cap):

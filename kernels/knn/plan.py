@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from .cascade import GUESSED, limits
+from .cascade import GUESSED, capacity, guesses, limits
 from .short_rows import ShortRows, short_rows, strided
 
 WIDTHS = (64, 128, 256)  # a tile of so many numbers each stays on the chip whole
@@ -18,6 +18,7 @@ _FLOPS = 550e12  # float16 operations a second of a product, some 70 % of the sh
 _BYTES = 4e12  # a second, of rows gathered
 _SCORES = 5.5e12  # bytes a second through L2
 _EPILOGUE = 0.15e-12  # seconds a pair of short rows, for its bit
+_DOUBLE = 40e12  # float64 operations a second, by which rows are projected
 _SETUP = 3e-3  # seconds: directions, sample, and some hundred launches
 
 
@@ -46,7 +47,7 @@ def choose(x: torch.Tensor, y: torch.Tensor, k: int, hint: torch.Tensor | None) 
     widest = short_rows(y, WIDTHS[-1], *bounds)
     if widest is None:
         return None
-    best, plan = whole - _SETUP, None
+    best, plan = whole, None
     for width, hinted, measured, overflows in forecast(x, y, k, hint, widest):
         seconds = short_seconds(len(x), len(y), x.shape[1], width, measured, hinted) + overflows * whole
         if seconds < best:
@@ -63,7 +64,8 @@ def short_seconds(n: int, m: int, d: int, width: int, measured: float, hinted: b
     """The same in a cascade that measures so many rows a row, once a sample has been looked at."""
     columns = width if hinted else width + GUESSED
     passes = 1 if hinted else 2
-    return n * m * (2 * columns / _FLOPS + passes * _EPILOGUE) + n * measured * 4 * d / _BYTES
+    products = n * m * (2 * columns / _FLOPS + passes * _EPILOGUE)
+    return products + max(n, m) * 2 * d * width / _DOUBLE + n * measured * 4 * d / _BYTES
 
 
 def forecast(
@@ -74,18 +76,17 @@ def forecast(
     query = torch.arange(0, len(x), step, device=x.device)
     searched = strided(y, _SEARCHED)
     times = len(y) / len(searched)
-    (mine, a2), (theirs, b2) = widest.of(x[query]), widest.of(searched)
-    lift = widest.lift(b2)
-    score = widest.centred(x[query]).float() @ widest.centred(searched).float().T - b2.float() / 2
+    a2, b2 = widest.of(x[query])[1], widest.of(searched)[1]
+    score = widest.centred(x[query]).float() @ ((searched - widest.mean) * widest.scale).T - b2.float() / 2
     rank = min(len(searched), max(1, round(k / times)))
-    ways = [(False, 2 * k, score.topk(rank, dim=1).values[:, -1])]
+    ways = [(False, guesses(k), score.topk(rank, dim=1).values[:, -1])]
     if hint is not None:
         ways.append((True, hint.shape[1], widest.threshold(a2, limits(x, y, query, hint[query], k))))
-    cap, found = 32 * k, []
+    cap, found = capacity(k), []
     for width in WIDTHS:
         short = widest if width == widest.width else widest.first(width)
         (mine, _), (theirs, _) = short.of(x[query]), short.of(searched)
-        upper = mine.float() @ theirs.float().T + lift
+        upper = mine.float() @ theirs.float().T + short.lift(b2)
         for hinted, before, threshold in ways:
             count = times * (upper >= threshold[:, None]).sum(dim=1).double()
             count[threshold.isinf()] = 2 * cap  # a row without a limit

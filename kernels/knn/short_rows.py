@@ -2,8 +2,8 @@
 """Rows in a few directions, and what the products of these short rows prove about the distances of the long ones.
 
 Let c be a centred row of length a, V a matrix of r columns with |V| <= 1, z = V'c and e = sqrt(a^2 - |z|^2) what is
-left of c. Then c_i.c_j - z_i.z_j = c_i'(1 - VV')c_j, and 1 - VV' is positive semidefinite, with c'(1 - VV')c = e^2. So by
-Cauchy and Schwarz c_i.c_j lies between z_i.z_j - e_i e_j and z_i.z_j + e_i e_j, that is
+left of c. Then c_i.c_j - z_i.z_j = c_i'(1 - VV')c_j, and 1 - VV' is positive semidefinite, with c'(1 - VV')c = e^2. So
+by Cauchy and Schwarz c_i.c_j lies between z_i.z_j - e_i e_j and z_i.z_j + e_i e_j, that is
 
     |z_i - z_j|^2 + (e_i - e_j)^2  <=  |c_i - c_j|^2  <=  |z_i - z_j|^2 + (e_i + e_j)^2,
 
