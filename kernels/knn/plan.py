@@ -13,6 +13,7 @@ from .cascade import GUESSED, capacity, guesses, limits
 from .short_rows import ShortRows, short_rows, strided
 
 WIDTHS = (64, 128, 256)  # a tile of so many numbers each stays on the chip whole
+_MOST = 128  # neighbours: candidates of more would not keep within the registers that order them
 _QUERIES, _SEARCHED = 256, 16384  # rows of the sample
 _FLOPS = 550e12  # float16 operations a second of a product, some 70 % of the sheet's
 _BYTES = 4e12  # a second, of rows gathered
@@ -40,7 +41,7 @@ def choose(x: torch.Tensor, y: torch.Tensor, k: int, hint: torch.Tensor | None) 
     Small or flat sets go the plain way: the former without a look, as nothing could pay for it.
     """
     whole = plain_seconds(len(x), len(y), x.shape[1], k)
-    if _SETUP + short_seconds(len(x), len(y), x.shape[1], WIDTHS[0], k, hint is not None) >= whole:
+    if k > _MOST or _SETUP + short_seconds(len(x), len(y), x.shape[1], WIDTHS[0], k, hint is not None) >= whole:
         return None
     ends = torch.aminmax(y, dim=0) if y is x else [*torch.aminmax(y, dim=0), *torch.aminmax(x, dim=0)]
     bounds = torch.stack(list(ends)).aminmax(dim=0)

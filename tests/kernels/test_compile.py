@@ -54,6 +54,8 @@ LABELS = [
     ("knn.measure", "_measure_kernel", 4, DISTANCE | {"ALL": False}, {}),
     ("knn.measure", "_measure_kernel", 4, DISTANCE | {"ALL": True, "index_ptr": None, "count_ptr": None}, {}),
     ("knn.measure", "_order_kernel", 4, {"CAP": 512, "BLOCK_E": 32, "ALONE": True}, {}),
+    ("knn.measure", "_order_kernel", 4, {"CAP": 1024, "BLOCK_E": 16, "ALONE": True}, {}),
+    ("knn.measure", "_order_kernel", 4, {"CAP": 4096, "BLOCK_E": 4, "ALONE": True}, {}),
     ("k_reciprocal", "_mutual_kernel", 1, {"BLOCK_A": 32, "BLOCK_P": 32}, {}),
     ("k_reciprocal", "_expand_kernel", 1, {"BLOCK_Q": 32, "BLOCK_H": 16}, {}),
     ("k_reciprocal", "_merge_kernel", 1, SORT | {"HAS_MASS": False, "mass_ptr": None, "out_mass_ptr": None}, {}),

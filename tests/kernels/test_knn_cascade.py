@@ -228,10 +228,11 @@ def test_the_way_is_chosen_by_what_a_sample_shows(monkeypatch):
     assert plan.choose(x * 0, x * 0, k, None) is None
 
 
-def test_small_searches_go_the_plain_way_without_a_look(monkeypatch):
+def test_small_searches_and_many_neighbours_go_the_plain_way_without_a_look(monkeypatch):
     monkeypatch.setattr(plan, "short_rows", None)
     x = torch.zeros(1, 2048)
-    assert plan.choose(x.expand(12_936, 2048), x, 30, None) is None
+    for n, k in ((12_936, 30), (1_000_000, 129)):
+        assert plan.choose(x.expand(n, 2048), x.expand(n, 2048), k, None) is None
 
 
 def test_work_that_is_promised():
