@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features with the spectrum of a trained network, for benchmarks of whatever depends on it; made once, then read.
+"""Trained networks, and features with their spectrum, for the benchmarks that depend on them; made once, then read.
 
     python benchmarks/trained_features.py          # make what is missing: about ten minutes on two cores
     python benchmarks/trained_features.py --where  # the files, whether they exist or not
@@ -74,31 +74,35 @@ def load(n: int, d: int) -> np.ndarray:
     return np.array(np.load(path, mmap_mode="r")[:n])
 
 
-def make(d: int, *, quiet: bool = False) -> Path:
-    """Train, render, extract, and store; a file that exists is kept."""
+def network(d: int, *, quiet: bool = False) -> Path:
+    """The weights of the network that gives ``d`` numbers; trained where the cache has none."""
     import fastreid_u
-    from fastreid_u.data.synthetic import SyntheticConfig, generate
     from fastreid_u.models.resnet import RESNETS, ResNetSpec
 
-    path, kind = file_of(d), KINDS[d]
+    RESNETS[BOTTLENECK] = ResNetSpec(True, (1, 1, 1, 1), width=64)
+    path, kind = file_of(d).with_suffix(".safetensors"), KINDS[d]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        with tempfile.TemporaryDirectory(dir=cache()) as logs:
+            told = dict(root=cache(), data=LEARNT, logs_dir=Path(logs) / "run", quiet=quiet)
+            run = fastreid_u.train("synthetic", arch=kind.arch, **told, **kind.settings)
+            (run.folder / "model_last.safetensors").replace(path)
+    return path
+
+
+def make(d: int, *, quiet: bool = False) -> Path:
+    """Train, render, extract, and store; files that exist are kept."""
+    import fastreid_u
+    from fastreid_u.data.synthetic import SyntheticConfig, generate
+
+    path, rows = file_of(d), KINDS[d].rows
     if path.is_file():
         return path
-    RESNETS[BOTTLENECK] = ResNetSpec(True, (1, 1, 1, 1), width=64)
     world = generate(SyntheticConfig(**OTHERS), cache())
-    images = sorted((world / "bounding_box_train").iterdir())[: kind.rows]
-    with tempfile.TemporaryDirectory() as logs:
-        run = fastreid_u.train(
-            "synthetic",
-            root=cache(),
-            data=LEARNT,
-            logs_dir=Path(logs) / "run",
-            arch=kind.arch,
-            quiet=quiet,
-            **kind.settings,
-        )
-        features = fastreid_u.extract(run.folder, images).features.float().cpu().numpy()
-    if features.shape != (kind.rows, d):
-        raise ValueError(f"trained_features: expected {kind.rows} x {d} numbers, got {features.shape}")
+    images = sorted((world / "bounding_box_train").iterdir())[:rows]
+    features = fastreid_u.extract(network(d, quiet=quiet), images).features.float().cpu().numpy()
+    if features.shape != (rows, d):
+        raise ValueError(f"trained_features: expected {rows} x {d} numbers, got {features.shape}")
     part = path.with_suffix(".part.npy")
     np.save(part, features)
     part.replace(path)
