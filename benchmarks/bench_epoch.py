@@ -4,9 +4,9 @@
     pytest benchmarks/bench_epoch.py --benchmark-only -k 5k
 
 ``published/`` restates that pipeline. It goes first, so that nothing that ours sets up can help it, and runs one epoch:
-it keeps nothing from one to the next. Ours is ``fastreid_u.train`` for two epochs, of which the second counts, as a real
-run has fifty; the first, which decodes the images, stands beside it. Both draw the same images into the same batches.
-Saving a run is in neither.
+it keeps nothing from one to the next. Ours is ``fastreid_u.train`` for two epochs, of which the second counts, as a
+real run has fifty; the first, which decodes the images, stands beside it. Both draw the same images into the same
+batches. Saving a run is in neither.
 
 Nothing is reported unless the features of the two networks are equal to 1e-4, our labels of its features are its
 labels, and our mAP of its features is its mAP to 1e-6.

@@ -19,11 +19,8 @@ class Scores(NamedTuple):
 
 def distances(query: Tensor, gallery: Tensor) -> np.ndarray:
     """(Q, G) squared Euclidean distances, float32."""
-    q, g = len(query), len(gallery)
-    found = (
-        query.pow(2).sum(dim=1, keepdim=True).expand(q, g) + gallery.pow(2).sum(dim=1, keepdim=True).expand(g, q).t()
-    )
-    return torch.addmm(found, query, gallery.t(), beta=1, alpha=-2).numpy()
+    size = query.pow(2).sum(dim=1, keepdim=True) + gallery.pow(2).sum(dim=1)
+    return torch.addmm(size, query, gallery.t(), beta=1, alpha=-2).numpy()
 
 
 def rank(distance: np.ndarray, query: Sequence[Sample], gallery: Sequence[Sample], topk: int = 100) -> Scores:
