@@ -145,20 +145,21 @@ def require_equal(size: Size, data: ReIDDataset, weights: Path, theirs: Publishe
     mine = fastreid_u.extract(weights, [sample.path for sample in data.train], amp="off", device="cpu").features
     apart = (mine - theirs.features).abs().max().item()
     assert apart <= 1e-4, f"features differ by {apart}"
-    clock = [time.perf_counter()]
-    lists = fastreid_u.knn(theirs.features, size.k1)
-    clock.append(time.perf_counter())
     found = dict(k1=size.k1, k2=size.k2, eps=size.eps, min_samples=size.rest["min_samples"])
-    labels = fastreid_u.pseudo_labels(theirs.features, knn=lists, **found)
-    clock.append(time.perf_counter())
-    np.testing.assert_array_equal(labels.numpy(), theirs.labels)
-    fastreid_u.cluster_centroids(theirs.features, labels)
-    clock.append(time.perf_counter())
     ids = [torch.tensor([getattr(s, name) for s in data.query + data.gallery]) for name in ("pid", "camid")]
     q, g = theirs.ranked.split([len(data.query), len(data.gallery)])
     (q_pids, g_pids), (q_cams, g_cams) = (part.split([len(q), len(g)]) for part in ids)
-    again = fastreid_u.rank_metrics(q, g, q_pids, g_pids, q_cams, g_cams, ap="sklearn").mAP
-    clock.append(time.perf_counter())
+    for _ in range(2):  # the second time counts: compiled code is read from its cache in the first
+        clock = [time.perf_counter()]
+        lists = fastreid_u.knn(theirs.features, size.k1)
+        clock.append(time.perf_counter())
+        labels = fastreid_u.pseudo_labels(theirs.features, knn=lists, **found)
+        clock.append(time.perf_counter())
+        fastreid_u.cluster_centroids(theirs.features, labels)
+        clock.append(time.perf_counter())
+        again = fastreid_u.rank_metrics(q, g, q_pids, g_pids, q_cams, g_cams, ap="sklearn").mAP
+        clock.append(time.perf_counter())
+    np.testing.assert_array_equal(labels.numpy(), theirs.labels)
     assert abs(again - theirs.mAP) <= 1e-6, f"mAP is {again}, published {theirs.mAP}"
     parts = dict(zip(("search", "jaccard, dbscan", "centroids", "ranking"), np.diff(clock).tolist(), strict=True))
     return {"features differ by": apart, "mAP differs by": abs(again - theirs.mAP), "parts": parts}
