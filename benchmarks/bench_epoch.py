@@ -56,7 +56,7 @@ class Size:
     k1: int = 30
     k2: int = 6
     eps: float = 0.6
-    pretrained: bool = True  # by trained_features.py; else by two epochs on the world itself
+    pretrained: bool = True  # by trained_features.py; else by an epoch on the world itself
     rest: dict[str, Any] = field(default_factory=lambda: dict(temp=0.05, momentum=0.1, min_samples=4, lr=3.5e-4))
 
 
@@ -85,7 +85,7 @@ def data_of(size: Size) -> ReIDDataset:
 def weights_of(size: Size, data: ReIDDataset, folder: Path) -> Path:
     if size.pretrained:
         return trained_features.network(256, quiet=True)
-    told = settings(size) | dict(center_per_camera=True, calibrate_bn=2, epochs=2)
+    told = settings(size) | dict(center_per_camera=True, calibrate_bn=2, epochs=1)
     return fastreid_u.train(data, weights=None, logs_dir=folder / "before", **told).folder / "model_last.safetensors"
 
 
