@@ -27,8 +27,8 @@ constraints: newest  ## the whole suite with the newest versions of everything; 
 	grep -Ev '^(nvidia|cuda)-' $(NEWEST)/freeze >> $(NEWEST)/constraints.txt
 	mv $(NEWEST)/constraints.txt constraints.txt
 
-bench: $(VENV)/.installed  ## the benchmarks: equality first, then the clock
-	$(BIN)/python -m pytest --benchmark-only
+bench: $(VENV)/.installed  ## the benchmarks on a CPU: equality first, then the clock; JSON, and tables
+	$(BIN)/python benchmarks/on_cpu.py
 
 # On a machine without network: uses the environment of $(PYTHON), and installs this tree into it.
 gpu:  ## on a CUDA machine: build, GPU tests, sanitizer, ceilings, kernels, a training run; JSON, and a table

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contrastive loss and its gradient against the same written out in plain torch, eager and compiled.
 
-Liger-Kernel and cut-cross-entropy take part where they are installed and have a GPU; both know the plain loss only, and
-want the features normalised first. Every rival is held to the reference in float64 before it is timed. A CPU runs the
-small sizes; ``FASTREID_U_BENCH=all`` asks it for the rest.
+torch's own ``linear_cross_entropy`` takes part in the form that cuts the batch into pieces, Liger-Kernel and
+cut-cross-entropy where they are installed and have a GPU. The last two take class indices only; none has the loss with
+an epsilon; all want the features normalised first. Every rival is held to the reference in float64 before it is timed.
+A CPU runs the small sizes; ``FASTREID_U_BENCH=all`` asks it for the rest.
 """
 
-import importlib.util
 import os
 
 import pytest
 import torch
 import torch.nn.functional as F
+from rivals import why_not
 
 from fastreid_u.ops.cluster_nce import cluster_nce
 from fastreid_u.reference.cluster_nce import cluster_nce as reference
@@ -58,20 +59,32 @@ def ours(x, targets, memory, **settings):
 def plain(x, targets, memory, **settings):
     """What one would write in torch."""
     logits = F.normalize(x) @ memory.T / TEMPERATURE
+    if "epsilon" in settings:
+        e = logits.exp() * settings["class_mask"]
+        p = e.gather(1, targets[:, None])[:, 0] / (e.sum(1) + settings["epsilon"])
+        return ((1 - p) ** settings["focal"] * -torch.log(p + settings["epsilon"])).mean()
+    return F.cross_entropy(logits, wanted(targets, memory, **settings))
+
+
+def wanted(targets, memory, **settings):
+    """Class indices, or the probabilities (B, C) that a teacher or another target makes of them."""
     if not settings:
-        return F.cross_entropy(logits, targets)
+        return targets
     if "teacher" in settings:
         with torch.no_grad():
             soft = (F.normalize(settings["teacher"]) @ memory.T / TEMPERATURE).softmax(1)
         share = settings["teacher_weight"]
-    elif "extra_target" in settings:
-        soft, share = settings["extra_target"], settings["extra_weight"]
     else:
-        e = logits.exp() * settings["class_mask"]
-        p = e.gather(1, targets[:, None])[:, 0] / (e.sum(1) + settings["epsilon"])
-        return ((1 - p) ** settings["focal"] * -torch.log(p + settings["epsilon"])).mean()
-    target = F.one_hot(targets, logits.shape[1]) * (1 - share) + share * soft
-    return F.cross_entropy(logits, target)
+        soft, share = settings["extra_target"], settings["extra_weight"]
+    return F.one_hot(targets, len(memory)) * (1 - share) + share * soft
+
+
+def in_pieces(x, targets, memory, **settings):
+    """torch's own, with the logits of a piece of the batch at a time (torch 2.13 and later)."""
+    target = wanted(targets, memory, **settings)
+    return F.linear_cross_entropy(
+        F.normalize(x), memory / TEMPERATURE, target, options=torch.nn.LinearCrossEntropyOptions()
+    )
 
 
 def liger(x, targets, memory):
@@ -91,10 +104,11 @@ RIVALS = {
     "fastreid_u": ours,
     "torch": plain,
     "torch.compile": torch.compile(plain),
+    "torch in pieces": in_pieces,
     "liger": liger,
     "cut_cross_entropy": cut_cross_entropy,
 }
-PACKAGES = {"liger": "liger_kernel", "cut_cross_entropy": "cut_cross_entropy"}
+INDICES_ONLY = ("liger", "cut_cross_entropy")
 
 
 def step(loss, x, targets, memory, **settings):
@@ -118,13 +132,15 @@ def launches(run):
 def bench_cluster_nce(benchmark, workload, name, variant):
     x, targets, memory, teacher = workload
     (b, d), c = x.shape, len(memory)
-    if name in PACKAGES:
-        if variant != "plain":
-            pytest.skip(f"{name} has no {variant}")
-        if importlib.util.find_spec(PACKAGES[name]) is None:
-            pytest.skip(f"{name} is absent")
-        if DEVICE.type != "cuda":
-            pytest.skip(f"{name} needs a GPU")
+    if name in INDICES_ONLY and variant != "plain":
+        pytest.skip(f"{name} takes class indices only")
+    if name == "torch in pieces":
+        if not hasattr(F, "linear_cross_entropy"):
+            pytest.skip(f"torch {torch.__version__} has no linear_cross_entropy: it came with 2.13")
+        if variant == "epsilon and focal":
+            pytest.skip("linear_cross_entropy has neither an epsilon nor a focal weight")
+    if reason := why_not(name):
+        pytest.skip(reason)
     if variant != "plain" and c > 50_000:
         pytest.skip("plain torch would take tens of GiB")
     benchmark.group = f"cluster_nce, {variant}, loss and gradient, B={b} C={c} D={d}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact neighbours against plain torch, scikit-learn, faiss and cuML, where they are installed.
+"""Exact neighbours against plain torch, scikit-learn, faiss, cuML, cuVS and FlashLib, where they are installed.
 
     pytest benchmarks/bench_knn.py --benchmark-only -k market1501
 
@@ -8,11 +8,10 @@ neighbours that are almost equally far may change places: they must find 99.9 % 
 ``extra_info``.
 """
 
-import importlib.util
-
 import numpy as np
 import pytest
 import torch
+from rivals import why_not
 
 from fastreid_u.ops.knn import knn
 from fastreid_u.reference.knn import knn as reference
@@ -23,7 +22,7 @@ SIZES = {"tiny": (300, 32), "market1501": (12_936, 2048)}
 if DEVICE.type == "cuda":
     SIZES |= {"msmt17": (32_621, 2048), "100k": (100_000, 2048), "1M": (1_000_000, 2048)}
 # Rows up to which a rival runs; faiss may be the build without a GPU.
-MOST = {"reference": 12_936, "sklearn": 12_936, "faiss": 32_621, "torch": 100_000, "cuml": 100_000}
+MOST = {"reference": 12_936, "sklearn": 12_936, "faiss": 32_621, "torch": 100_000, "cuml": 100_000, "cuvs": 100_000}
 
 
 def ours(x):
@@ -72,7 +71,30 @@ def cuml(x):
     return tuple(torch.from_dlpack(cupy.asarray(part)) for part in found)
 
 
-RIVALS = {"fastreid_u": ours, "torch": plain, "reference": slow, "sklearn": sklearn, "faiss": faiss, "cuml": cuml}
+def cuvs(x):
+    import cupy
+    from cuvs.neighbors import brute_force
+
+    found = brute_force.search(brute_force.build(x, metric="sqeuclidean"), x, K)
+    return tuple(torch.from_dlpack(cupy.asarray(part)) for part in found)
+
+
+def flashlib(x):
+    from flashlib import flash_knn
+
+    return flash_knn(x, x, K)  # in the type of x, which it calls exact
+
+
+RIVALS = {
+    "fastreid_u": ours,
+    "torch": plain,
+    "reference": slow,
+    "sklearn": sklearn,
+    "faiss": faiss,
+    "cuml": cuml,
+    "cuvs": cuvs,
+    "flashlib": flashlib,
+}
 
 
 @pytest.fixture(scope="module", params=SIZES)
@@ -87,12 +109,10 @@ def workload(request, reid_features):
 def bench_knn(benchmark, workload, name, peak_bytes, ceilings):
     size, x = workload
     (n, d), run = x.shape, RIVALS[name]
-    if name in ("sklearn", "faiss", "cuml") and importlib.util.find_spec(name) is None:
-        pytest.skip(f"{name} is not installed")
+    if reason := why_not(name):
+        pytest.skip(reason)
     if n > MOST.get(name, n):
         pytest.skip(f"{name} runs up to {MOST[name]} rows")
-    if name == "cuml" and DEVICE.type == "cpu":
-        pytest.skip("cuML needs a GPU")
 
     def timed():
         found = run(x)

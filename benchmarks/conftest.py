@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import trained_features as stored_features
 from torch import Tensor
 
 from fastreid_u import _env
@@ -59,6 +60,21 @@ def reid_features() -> Callable[[int, int, torch.device], Tensor]:
         return x
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained_features() -> Callable[[int, int, torch.device], Tensor]:
+    """``trained_features(n, d, device)``: (n, d) unit rows that a trained network gives of rendered people, for d = 256
+    (to 50,000 rows) and 2048 (to 12,936). Skips where the cache has none; the reason has the command that makes them.
+    """
+
+    def read(n: int, d: int, device: torch.device) -> Tensor:
+        try:
+            return torch.from_numpy(stored_features.load(n, d)).to(device)
+        except FileNotFoundError as error:
+            pytest.skip(str(error))
+
+    return read
 
 
 @pytest.fixture(scope="session")

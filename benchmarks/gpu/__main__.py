@@ -276,7 +276,7 @@ def commit() -> str:
     )
     if head.returncode != 0:
         return "unknown"
-    changed = ["git", "status", "--porcelain", "--", ".", ":!benchmarks/results"]
+    changed = ["git", "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs/benchmarks.md"]
     dirty = subprocess.run(changed, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     return head.stdout.strip() + ("+changes" if dirty else "")
 
