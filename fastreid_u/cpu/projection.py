@@ -14,11 +14,11 @@ and in terms of one product of rows p = [z, e] of r + 1 numbers, s = p_i.p_j:
 What is computed differs from that in four ways; u is half an ulp of the type of the rows, g(n) = n u / (1 - n u) the
 bound of n roundings in any order of summation (Higham, "Accuracy and Stability of Numerical Algorithms", section 3.1).
 
-1. The directions V are orthonormal but for E = V'V - 1, whose norm is at most d, measured in float64. Q = V (1 + E)^-1/2
+1. The directions V are orthonormal but for E = V'V - 1, of norm d at most, measured in float64. Q = V (1 + E)^-1/2
    is orthonormal and spans the same space; |Q'c - V'c| <= ((1 - d)^-1/2 - 1) |V'c| <= d (1 + d) a, d being below 1/4.
 2. The product V'c is rounded: pieces of 128 columns are summed first, then the pieces, so that no term takes part in
-   more than m = 128 + D / 128 roundings. A component is off by g(m) a |v| at most, the vector by g(m) a sqrt(r (1 + d)).
-   With 1: the computed z lies within h a of Q'c, h = g(m) sqrt(r (1 + d)) + d (1 + d).
+   more than m = 128 + D / 128 roundings. A component is off by g(m) a |v| at most, and the vector by
+   g(m) a sqrt(r (1 + d)). With 1: the computed z lies within h a of Q'c, h = g(m) sqrt(r (1 + d)) + d (1 + d).
 3. e has to be no less than |q|, whose square is a^2 - |Q'c|^2 <= a^2 - |z|^2 + 2 h (1 + h) a^2: that is what e is made
    of, rounded up. p is then no longer than (1 + 2 h) a, and 2 z_i.z_j differs from the exact one by h (2 + h)
    (a_i^2 + a_j^2) at most, as 2 a_i a_j <= a_i^2 + a_j^2.
