@@ -46,25 +46,14 @@ class Side(NamedTuple):
 
 
 class Level(NamedTuple):
-    """A product and its bounds; ``doubt`` takes the two sides."""
+    """A product, its bounds (``doubt`` takes the two sides), and what it writes: uint16 stands for bfloat16."""
 
     side: Callable[[np.ndarray, np.ndarray], Side]
     product: Callable[[Any, Any, np.ndarray], object]
     doubt: Callable[[Side, Side], float]
     least: float
     grain: float = 0.0
-
-
-class Rounded(NamedTuple):
-    """Products in bfloat16, for a machine where they are the faster ones.
-
-    Attributes:
-        rows: gives float32 rows in bfloat16.
-        product: ``product(a, b, out)`` writes a b' of two such, summed in float32, to float32 through bfloat16.
-    """
-
-    rows: Callable[[np.ndarray], Any]
-    product: Callable[[Any, Any, np.ndarray], object]
+    scores: np.dtype | None = None  # None: the type of the centred rows
 
 
 @kernel(fastmath={"reassoc", "contract"})  # lets the sum run in SIMD lanes
@@ -85,13 +74,17 @@ def _centre(begin, end, x, picked, mean, scale, rows, norm):
 
 
 @kernel
-def _moved(begin, end, rows):
-    """The largest share of its length by which rounding to 8 bits moves a row; Veltkamp's splitting gives the rest."""
-    most, left, split = 0.0, np.empty(rows.shape[1], np.float32), np.float32(2**16 + 1)
+def _shorten(begin, end, rows, bits, short):
+    """Rows in bfloat16, and the largest share of its length by which that moves one; ``bits`` are those of ``rows``."""
+    most, wide, left = 0.0, np.empty(rows.shape[1], np.uint32), np.empty(rows.shape[1], np.float32)
+    widened = wide.view(np.float32)
     for i in range(begin, end):
         for d in range(rows.shape[1]):
-            large = split * rows[i, d]
-            left[d] = rows[i, d] - (large - (large - rows[i, d]))
+            kept = (bits[i, d] + np.uint32(0x7FFF) + ((bits[i, d] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            short[i, d] = kept
+            wide[d] = kept << np.uint32(16)
+        for d in range(rows.shape[1]):
+            left[d] = rows[i, d] - widened[d]
         length = _sq_length(rows[i])
         if length > 0.0:
             most = max(most, _sq_length(left) / length)
@@ -129,7 +122,7 @@ def _largest(begin: int, end: int, x: np.ndarray) -> float:
 
 
 def levels(
-    gallery: np.ndarray, centring: Centring, product: projection.Product, rounded: Rounded | None = None
+    gallery: np.ndarray, centring: Centring, product: projection.Product, bfloat16: Callable | None = None
 ) -> list[Level]:
     """What bounds distances to ``gallery``: the full product, and before it what is cheaper and worth a try."""
     width, dtype = gallery.shape[1], centring.dtype
@@ -139,8 +132,8 @@ def levels(
         product(a, b.T, out)
 
     full = Level(lambda rows, norm: Side(rows, np.zeros(len(rows))), transposed, lambda a, b: bound, least)
-    if rounded is not None and dtype == np.float32:
-        return [_in_bfloat16(rounded, centring.threads, bound, least), full]
+    if bfloat16 is not None and dtype == np.float32:
+        return [_in_bfloat16(bfloat16, centring.threads, bound, least), full]
     if width < _NARROW:
         return [full]
     sample, norm = centring(gallery, np.arange(len(gallery))[:: max(1, len(gallery) // 2048)])
@@ -151,16 +144,17 @@ def levels(
     return [_in_directions(to, width, product), full]
 
 
-def _in_bfloat16(rounded: Rounded, threads: int, bound: float, least: float) -> Level:
+def _in_bfloat16(product: Callable, threads: int, bound: float, least: float) -> Level:
     def side(rows: np.ndarray, norm: np.ndarray) -> Side:
-        moved = max(over_rows(_moved, len(rows), threads, rows, most=128))
-        return Side(rounded.rows(rows), np.zeros(len(rows)), moved * (1 + 2.0**-10))  # ties may split either way
+        short = np.empty(rows.shape, np.uint16)
+        moved = over_rows(_shorten, len(rows), threads, rows, rows.view(np.uint32), short, most=128)
+        return Side(short, np.zeros(len(rows)), max(moved) * (1 + 2.0**-20))
 
     def doubt(a: Side, b: Side) -> float:
         moved = max(a.moved, b.moved)
         return 2 * moved + moved**2 + bound * (1 + moved) ** 2
 
-    return Level(side, rounded.product, doubt, 8 * least, 2.0**-8 / (1 - 2.0**-8))
+    return Level(side, product, doubt, 8 * least, 2.0**-8 / (1 - 2.0**-8), np.dtype(np.uint16))
 
 
 def _in_directions(to: projection.Directions, width: int, product: projection.Product) -> Level:

@@ -10,14 +10,16 @@ bfloat16 or in a few directions, and the full one for those queries of a block t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
-from ._levels import Centring, Rounded, Side, levels
+from ._levels import Centring, Side, levels
 from ._threads import kernel, over_rows
 from .knn import sq_dist
 from .projection import Product
 
-_QUERIES, _CHUNK = 4096, 512  # rows of the query, and of the gallery, in a block of scores: 8 MB
+_QUERIES, _CHUNK = 4096, 2048  # rows of the query, and of the gallery, in a block of scores: 32 MB
 _OPEN = 24  # a query with more than 1 / _OPEN of a block in doubt goes to the next level
 
 
@@ -63,11 +65,13 @@ def _count_one(value, j, a, b, column, distance, counts):
 
 @kernel
 def _place(
-    begin, end, at, which, scores, norm_q, rest_q, norm_g, rest_g, doubt, least, grain, unscale, query, gallery, first,
-    start, column, distance, most, counts, undecided,
+    begin, end, at, which, scores, short, norm_q, rest_q, norm_g, rest_g, doubt, least, grain, unscale, query, gallery,
+    first, start, column, distance, most, counts, undecided,
 ):  # fmt: skip
     """Rows ``begin .. end - 1`` of a block of scores, for ``query[which[at]]`` and ``gallery[first:]``."""
-    width = scores.shape[1]
+    width = len(norm_g)
+    bits, of_row = np.empty(width, np.uint32), np.empty(width, scores.dtype)
+    widened = bits.view(np.float32)
     lowest = np.empty(width, np.float32)  # for a quick look in float32, whose rounding 2^-20 covers
     for j in range(width):
         lowest[j] = norm_g[j] * (1.0 - doubt - 2.0**-20)
@@ -78,15 +82,21 @@ def _place(
         size = norm_q[at[r]]
         limit = distance[b - 1] / unscale * (1.0 + 2.0**-20) - size * (1.0 - doubt - 2.0**-20) + least
         reach, twice, slope = np.float32(limit + abs(limit) * 2.0**-20), np.float32(2.0), np.float32(2.0 * grain)
+        if len(short):
+            for j in range(width):
+                bits[j] = np.uint32(short[r, j]) << np.uint32(16)
+            of_row[:] = widened
+        else:
+            of_row[:] = scores[r]
         near = 0
         for j in range(width):
             kept[near] = j
-            near += lowest[j] - twice * scores[r, j] - slope * abs(scores[r, j]) <= reach
+            near += lowest[j] - twice * of_row[j] - slope * abs(of_row[j]) <= reach
 
         placed = opened = 0
         for at_kept in range(near):
             j = kept[at_kept]
-            total, s = size + norm_g[j], np.float64(scores[r, j])
+            total, s = size + norm_g[j], np.float64(of_row[j])
             middle, slack = total - 2.0 * s, doubt * total + least + 2.0 * grain * abs(s)
             # what is measured is rounded: 4 ulp of float32 on top
             p = _first(distance, a, b, (middle - slack) * unscale * (1.0 - 2.0**-22), False)
@@ -149,7 +159,7 @@ def count(
     threads: int = 1,
     product: Product = np.matmul,
     dtype: type = np.float32,
-    rounded: Rounded | None = None,
+    bfloat16: Callable | None = None,
 ) -> np.ndarray:
     """How many rows of the gallery come before each mark.
 
@@ -159,21 +169,23 @@ def count(
             column).
         column, distance: (M,) int64 and float64; distances as :func:`measure` gives them. G stands behind all rows.
         threads, product, dtype: as in :func:`.knn.knn`.
-        rounded: products in bfloat16, if they are worth it.
+        bfloat16: ``bfloat16(a, b, out)``, if worth it, writes a b', summed in float32; uint16 stands for bfloat16.
 
     Returns:
         (3, M) int64: of how many rows the distance is less; less, or equal with an index below the mark's; at most it.
 
-    Memory: a centred copy of the queries that have marks, 1024 rows of the gallery, 1024^2 scores, 24 M bytes.
+    Memory: a centred copy of the queries that have marks, and one of 2048 rows of the gallery; 48 MB of scores; 70 M
+    bytes.
     """
     counts, which = np.zeros((3, len(column)), np.int64), np.flatnonzero(np.diff(start))
     if len(which) == 0:
         return counts
     centring = Centring.of(query, gallery, dtype, threads)
     queries = centring(query, which)
-    steps = levels(gallery, centring, product, rounded)
+    steps = levels(gallery, centring, product, bfloat16)
     sides: list[Side | None] = [None] * len(steps)
-    scores = np.empty(min(_QUERIES, len(which)) * min(_CHUNK, len(gallery)), dtype)
+    room = min(_QUERIES, len(which)) * min(_CHUNK, len(gallery))
+    scores = {kind: np.empty(room, kind) for kind in {step.scores or np.dtype(dtype) for step in steps}}
     for first in range(0, len(gallery), _CHUNK):
         width = min(_CHUNK, len(gallery) - first)
         chunk = centring(gallery, np.arange(first, first + width))
@@ -184,13 +196,14 @@ def count(
                 sides[n] = sides[n] or step.side(*queries)
                 of_gallery[n] = of_gallery[n] or step.side(*chunk)
                 a, b = sides[n], of_gallery[n]
-                block = scores[: len(at) * width].reshape(len(at), width)
+                block = scores[step.scores or np.dtype(dtype)][: len(at) * width].reshape(len(at), width)
+                both = (np.empty((0, 0), dtype), block) if step.scores else (block, np.empty((0, 0), np.uint16))
                 whole = at[-1] - at[0] + 1 == len(at)
                 step.product(a.rows[at[0] : at[-1] + 1] if whole else a.rows[at], b.rows, block)
                 most = width if step is steps[-1] else width // _OPEN
                 opened = np.empty(len(at), np.int64)
                 over_rows(
-                    _place, len(at), threads, at, which, block, queries[1], a.rest, chunk[1], b.rest,
+                    _place, len(at), threads, at, which, *both, queries[1], a.rest, chunk[1], b.rest,
                     step.doubt(a, b), step.least, step.grain, centring.scale**-2, query, gallery, first,
                     start, column, distance, most, counts, opened, most=64,
                 )  # fmt: skip

@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
-from torch import Tensor
 
 
 def product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
@@ -30,18 +27,7 @@ def has_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and any(probe is not None and probe() for probe in probes)
 
 
-class InBfloat16:
-    """Rows in bfloat16 and their product a b', which passes through bfloat16 too."""
-
-    def __init__(self) -> None:
-        self.result = torch.empty(0, dtype=torch.bfloat16, device="cpu")  # one for all blocks: fresh memory costs time
-
-    def rows(self, x: np.ndarray) -> Tensor:
-        return torch.from_numpy(x).bfloat16()
-
-    def product(self, a: Any, b: Any, out: np.ndarray) -> None:
-        if self.result.numel() < out.size:
-            self.result = self.result.new_empty(out.size)
-        short = self.result[: out.size].view(out.shape)
-        torch.mm(a, b.T, out=short)
-        torch.from_numpy(out).copy_(short)
+def in_bfloat16(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+    """Write a b' to ``out``, all in bfloat16, for which uint16 stands; summed in float32."""
+    a, b, out = (torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) for x in (a, b, out))
+    torch.mm(a, b.T, out=out)

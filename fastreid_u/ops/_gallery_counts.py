@@ -26,10 +26,10 @@ class OfFeatures:
     def count(self, start: np.ndarray, column: np.ndarray, distance: np.ndarray) -> np.ndarray:
         from fastreid_u.cpu import rank_metrics as cpu
 
-        short = _cpu_products.InBfloat16() if _cpu_products.has_bfloat16() else None
         return cpu.count(
             self.query.numpy(), self.gallery.numpy(), start, column, distance, threads=torch.get_num_threads(),
-            product=_cpu_products.product, dtype=_cpu_products.product_dtype(), rounded=short,
+            product=_cpu_products.product, dtype=_cpu_products.product_dtype(),
+            bfloat16=_cpu_products.in_bfloat16 if _cpu_products.has_bfloat16() else None,
         )  # fmt: skip
 
     def subset(self, members: np.ndarray) -> OfFeatures:

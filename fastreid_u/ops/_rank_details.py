@@ -125,7 +125,7 @@ class TrueAccepts:
         return within - sum(np.searchsorted(x, points, side="right") for x in (matches, junk))
 
     def _guess(self, points: np.ndarray, distances: Distances, fprs: list[float]) -> np.ndarray:
-        """Points around the distances at which a sample of pairs has the shares wanted, four deviations to each side."""
+        """Points around the distances at which a sample of pairs has these shares, four deviations to each side."""
         random, ids = np.random.default_rng(0), self.ids
         row = np.sort(random.choice(self.valid.nonzero()[0], _SAMPLE))
         column = random.integers(0, self.gallery, _SAMPLE)

@@ -102,15 +102,15 @@ def test_every_level_bounds_the_measured_distance(width, spread):
     exact = pair_sq_dist(torch.from_numpy(query), torch.from_numpy(gallery), row, column).numpy().reshape(30, 60)
     exact = exact * centring.scale**2
     size = sides[0][1][:, None] + sides[1][1]
-    short = _cpu_products.InBfloat16()
-    short = _levels.Rounded(short.rows, short.product)
-    found = [*_levels.levels(gallery, centring, _cpu_products.product, short)]
+    found = _levels.levels(gallery, centring, _cpu_products.product, _cpu_products.in_bfloat16)
     found += _levels.levels(gallery, centring, _cpu_products.product)[:-1]
     assert len(found) == (3 if width == 600 else 2)
     for level in found:
         a, b = (level.side(*side) for side in sides)
-        scores = np.empty((30, 60), np.float32)
+        scores = np.empty((30, 60), level.scores or np.float32)
         level.product(a.rows, b.rows, scores)
+        if level.scores:
+            scores = (scores.astype(np.uint32) << 16).view(np.float32)
         scores = scores.astype(np.float64)
         slack = level.doubt(a, b) * size + level.least + 2 * level.grain * np.abs(scores)
         assert (size - 2 * scores - slack <= exact).all()
@@ -131,10 +131,9 @@ def test_a_short_level_leaves_little_to_measure(monkeypatch):
     marks = start, column[order], distance[order]
     opened, place = [], cpu._place
     monkeypatch.setattr(cpu, "_place", lambda *a: (place(*a), opened.append(a[-1][a[0] : a[1]].copy())))
-    short = _cpu_products.InBfloat16()
-    for rounded in (None, _levels.Rounded(short.rows, short.product)):
+    for bfloat16 in (None, _cpu_products.in_bfloat16):
         opened.clear()
-        cpu.count(x[:200], x[200:], *marks, product=_cpu_products.product, rounded=rounded)
+        cpu.count(x[:200], x[200:], *marks, product=_cpu_products.product, bfloat16=bfloat16)
         assert np.concatenate(opened).sum() < 1.5 * len(row)
 
 
