@@ -127,9 +127,10 @@ def rank_metrics(
     The rank of a match is the number of gallery images before it, which is counted in blocks of scores: nothing is
     sorted, never Q x G, beside a ``distmat`` that is one. Distances from features are squared, summed in float64 and
     rounded to 24 bits, so copies tie. Memory: a centred copy of the queries, 80 MB of blocks, 100 bytes a pair of one
-    identity, 2**20 such pairs at a time. ``by_camera`` counts camera by camera, in the same time and a copy of the
-    largest camera's gallery; ``fpr`` passes over the gallery about twice more, in 16 bytes a pair of one identity and
-    100 MB; ``top`` is a ``knn`` of its own, with its memory, 2**24 neighbours at a time.
+    identity, 2**20 such pairs at a time. ``by_camera`` counts camera by camera, with a copy of
+    one camera's gallery; ``fpr`` passes over the gallery again, twice or more, in which more is measured than for the
+    ranks, in 16 bytes a pair of one identity and 100 MB; ``top`` is a ``knn`` of its own, with its memory. Each may
+    take several times the time of the ranks.
 
     Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015; mINP: Ye et al., TPAMI 2021.
     """
