@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, get_type_hints
+from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 from fastreid_u._toml import plain
 from fastreid_u.pixel_norm import RULE, is_pixel_norm
@@ -53,9 +53,13 @@ def option(
     flags: tuple[str, ...] = (),
     choices: tuple = (),
     rule: Rule | None = None,
+    switch: bool = False,
 ) -> Any:
-    """A dataclass field that knows its meaning, its default's source, its short flags, and which values are valid."""
-    metadata = {"help": help, "source": source, "flags": flags, "choices": choices, "rule": rule}
+    """A dataclass field that knows its meaning, its default's source, its short flags, and which values are valid.
+
+    A ``switch`` is on or off in the shell, as every bool is, though None is its default.
+    """
+    metadata = {"help": help, "source": source, "flags": flags, "choices": choices, "rule": rule, "switch": switch}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -177,18 +181,29 @@ class Config:
     warmup_factor: float = option(0.1, "share of lr in the first warm-up epoch", source="DCCC, ICE", rule=IN_UNIT)
     amp: str = option(
         "off",
-        "bfloat16 autocast of the network; auto = where the CPU has it natively",
+        "bfloat16 autocast of the network; auto = where the CPU has it natively, for features always, in steps of "
+        "networks without depthwise convolutions",
         source="published runs are float32",
         choices=("off", "bf16", "auto"),
     )
-    channels_last: bool = option(False, "memory layout of images and convolutions; changes speed, not results")
+    channels_last: bool | None = option(
+        None,
+        "memory layout of images and convolutions; changes speed, and results by rounding only; None = on where it is "
+        "faster, a CPU with oneDNN",
+        switch=True,
+    )
 
     # evaluation
     eval_step: int = option(
         10, "epochs between evaluations; the last epoch is always evaluated", source=LINEAGE, rule=at_least(1)
     )
     eval_initial: bool = option(False, "also evaluate the network before training")
-    eval_batch_size: int = option(256, "images per batch in extraction; changes speed, not results", rule=at_least(1))
+    eval_batch_size: int | None = option(
+        None,
+        "images per batch in extraction; changes speed, and results by rounding only; None = 256 on a GPU, on a CPU as "
+        "many as 32 of 128 x 64 pixels",
+        rule=at_least(1),
+    )
     ignore_cameras: bool = option(
         False, "rank also the images of the query's own camera, for people who are each seen by one camera only"
     )
@@ -266,6 +281,6 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         value = plain(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+    if not isinstance(value, hint) or (isinstance(value, bool) and bool not in (hint, *get_args(hint))):
         raise TypeError(f"config: {name} must be {hint.__name__ if isinstance(hint, type) else hint}, got {value!r}")
     return value

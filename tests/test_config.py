@@ -70,7 +70,7 @@ def test_a_changed_default_keeps_all_else_of_its_field():
     assert (size.default, size.type, size.kw_only) == (16, int | None, True)
     metadata = dict(size.metadata)
     assert metadata.pop("rule").words == "be at least 2"
-    assert metadata == {"help": "a size", "source": "a log", "flags": ("-s",), "choices": ()}
+    assert metadata == {"help": "a size", "source": "a log", "flags": ("-s",), "choices": (), "switch": False}
     assert (kind.metadata["help"], kind.metadata["source"], kind.metadata["choices"]) == (
         "another kind", "ours", ("a", "b"),
     )  # fmt: skip

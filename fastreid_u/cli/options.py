@@ -39,7 +39,7 @@ def _add_option(parser: Any, field: dataclasses.Field, hint: Any) -> None:
     flags = [*about.get("flags", ()), f"--{name}"]
     words = f"{about.get('help', '')} [{about.get('source', '')}]".replace("%", "%%")
     shared = {"dest": field.name, "default": argparse.SUPPRESS, "help": f"{words} (default: %(default)s)"}
-    if hint is bool:
+    if hint is bool or about.get("switch"):
         parser.add_argument(*flags, f"--no-{name}", action=_Switch, **shared)
         return
     kinds = _kinds(field.name, hint)

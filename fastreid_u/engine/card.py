@@ -39,6 +39,7 @@ class RecipeCard:
         device: where it runs.
         selects: how ``model_best`` is chosen.
         scale: the people that the labels' settings fit, of ``LabelGenerator.scale``; empty where unknown.
+        speed: layout, precision and batches of features, as ``speed_line`` has them.
     """
 
     method: type[Recipe]
@@ -49,6 +50,7 @@ class RecipeCard:
     device: str
     selects: str
     scale: str = ""
+    speed: str = ""
 
     def lines(self) -> list[str]:
         """The card, a line of text each."""
@@ -62,6 +64,7 @@ class RecipeCard:
             *([f"  scale       {self.scale}"] if self.scale else []),
             f"  batch       {config.batch_size} = {config.batch_size // config.num_instances} clusters "
             f"x {config.num_instances} images, BatchNorm over {config.bn_group or config.batch_size}",
+            *([f"  speed       {self.speed}"] if self.speed else []),
             f"  evaluation  AP formula {config.ap}; {self.selects}",
             *self._compat(),
             *self._departures(),

@@ -14,17 +14,20 @@ class Machine:
 
     Attributes:
         device: holds the networks; batches are copied there.
-        autocast: whether forward passes run in bfloat16 where torch's autocast allows it.
+        autocast: whether forward passes for features run in bfloat16 where torch's autocast allows it.
         display: receives lines, warnings and progress.
+        autocast_steps: the same of the forward passes of training.
     """
 
     device: torch.device
     autocast: bool
     display: Display
+    autocast_steps: bool = False
 
-    def precision(self) -> torch.autocast:
-        """A context in which forward passes run in the precision of this machine."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
+    def precision(self, *, steps: bool = False) -> torch.autocast:
+        """A context in which forward passes, for features or in ``steps``, run in the precision of this machine."""
+        enabled = self.autocast_steps if steps else self.autocast
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def pick_device(op: str, device: str | torch.device | None) -> torch.device:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastreid_u.engine.allocator import keeping_freed_memory
 from fastreid_u.engine.optimizer import learning_rate
 from fastreid_u.ops.device_flag import raise_flagged
 from fastreid_u.ranks import gather_batch
@@ -40,9 +41,10 @@ def fit_epoch(session: "Session", epoch: int, targets: Tensor) -> float:
     total = torch.zeros((), device=machine.device)
     steps, note = 0, ""
     batches = recipe.batches(targets.cpu(), epoch)
-    with machine.display.phase(f"epoch {epoch}", len(batches), unit="steps") as advance:
+    phase = machine.display.phase(f"epoch {epoch}", len(batches), unit="steps")
+    with keeping_freed_memory(machine.device), phase as advance:
         for batch in _loaded(session, batches, targets, epoch):
-            with machine.precision():
+            with machine.precision(steps=True):
                 outputs = recipe(batch)
             outputs, batch = gather_batch(_each(outputs, Tensor.float), batch)
             loss = _total(recipe.loss(outputs, batch))

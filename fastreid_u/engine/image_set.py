@@ -120,14 +120,16 @@ class ImageSet:
     def features(self, network: nn.Module, phase: str = "extract") -> Tensor:
         """Features (N, D) float32 of all images, on the machine's device; rows of unreadable images are NaN.
 
-        The network is put in eval mode and sees the images unaugmented. ``phase`` names the work in progress bars and
-        errors. Holds 4 * N * D bytes and one batch.
+        The network is put in eval mode and sees the images unaugmented; on a CPU a copy with its BatchNorms folded
+        does. ``phase`` names the work in progress bars and errors. Holds 4 * N * D bytes, that copy and one batch.
 
         Raises:
             FloatingPointError: the network gives NaN or infinity for readable images (it has diverged).
             TooManyBadImages: more images than the set allows cannot be read.
             ValueError: none of them can.
         """
+        from fastreid_u.models.folding import folded
+
         network.eval()
         device, count = self.machine.device, len(self.samples)
         features, unreadable = None, 0
@@ -137,6 +139,8 @@ class ImageSet:
                 unreadable += len(loaded.bad)
                 if len(loaded.indices):
                     images = loaded.images.to(device, non_blocking=True)
+                    if features is None and device.type == "cpu":
+                        network = folded(network, images)
                     with self.machine.precision():
                         rows = network(images).float()
                     if features is None:

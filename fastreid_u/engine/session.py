@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastreid_u.config import Config
+from fastreid_u.engine.allocator import keeping_freed_memory
 from fastreid_u.engine.datasets import Datasets
 from fastreid_u.engine.device import Machine
 from fastreid_u.engine.evaluate import SplitImages, test_split
@@ -21,6 +22,7 @@ from fastreid_u.engine.pace import Pace
 from fastreid_u.engine.restored import load_tensors
 from fastreid_u.engine.reuse import KeptFeatures
 from fastreid_u.engine.same_run import compared, compared_best, compared_settings
+from fastreid_u.engine.speed import feature_batch
 from fastreid_u.engine.state import State
 from fastreid_u.engine.surroundings import surroundings
 from fastreid_u.engine.watch import LabelWatch
@@ -28,6 +30,8 @@ from fastreid_u.recipe import Recipe
 
 if TYPE_CHECKING:
     from fastreid_u.models import ReIDModel
+
+_CALIBRATION_BATCH = 256  # images, where the batch of an extraction is left to the machine
 
 
 @dataclass
@@ -127,7 +131,7 @@ def open_session(recipe: Recipe, datasets: Datasets, machine: Machine, folder: R
         )
     reading = Reading(
         test_transform(config.height, config.width, pixel_norm=config.pixel_norm),
-        config.eval_batch_size,
+        feature_batch(config.eval_batch_size, machine.device, config.height, config.width),
         train_views=recipe.views(),
         train_batch_size=config.batch_size,
         workers=config.workers,
@@ -163,9 +167,9 @@ def start_networks(session: Session, model: "ReIDModel", *, calibrate: bool) -> 
         # Any fixed spread over the images will do; batches of near-identical neighbours would not.
         generator = torch.Generator().manual_seed(config.seed)
         order = torch.randperm(len(session.target.samples), generator=generator).tolist()
-        spread = session.target.plain_batches(chunks(order, config.eval_batch_size))
+        spread = session.target.plain_batches(chunks(order, config.eval_batch_size or _CALIBRATION_BATCH))
         batches = (loaded.images.to(machine.device) for loaded in spread)
-        with machine.precision():
+        with keeping_freed_memory(machine.device), machine.precision(steps=True):
             calibrate_batchnorm(model, islice(batches, config.calibrate_bn))
     recipe.build(model)
     recipe.to(machine.device)

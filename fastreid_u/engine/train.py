@@ -4,7 +4,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +15,14 @@ from fastreid_u.config import Config
 from fastreid_u.engine.arguments import Arguments, Experiment, experiment_of
 from fastreid_u.engine.card import RecipeCard, metric_block, model_selection, outcome
 from fastreid_u.engine.datasets import load_datasets
-from fastreid_u.engine.device import Machine, pick_device, uses_bfloat16
+from fastreid_u.engine.device import pick_device
 from fastreid_u.engine.display import Display
 from fastreid_u.engine.folder import RunFolder, settings_text
 from fastreid_u.engine.loop import run_epochs
 from fastreid_u.engine.network_settings import pixel_warning
 from fastreid_u.engine.records import Records
 from fastreid_u.engine.session import Session, build_network, open_session, restore, start_networks
+from fastreid_u.engine.speed import fitted_to_machine, machine_for, speed_line
 from fastreid_u.ranks import require_one_rank
 from fastreid_u.recipe import Recipe
 
@@ -108,15 +109,16 @@ def train(
     folder = None if logs_dir is None else RunFolder(logs_dir)
     stored = _stored_settings(folder, overwrite=overwrite) if resume else None
     experiment = experiment_of(arguments, stored)
+    experiment = replace(experiment, config=fitted_to_machine(experiment.config, device))
     if folder is not None:
         folder.refuse_taken(overwrite=overwrite or resume)
 
     with _undisturbed(device), ExitStack() as stack:
         display = Display(quiet=quiet)
-        machine = Machine(device, uses_bfloat16(experiment.config.amp, device), display)
         datasets = load_datasets(experiment, display)
         recipe = experiment.recipe_class(experiment.config, datasets.images())
         model = build_network(experiment.config, device, trained=resume)
+        machine = machine_for(experiment.config, device, model, display)
 
         free_name = f"{datasets.target.name}-{recipe.name}"
         folder = stack.enter_context(RunFolder.locked_free(free_name) if folder is None else folder.locked())
@@ -165,8 +167,9 @@ def _introduce(session: Session, model: "ReIDModel", experiment: Experiment) -> 
     selects = model_selection(recipe, session.test.split if session.test else None)
     name, device = experiment.name or datasets.target.name, str(session.machine.device)
     labels = recipe.labels
+    speed = speed_line(recipe.config, session.machine)
     card = RecipeCard(
-        type(recipe), recipe.config, name, model.describe(), labels.describe(), device, selects, labels.scale()
+        type(recipe), recipe.config, name, model.describe(), labels.describe(), device, selects, labels.scale(), speed
     )
     unlike = pixel_warning(recipe.config)
     for line in [*card.lines(), f"  run folder  {session.folder}", *([unlike] if unlike else []), ""]:

@@ -141,14 +141,14 @@ def set_bn_group(model: nn.Module, group: int | None, running: str = "first") ->
         for name, child in parent.named_children()
         if isinstance(child, _BatchNorm)
     ]
-    other = next((type(norm).__name__ for _, _, norm in norms if _plain_type(norm) is None), None)
+    other = next((type(norm).__name__ for _, _, norm in norms if plain_type(norm) is None), None)
     if other is not None and group is not None:
         raise ValueError(
             f"set_bn_group: model must hold no BatchNorm but BatchNorm1d, 2d and timm's BatchNormAct2d, got a {other}; "
             "use bn_group=None (--bn-group None)"
         )
     for parent, name, norm in norms:
-        if _plain_type(norm) is not None:
+        if plain_type(norm) is not None:
             setattr(parent, name, _twin(norm, group, running))
 
 
@@ -156,7 +156,7 @@ _GROUPED = {nn.BatchNorm1d: GroupBatchNorm1d, nn.BatchNorm2d: GroupBatchNorm2d}
 _PLAIN = {grouped: plain for plain, grouped in _GROUPED.items()}
 
 
-def _plain_type(norm: _BatchNorm) -> type[_BatchNorm] | None:
+def plain_type(norm: _BatchNorm) -> type[_BatchNorm] | None:
     """The ungrouped class of ``norm``; None if it cannot be grouped."""
     if isinstance(norm, GroupBatchNormAct2d):
         return norm.plain
@@ -166,7 +166,7 @@ def _plain_type(norm: _BatchNorm) -> type[_BatchNorm] | None:
 
 
 def _twin(old: _BatchNorm, group: int | None, running: str) -> _BatchNorm:
-    plain = _plain_type(old)
+    plain = plain_type(old)
     options = {
         "eps": old.eps,
         "momentum": old.momentum,

@@ -100,7 +100,7 @@ def evaluate(
         raise ValueError(f"evaluate: dataset must have a query/gallery split to be re-ranked, got {dataset.root}")
     machine = Machine(device, uses_bfloat16(config["amp"], device), display)
     reading = reading_of(
-        config, batch_size=batch_size, workers=workers, worker_start=worker_start, truncated=truncated_images
+        config, device, batch_size=batch_size, workers=workers, worker_start=worker_start, truncated=truncated_images
     )
     images = SplitImages(replace(split, style=rerank), reading, machine)
     with closing(images), display.hearing_warnings():

@@ -85,7 +85,7 @@ def extract(
     machine = Machine(device, uses_bfloat16(config["amp"], device), display)
     workers = 0 if crops else workers
     reading = reading_of(
-        config, batch_size=batch_size, workers=workers, worker_start=worker_start, truncated=truncated_images
+        config, device, batch_size=batch_size, workers=workers, worker_start=worker_start, truncated=truncated_images
     )
     wanted = ImageSet(samples, replace(reading, cache=bool(crops)), machine, bad_share=1.0)
     for number, crop in crops.items():

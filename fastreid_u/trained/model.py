@@ -20,6 +20,7 @@ from fastreid_u.engine.image_set import Reading
 from fastreid_u.engine.layout import LAYOUT, LayoutError
 from fastreid_u.engine.network_settings import fitted_to_network
 from fastreid_u.engine.session import build_network
+from fastreid_u.engine.speed import feature_batch, fitted_to_machine
 
 if TYPE_CHECKING:
     from fastreid_u.models import ReIDModel
@@ -118,7 +119,7 @@ def network_and_config(
         return model, {**about["config"], **amp}
     weights = None if run is None else os.fspath(run)
     given = {"arch": choice.arch, "weights": weights, **choice.settings}
-    config = fitted_to_network(Config(**given, **amp), given)
+    config = fitted_to_machine(fitted_to_network(Config(**given, **amp), given), device)
     with torch.inference_mode(False):
         return build_network(config, device, trained=False).eval(), config.to_dict()
 
@@ -159,10 +160,15 @@ def run_path(op: str, run: str | os.PathLike) -> Path:
     return Path(run).expanduser()
 
 
-def reading_of(config: Mapping[str, Any], **changes: Any) -> Reading:
-    """How images are read for a network with the settings ``config``; ``changes`` are ``Reading``'s, None = its own."""
+def reading_of(config: Mapping[str, Any], device: torch.device, **changes: Any) -> Reading:
+    """How images are read for a network with the settings ``config`` on ``device``.
+
+    ``changes`` are ``Reading``'s, None = its own.
+    """
     from fastreid_u.data import test_transform
 
-    view = test_transform(config["height"], config["width"], pixel_norm=config["pixel_norm"])
-    own = {"batch_size": config["eval_batch_size"], "truncated": config.get("truncated_images", False)}
+    height, width = config["height"], config["width"]
+    view = test_transform(height, width, pixel_norm=config["pixel_norm"])
+    batch_size = feature_batch(config["eval_batch_size"], device, height, width)
+    own = {"batch_size": batch_size, "truncated": config.get("truncated_images", False)}
     return Reading(view, **own | {name: value for name, value in changes.items() if value is not None})

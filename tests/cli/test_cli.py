@@ -135,7 +135,7 @@ def test_a_word_that_sets_nothing_is_refused(seen, words, message, capsys):
 def a_word_for(field, hint):
     """Words that set the field to something that is not its default, and what that is."""
     flag = "--" + field.name.replace("_", "-")
-    if hint is bool:
+    if hint in (bool, bool | None):
         return [flag if not field.default else f"--no-{flag[2:]}"], not field.default
     if field.metadata["choices"]:
         other = next(choice for choice in field.metadata["choices"] if choice != field.default)

@@ -50,7 +50,7 @@ def test_a_model_as_train_writes_it_is_loaded(model):
         ({"ap": "Rank"}, "ap must be one of rank, sklearn, trapezoid, got 'Rank'"),
         ({"height": "64"}, "height must be int, got '64'"),
         ({"width": 0}, "width must be at least 1, got 0"),
-        ({"channels_last": 1}, "channels_last must be bool, got 1"),
+        ({"channels_last": 1}, r"channels_last must be bool \| None, got 1"),
         ({"stem_relu": None}, "stem_relu must be bool, got None"),
         ({"pooling_type": ["avg"]}, r"pooling_type must be str, got \['avg'\]"),
         ({"eval_batch_size": -1}, "eval_batch_size must be at least 1, got -1"),
