@@ -7,12 +7,9 @@ With n the squared lengths of two centred rows and s their computed product, the
 
 and at most n_i + n_j - 2 s + slack + 4 e_i e_j, where a level is
 
-* full: rows as they are, ``doubt`` as in :mod:`.knn`, and ``grain`` and e are 0;
+* full: rows as they are, ``doubt`` as in :mod:`.centre`, and ``grain`` and e are 0;
 * in a few directions: :mod:`.projection`, which gives e;
-* in bfloat16: if rounding moves no row by more than the share k of its length, the product of rounded rows is off by
-  (2 k + k^2) a_i a_j at most, twice which is no more than (2 k + k^2) (n_i + n_j); sums in float32 add what they add
-  above, the rounded rows being within 1 + k of their length. The result, rounded to 8 bits, is off by ``grain`` =
-  2^-8 / (1 - 2^-8) of itself.
+* in bfloat16: :mod:`.bfloat16`, whose result is rounded too: ``grain``.
 """
 
 from __future__ import annotations
@@ -22,9 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import bfloat16 as in_bfloat16
 from . import projection
 from ._threads import kernel, over_rows
-from .knn import rounding
+from .bfloat16 import sq_length
+from .centre import rounding
 
 _DIRECTIONS = 64
 _LEFT = 0.15  # share of the squared length outside the directions up to which they pay
@@ -56,39 +55,13 @@ class Level(NamedTuple):
     scores: np.dtype | None = None  # None: the type of the centred rows
 
 
-@kernel(fastmath={"reassoc", "contract"})  # lets the sum run in SIMD lanes
-def _sq_length(row):
-    total = 0.0
-    for d in range(len(row)):
-        total += np.float64(row[d]) * np.float64(row[d])
-    return total
-
-
 @kernel
 def _centre(begin, end, x, picked, mean, scale, rows, norm):
     for i in range(begin, end):
         row = picked[i]
         for d in range(x.shape[1]):
             rows[i, d] = (x[row, d] - mean[d]) * scale
-        norm[i] = _sq_length(rows[i])
-
-
-@kernel
-def _shorten(begin, end, rows, bits, short):
-    """Rows in bfloat16, and the largest share of its length by which that moves one; ``bits`` are those of ``rows``."""
-    most, wide, left = 0.0, np.empty(rows.shape[1], np.uint32), np.empty(rows.shape[1], np.float32)
-    widened = wide.view(np.float32)
-    for i in range(begin, end):
-        for d in range(rows.shape[1]):
-            kept = (bits[i, d] + np.uint32(0x7FFF) + ((bits[i, d] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-            short[i, d] = kept
-            wide[d] = kept << np.uint32(16)
-        for d in range(rows.shape[1]):
-            left[d] = rows[i, d] - widened[d]
-        length = _sq_length(rows[i])
-        if length > 0.0:
-            most = max(most, _sq_length(left) / length)
-    return np.sqrt(most)
+        norm[i] = sq_length(rows[i])
 
 
 class Centring(NamedTuple):
@@ -147,14 +120,13 @@ def levels(
 def _in_bfloat16(product: Callable, threads: int, bound: float, least: float) -> Level:
     def side(rows: np.ndarray, norm: np.ndarray) -> Side:
         short = np.empty(rows.shape, np.uint16)
-        moved = over_rows(_shorten, len(rows), threads, rows, rows.view(np.uint32), short, most=128)
-        return Side(short, np.zeros(len(rows)), max(moved) * (1 + 2.0**-20))
+        moved = in_bfloat16.shorten(rows, short, threads)
+        return Side(short, np.zeros(len(rows)), moved)
 
     def doubt(a: Side, b: Side) -> float:
-        moved = max(a.moved, b.moved)
-        return 2 * moved + moved**2 + bound * (1 + moved) ** 2
+        return in_bfloat16.doubt(max(a.moved, b.moved), bound)
 
-    return Level(side, product, doubt, 8 * least, 2.0**-8 / (1 - 2.0**-8), np.dtype(np.uint16))
+    return Level(side, product, doubt, 8 * least, in_bfloat16.GRAIN, np.dtype(np.uint16))
 
 
 def _in_directions(to: projection.Directions, width: int, product: projection.Product) -> Level:

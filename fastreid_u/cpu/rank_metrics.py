@@ -16,7 +16,7 @@ import numpy as np
 
 from ._levels import Centring, Side, levels
 from ._threads import kernel, over_rows
-from .knn import sq_dist
+from .measure import sq_dist
 from .projection import Product
 
 _QUERIES, _CHUNK = 4096, 2048  # rows of the query, and of the gallery, in a block of scores: 32 MB

@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 
 from fastreid_u._checks import (
+    as_tensor,
     clip_count,
+    require_2d,
     require_features,
+    require_integer,
     require_positive_int,
     require_same_device,
+    require_same_length,
     require_same_width,
 )
+from fastreid_u.ops import _cpu_products
 from fastreid_u.ops._dispatch import choose
 from fastreid_u.reference import knn as reference
 
@@ -26,6 +31,7 @@ def knn(
     *,
     gallery: Tensor | None = None,
     approximate: Any = False,
+    hint: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The k nearest rows by squared Euclidean distance, exact unless ``approximate``.
@@ -37,6 +43,9 @@ def knn(
         approximate: only with backend "faiss", for more rows than can all be compared. True builds an inverted file (4
             sqrt(M) lists at most, a sixteenth of them searched); or a ready faiss index, trained, that holds the
             searched rows as they are, in their order, with any metric and on any device. Neighbours may then be missed.
+        hint: (N, h) integers on ``x``'s device, rows that may be near, such as the neighbours of the epoch before. They are
+            measured first and save work; the result is the same whatever they are, and numbers of no row are passed
+            over. "faiss" and "reference" do without.
         backend: "auto", "numba" (a CPU, as many threads as ``torch.get_num_threads()``), "triton" (a GPU), "faiss"
             (never by "auto"; its own threads, on the host) or "reference"; anything but "auto" runs there or raises.
 
@@ -56,8 +65,12 @@ def knn(
     tell apart is searched again by another backend, which also completes rows for which an approximate index finds
     fewer than k.
 
+    Rows are compared in r + 1 numbers first where a sample of them shows that these tell most rows apart (r at most 127;
+    the spectrum of trained features), whole otherwise: in float32, or in bfloat16 on a CPU with such units. A bound on
+    every error decides which pairs are measured, so all ways give the same bits.
+
     Rows of zeros are points like any other. Memory: 12 N k bytes for the result, and a block of rows against all
-    others while it runs (64 MB and a copy of ``x`` on a CPU, 300 MB and a float16 copy of the gallery on a GPU, 32 MB a
+    others while it runs (48 MB and at most a copy of ``x`` on a CPU, 300 MB and a float16 copy of the gallery on a GPU, 32 MB a
     temporary in the reference); faiss keeps a copy of its own, and 12 N (k + 8). Never N x N. Not differentiable.
     """
     x = require_features("knn", "x", x)
@@ -66,13 +79,14 @@ def knn(
         require_same_device("knn", "gallery", gallery, "x", x)
     k = require_positive_int("knn", "k", k)
     k = clip_count("knn", "k", k, len(x if gallery is None else gallery))
+    hint = _checked_hint(hint, x, gallery)
     approximate = bool(approximate) if isinstance(approximate, np.bool_) else approximate
-    run = choose("knn", x.device, backend, numba=_numba, triton=_triton, faiss=_faiss, reference=reference.knn)
+    run = choose("knn", x.device, backend, numba=_numba, triton=_triton, faiss=_faiss, reference=_reference)
     if run is _faiss:
         return _faiss(x, k, gallery=gallery, approximate=approximate)
     if approximate is not False:
         raise ValueError(f"knn: approximate must be asked of backend 'faiss', got backend {backend!r}")
-    return run(x, k, gallery=gallery)
+    return run(x, k, gallery=gallery, hint=hint)
 
 
 def own_first(sq_dist: Tensor, index: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,24 +102,21 @@ def own_first(sq_dist: Tensor, index: Tensor, row: Tensor) -> tuple[Tensor, Tens
     return sq_dist, torch.where(there, index, torch.cat([row, index[:, :-1]], dim=1))
 
 
-def _numba(x: Tensor, k: int, *, gallery: Tensor | None) -> tuple[Tensor, Tensor]:
+def _numba(x: Tensor, k: int, *, gallery: Tensor | None, hint: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Products of matrices by torch, the rest compiled."""
     from fastreid_u.cpu import knn as cpu
 
-    # a process-wide setting may let float32 products round their factors, which no bound of ours covers
-    try:
-        rounds = torch.get_float32_matmul_precision() != "highest"
-    except RuntimeError:  # set through torch.backends' newer names, which that function does not read
-        rounds = True
     found = cpu.knn(
         x.contiguous().numpy(),
         k,
         gallery=None if gallery is None else gallery.contiguous().numpy(),
+        hint=None if hint is None else hint.contiguous().numpy(),
         threads=torch.get_num_threads(),
-        product=lambda a, b, out: torch.mm(*map(torch.from_numpy, (a, b)), out=torch.from_numpy(out)),
-        dtype=np.float64 if rounds else np.float32,
+        product=_cpu_products.product,
+        dtype=_cpu_products.product_dtype(),
+        in_bfloat16=_cpu_products.in_bfloat16 if _cpu_products.has_bfloat16() else None,
     )
-    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+    return torch.from_numpy(found.sq_dist), torch.from_numpy(found.index)
 
 
 def _faiss(x: Tensor, k: int, *, gallery: Tensor | None, approximate: Any) -> tuple[Tensor, Tensor]:
@@ -122,7 +133,22 @@ def _faiss(x: Tensor, k: int, *, gallery: Tensor | None, approximate: Any) -> tu
     return sq_dist.to(home), index.to(home)
 
 
-def _triton(x: Tensor, k: int, *, gallery: Tensor | None) -> tuple[Tensor, Tensor]:
+def _triton(x: Tensor, k: int, *, gallery: Tensor | None, hint: Tensor | None = None) -> tuple[Tensor, Tensor]:
     from fastreid_u.kernels.knn import knn as kernel
 
-    return kernel(x, k, gallery)
+    return kernel(x, k, gallery, hint)
+
+
+def _reference(x: Tensor, k: int, *, gallery: Tensor | None, hint: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return reference.knn(x, k, gallery=gallery)  # compares all rows, whatever the hint
+
+
+def _checked_hint(hint: Tensor | None, x: Tensor, gallery: Tensor | None) -> Tensor | None:
+    """The hint as int64, the numbers outside the searched rows as -1, which is none."""
+    if hint is None:
+        return None
+    hint = require_integer("knn", "hint", require_2d("knn", "hint", as_tensor("knn", "hint", hint))).long()
+    require_same_length("knn", "hint", hint, "x", x)
+    require_same_device("knn", "hint", hint, "x", x)
+    inside = (hint >= 0) & (hint < len(x if gallery is None else gallery))
+    return torch.where(inside, hint, -1)
