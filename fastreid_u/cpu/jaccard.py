@@ -19,7 +19,7 @@ import numpy as np
 
 from ._threads import kernel, over_rows
 from .k_reciprocal import encode
-from .knn import ascend
+from .measure import ascend
 from .rows import Rows, find_slot, invert, row_weight, sort_rows, table_bits
 
 # Share of T_min that the tail may weigh. The work is flat between 0.5 and 0.7.

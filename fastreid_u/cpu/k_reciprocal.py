@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from ._threads import kernel, over_rows
-from .knn import ascend, sq_dist
+from .measure import ascend, sq_dist
 from .rows import Rows, bits, find_slot, sort_rows, table_bits
 
 

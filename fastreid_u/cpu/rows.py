@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ._threads import kernel, over_rows
-from .knn import ascend
+from .measure import ascend
 
 
 class Rows(NamedTuple):

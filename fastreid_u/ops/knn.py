@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from fastreid_u._checks import (
+    as_tensor,
     clip_count,
+    require_2d,
     require_features,
+    require_integer,
     require_positive_int,
     require_same_device,
+    require_same_length,
     require_same_width,
+    require_values_in,
 )
 from fastreid_u.ops._dispatch import choose
 from fastreid_u.reference import knn as reference
@@ -26,6 +31,7 @@ def knn(
     *,
     gallery: Tensor | None = None,
     approximate: Any = False,
+    hint: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The k nearest rows by squared Euclidean distance, exact unless ``approximate``.
@@ -37,6 +43,9 @@ def knn(
         approximate: only with backend "faiss", for more rows than can all be compared. True builds an inverted file (4
             sqrt(M) lists at most, a sixteenth of them searched); or a ready faiss index, trained, that holds the
             searched rows as they are, in their order, with any metric and on any device. Neighbours may then be missed.
+        hint: (N, h) integers, rows of the searched set that may be near, as last epoch's ``index``; -1 for none. Any
+            rows will do: "numba" measures them first, as a limit to the k-th distance, and the result is the same
+            whatever they are. The other backends check it and search without it.
         backend: "auto", "numba" (a CPU, as many threads as ``torch.get_num_threads()``), "triton" (a GPU), "faiss"
             (never by "auto"; its own threads, on the host) or "reference"; anything but "auto" runs there or raises.
 
@@ -46,9 +55,9 @@ def knn(
         are exactly 0 apart, and ties, also at the cut-off, go to the lower index.
 
     Raises:
-        TypeError: not floating point, or not a dense array.
+        TypeError: not floating point, or not a dense array; a hint that is not of integers.
         ValueError: wrong shape, k < 1, NaN or infinity (the message counts the rows and names the first); an index of
-            other rows.
+            other rows; a hint of rows that there are not.
         RuntimeError: the backend asked for is not available here.
 
     "faiss" names k + 8 candidates, which are measured and ordered as everywhere: the row itself first, ties by lower
@@ -57,8 +66,9 @@ def knn(
     fewer than k.
 
     Rows of zeros are points like any other. Memory: 12 N k bytes for the result, and a block of rows against all
-    others while it runs (64 MB and a copy of ``x`` on a CPU, 300 MB and a float16 copy of the gallery on a GPU, 32 MB a
-    temporary in the reference); faiss keeps a copy of its own, and 12 N (k + 8). Never N x N. Not differentiable.
+    others while it runs (32 MB, and a copy of ``x`` or less, on a CPU, 300 MB and a float16 copy of the gallery on a
+    GPU, 32 MB a temporary in the reference); faiss keeps a copy of its own, and 12 N (k + 8). Never N x N. Not
+    differentiable.
     """
     x = require_features("knn", "x", x)
     if gallery is not None:
@@ -67,12 +77,20 @@ def knn(
     k = require_positive_int("knn", "k", k)
     k = clip_count("knn", "k", k, len(x if gallery is None else gallery))
     approximate = bool(approximate) if isinstance(approximate, np.bool_) else approximate
+    hint = None if hint is None else _checked_hint(hint, x, x if gallery is None else gallery)
     run = choose("knn", x.device, backend, numba=_numba, triton=_triton, faiss=_faiss, reference=reference.knn)
     if run is _faiss:
         return _faiss(x, k, gallery=gallery, approximate=approximate)
     if approximate is not False:
         raise ValueError(f"knn: approximate must be asked of backend 'faiss', got backend {backend!r}")
-    return run(x, k, gallery=gallery)
+    return _numba(x, k, gallery=gallery, hint=hint) if run is _numba else run(x, k, gallery=gallery)
+
+
+def _checked_hint(hint: object, x: Tensor, searched: Tensor) -> Tensor:
+    hint = require_integer("knn", "hint", require_2d("knn", "hint", as_tensor("knn", "hint", hint)))
+    require_same_length("knn", "hint", hint, "x", x)
+    require_same_device("knn", "hint", hint, "x", x)
+    return require_values_in("knn", "hint", hint.long(), -1, len(searched), always=True)
 
 
 def own_first(sq_dist: Tensor, index: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +106,7 @@ def own_first(sq_dist: Tensor, index: Tensor, row: Tensor) -> tuple[Tensor, Tens
     return sq_dist, torch.where(there, index, torch.cat([row, index[:, :-1]], dim=1))
 
 
-def _numba(x: Tensor, k: int, *, gallery: Tensor | None) -> tuple[Tensor, Tensor]:
+def _numba(x: Tensor, k: int, *, gallery: Tensor | None, hint: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Products of matrices by torch, the rest compiled."""
     from fastreid_u.cpu import knn as cpu
 
@@ -101,11 +119,12 @@ def _numba(x: Tensor, k: int, *, gallery: Tensor | None) -> tuple[Tensor, Tensor
         x.contiguous().numpy(),
         k,
         gallery=None if gallery is None else gallery.contiguous().numpy(),
+        hint=None if hint is None else hint.contiguous().numpy(),
         threads=torch.get_num_threads(),
         product=lambda a, b, out: torch.mm(*map(torch.from_numpy, (a, b)), out=torch.from_numpy(out)),
         dtype=np.float64 if rounds else np.float32,
     )
-    return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+    return torch.from_numpy(found.sq_dist), torch.from_numpy(found.index)
 
 
 def _faiss(x: Tensor, k: int, *, gallery: Tensor | None, approximate: Any) -> tuple[Tensor, Tensor]:
