@@ -77,7 +77,7 @@ def knn(
     k = require_positive_int("knn", "k", k)
     k = clip_count("knn", "k", k, len(x if gallery is None else gallery))
     approximate = bool(approximate) if isinstance(approximate, np.bool_) else approximate
-    hint = None if hint is None else _checked_hint(hint, x, x if gallery is None else gallery)
+    hint = None if hint is None else require_hint("knn", hint, x, x if gallery is None else gallery)
     run = choose("knn", x.device, backend, numba=_numba, triton=_triton, faiss=_faiss, reference=reference.knn)
     if run is _faiss:
         return _faiss(x, k, gallery=gallery, approximate=approximate)
@@ -86,11 +86,12 @@ def knn(
     return _numba(x, k, gallery=gallery, hint=hint) if run is _numba else run(x, k, gallery=gallery)
 
 
-def _checked_hint(hint: object, x: Tensor, searched: Tensor) -> Tensor:
-    hint = require_integer("knn", "hint", require_2d("knn", "hint", as_tensor("knn", "hint", hint)))
-    require_same_length("knn", "hint", hint, "x", x)
-    require_same_device("knn", "hint", hint, "x", x)
-    return require_values_in("knn", "hint", hint.long(), -1, len(searched), always=True)
+def require_hint(op: str, hint: object, x: Tensor, searched: Tensor) -> Tensor:
+    """A row of integers for each of ``x``: rows of ``searched``, or -1."""
+    hint = require_integer(op, "hint", require_2d(op, "hint", as_tensor(op, "hint", hint)))
+    require_same_length(op, "hint", hint, "x", x)
+    require_same_device(op, "hint", hint, "x", x)
+    return require_values_in(op, "hint", hint.long(), -1, len(searched), always=True)
 
 
 def own_first(sq_dist: Tensor, index: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
