@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows in bfloat16, for CPUs that multiply it several times faster than float32, and how far their products may be off.
 
-If rounding moves no row by more than the share k of its length, the product of two rounded rows is off by
-(2 k + k^2) a b at most, a and b being the lengths, and twice that is no more than (2 k + k^2) (a^2 + b^2). Their sums are
-in float32 and add what they add to a product of float32 rows, the rounded ones being within 1 + k of their length. A
-result that is itself rounded to bfloat16, 8 significant bits, is off by ``GRAIN`` of itself on top.
+If rounding moves no row by more than the share k of its length, the product of two rounded rows, of lengths a and b,
+is off by (2 k + k^2) a b at most, and twice that is no more than (2 k + k^2) (a^2 + b^2). Their sums are in float32 and
+add what they add to a product of float32 rows, the rounded ones being within 1 + k of their length. A result that is
+itself rounded to bfloat16, 8 significant bits, is off by ``GRAIN`` of itself on top.
 """
 
 from __future__ import annotations

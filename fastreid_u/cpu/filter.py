@@ -45,13 +45,7 @@ class Level(NamedTuple):
 
 
 def level_of(
-    x: np.ndarray,
-    y: np.ndarray,
-    norm_x: np.ndarray,
-    norm_y: np.ndarray,
-    doubt: float,
-    least: float,
-    grain: float = 0.0,
+    x: np.ndarray, y: np.ndarray, norm_x: np.ndarray, norm_y: np.ndarray, doubt: float, least: float, grain: float = 0.0
 ) -> Level:
     """A level of rows whose bounds need ``doubt``, and 8 roundings of what is compared in the type of the scores.
 
@@ -74,30 +68,27 @@ def _bound(half, score, grain):
     return half - (score + grain * abs(score))
 
 
-@kernel(fastmath={"nnan", "nsz", "reassoc"})
-def _lowest(half, scores, grain, low):
-    """The least bound in runs of 32."""
-    m = len(half)
-    whole = m // _RUN
-    for c in range(whole):  # of a length that the compiler can see
-        least = _bound(half[c * _RUN], scores[c * _RUN], grain)
-        for t in range(_RUN):
-            value = _bound(half[c * _RUN + t], scores[c * _RUN + t], grain)
-            least = value if value < least else least
-        low[c] = least
-    if whole < len(low):
-        least = _bound(half[m - 1], scores[m - 1], grain)
-        for j in range(whole * _RUN, m):
-            value = _bound(half[j], scores[j], grain)
-            least = value if value < least else least
-        low[whole] = least
-
-
 @kernel
 def _widen(short, wide):
     """Numbers in bfloat16, for which uint16 stands, to the bits of the same in float32."""
     for j in range(len(short)):
         wide[j] = np.uint32(short[j]) << np.uint32(16)
+
+
+@kernel(fastmath={"nnan", "nsz"})
+def _lowest(half, scores, grain, low):
+    """The least bound of each run: of every 1,024 scores, run c holds c, c + 32, c + 64, ... (vectors of c)."""
+    m = len(half)
+    low[:] = np.inf
+    for q in range(len(low) // _RUN):
+        least, first = low[q * _RUN : q * _RUN + _RUN], q * _RUN * _RUN
+        for start in range(first, min(first + _RUN * _RUN, m - _RUN + 1), _RUN):
+            for c in range(_RUN):  # of a length that the compiler can see
+                value = _bound(half[start + c], scores[start + c], grain)
+                least[c] = value if value < least[c] else least[c]
+    for j in range(m - m % _RUN, m):
+        run = j // (_RUN * _RUN) * _RUN + j % _RUN
+        low[run] = min(low[run], _bound(half[j], scores[j], grain))
 
 
 @kernel(fastmath={"reassoc", "contract"})
@@ -109,12 +100,12 @@ def _dot(a, b):
 
 
 @kernel
-def _limit(farthest, scale_sq):
+def _limit(farthest, ratio):
     """The squared distance, centred and scaled, above which a pair is not among the first k.
 
     Distances that round to the float32 of the farthest are ties, which the index decides.
     """
-    return (np.float64(farthest) * (1.0 + 2.0**-21) + 2.0**-149) * scale_sq
+    return (np.float64(farthest) * (1.0 + 2.0**-21) + 2.0**-149) * ratio
 
 
 @kernel
@@ -138,9 +129,9 @@ def _is_among(known, count, j):
 
 
 @kernel
-def _measure(x, y, i, j, best):
+def _measure(x, y, i, j, factor, best):
     """Measure a pair; it takes the place of the farthest if it comes before it."""
-    key = pack(sq_dist(x, y, i, j), j)
+    key = pack(factor * sq_dist(x, y, i, j), j)
     if key < best[0]:
         sift(best, key)
 
@@ -153,7 +144,8 @@ def _guess(scores, level, low, own, cut, guess):
     for c in range(len(low)):
         if low[c] >= edge:
             continue
-        for j in range(c * _RUN, min(len(scores), c * _RUN + _RUN)):
+        first = c // _RUN * _RUN * _RUN
+        for j in range(first + c % _RUN, min(len(scores), first + _RUN * _RUN), _RUN):
             value = _bound(level.half[j], scores[j], level.grain)
             if value < edge and j != own:
                 key = pack(value, j)
@@ -180,12 +172,14 @@ def _take(indices, own, known, count):
 
 
 @kernel
-def nearest(begin, end, first, x, y, alone, scores, short, coarse, fine, scale_sq, hint, out_dist, out_index):
+def nearest(begin, end, first, x, y, alone, scores, short, coarse, fine, ratio, factor, hint, out_dist, out_index):
     """Rows ``begin .. end - 1`` of a block of scores that starts at row ``first`` of ``x``.
 
     Args:
-        scores: products of ``coarse.x`` and ``coarse.y``; none if they are in ``short``, as bfloat16.
+        scores: products of the coarse level's rows; none if they are in ``short``, as bfloat16.
         fine: a second level; of width 0 for none.
+        ratio, factor: what makes centred and scaled squared distances of compared ones, and compared ones of those of
+            the rows as they are: both powers of two, the latter 1 unless float32 would lose the squares of tiny rows.
         hint: (N, h) int64 rows that are measured first; negative for none.
 
     Returns:
@@ -194,10 +188,10 @@ def nearest(begin, end, first, x, y, alone, scores, short, coarse, fine, scale_s
     k, m = out_dist.shape[1], len(y)
     others = k - 1 if alone else k  # a row's own place is not contested
     bounded, measured = 0, 0
-    low = np.empty((m + _RUN - 1) // _RUN, scores.dtype)
+    low = np.empty((m + _RUN * _RUN - 1) // (_RUN * _RUN) * _RUN, scores.dtype)
     best, guess = np.empty(others, np.int64), np.empty(others, np.int64)
     known = np.empty(others + hint.shape[1], np.int64)
-    bits = np.empty(short.shape[1], np.uint32)
+    row, bits = np.empty(m, scores.dtype), np.empty(m, np.uint32)
     for r in range(begin, end):
         i = first + r
         own = i if alone else -1
@@ -207,16 +201,17 @@ def nearest(begin, end, first, x, y, alone, scores, short, coarse, fine, scale_s
             continue
         if len(short) > 0:
             _widen(short[r], bits)
-            score = bits.view(np.float32)
+            score = row
+            score[:] = bits.view(np.float32)
         else:
             score = scores[r]
         _lowest(coarse.half, score, coarse.grain, low)
         best[:] = FAR
         hinted = _take(hint[i], own, known, 0)
         for p in range(hinted):
-            _measure(x, y, i, known[p], best)
+            _measure(x, y, i, known[p], factor, best)
 
-        cut = _cut(_limit(unpack(best[0]), scale_sq), coarse, i)
+        cut = _cut(_limit(unpack(best[0]), ratio), coarse, i)
         _guess(score, coarse, low, own, cut, guess)
         for p in range(others):
             if guess[p] == FAR:
@@ -225,17 +220,20 @@ def nearest(begin, end, first, x, y, alone, scores, short, coarse, fine, scale_s
             guess[p] &= 0xFFFFFFFF
             if not _is_among(known, hinted, guess[p]):
                 measured += 1
-                _measure(x, y, i, guess[p], best)
+                _measure(x, y, i, guess[p], factor, best)
         count = _take(guess, own, known, hinted)
         measured += hinted
 
         farthest = best[0]
-        limit = _limit(unpack(farthest), scale_sq)
+        limit = _limit(unpack(farthest), ratio)
         cut, fine_cut = _cut(limit, coarse, i), _cut(limit, fine, i)
         for c in range(len(low)):
+            first_of = c // _RUN * _RUN * _RUN
+            if c % _RUN == 0 and farthest >> 32 == 0 and (farthest & 0xFFFFFFFF) < first_of:
+                break  # k copies were found, and whatever follows has a higher index
             if low[c] > cut:
                 continue
-            for j in range(c * _RUN, min(m, c * _RUN + _RUN)):
+            for j in range(first_of + c % _RUN, min(m, first_of + _RUN * _RUN), _RUN):
                 if _bound(coarse.half[j], score[j], coarse.grain) > cut or j == own or _is_among(known, count, j):
                     continue
                 if fine.x.shape[1] > 0:
@@ -243,13 +241,15 @@ def nearest(begin, end, first, x, y, alone, scores, short, coarse, fine, scale_s
                     if fine.half[j] - _dot(fine.x[i], fine.y[j]) > fine_cut:
                         continue
                 measured += 1
-                _measure(x, y, i, j, best)
+                _measure(x, y, i, j, factor, best)
                 if best[0] != farthest:
                     farthest = best[0]
-                    limit = _limit(unpack(farthest), scale_sq)
+                    limit = _limit(unpack(farthest), ratio)
                     cut, fine_cut = _cut(limit, coarse, i), _cut(limit, fine, i)
-            if farthest >> 32 == 0 and (farthest & 0xFFFFFFFF) < (c + 1) * _RUN:
-                break  # k copies were found, and whatever follows has a higher index
+        if factor != 1.0:
+            for p in range(others):
+                j = best[p] & 0xFFFFFFFF
+                best[p] = pack(sq_dist(x, y, i, j), j)
         ascend(best)
         for p in range(others):
             out_dist[i, k - others + p] = unpack(best[p])

@@ -25,6 +25,7 @@ _BLOCK_SCORES = 2**23  # of float32: 32 MB
 _WIDTHS = (31, 63, 127)  # with e, products of 32, 64, 128 columns
 _LEAST_ROWS, _LEAST_WIDTH = 2048, 64  # below, a search takes no longer than a sample
 _QUERIES, _SAMPLE = 128, 1024
+_TINY = 2.0**60  # rows whose components are all below 2^-30 are compared after scaling
 # in multiply-adds of a product, measured on a CPU with AVX-512: gathered and summed one by one, they take longer
 _MEASURE, _BOUND, _PAIR = 14, 8, 2000
 _BFLOAT16, _DOUBTED = 0.2, 1.5  # time of a product in bfloat16, and the pairs that it leaves, in those of float32
@@ -57,7 +58,13 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    x: np.ndarray, gallery: np.ndarray | None, k: int, origin: Origin, product: Product, dtype: type, in_bfloat16: bool = False
+    x: np.ndarray,
+    gallery: np.ndarray | None,
+    k: int,
+    origin: Origin,
+    product: Product,
+    dtype: type,
+    in_bfloat16: bool = False,
 ) -> Plan:
     """Widths by a model of the cost, from the candidates that they leave in a strided sample of rows.
 
@@ -122,9 +129,9 @@ def _projected(x: np.ndarray, origin: Origin, to: Directions, product: Product, 
 
 
 def _shortened(x: np.ndarray, origin: Origin, threads: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Rows centred and rounded to bfloat16 a block at a time, their squared lengths before, and by how much they moved."""
+    """Rows centred and rounded to bfloat16 a block at a time, their squared lengths before, and how far they moved."""
     short, norm, moved = np.empty(x.shape, np.uint16), np.empty(len(x)), 0.0
-    step = max(64, 2**21 // max(1, x.shape[1]))
+    step = max(64, 2**21 // x.shape[1])
     rows = np.empty((min(step, len(x)), x.shape[1]), np.float32)
     for first in range(0, len(x), step):
         part = slice(first, min(first + step, len(x)))
@@ -134,30 +141,28 @@ def _shortened(x: np.ndarray, origin: Origin, threads: int) -> tuple[np.ndarray,
     return short, norm, moved
 
 
-class _Search(NamedTuple):
-    """What all steps of a search share."""
+class _Rows(NamedTuple):
+    """The rows of a search, and how they become levels."""
 
     x: np.ndarray
     gallery: np.ndarray | None
     origin: Origin
     threads: int
-    product: Product
-    dtype: type
+
+    def whole(self, dtype: type) -> Level:
+        rows = centre(self.x, self.gallery, dtype, self.threads, self.origin)
+        return level_of(rows.x, rows.y, rows.norm_x, rows.norm_y, *rounding(self.x.shape[1], dtype))
 
     def in_bfloat16(self) -> Level:
-        a = _shortened(self.x, self.origin, self.threads)
-        b = a if self.gallery is None else _shortened(self.gallery, self.origin, self.threads)
+        x, norm_x, moved = a = _shortened(self.x, self.origin, self.threads)
+        y, norm_y, moved_y = a if self.gallery is None else _shortened(self.gallery, self.origin, self.threads)
         bound, least = rounding(self.x.shape[1])
-        moved = max(a[2], b[2])
-        return level_of(a[0], b[0], a[1], b[1], bfloat16.doubt(moved, bound), 8 * least, bfloat16.GRAIN)
+        doubt = bfloat16.doubt(max(moved, moved_y), bound)
+        return level_of(x, y, norm_x, norm_y, doubt, 8 * least, bfloat16.GRAIN)
 
-    def whole(self) -> Level:
-        rows = centre(self.x, self.gallery, self.dtype, self.threads, self.origin)
-        return level_of(rows.x, rows.y, rows.norm_x, rows.norm_y, *rounding(self.x.shape[1], self.dtype))
-
-    def short(self, plan: Plan) -> list[Level]:
-        a = _projected(self.x, self.origin, plan.to, self.product, self.threads)
-        b = a if self.gallery is None else _projected(self.gallery, self.origin, plan.to, self.product, self.threads)
+    def in_directions(self, plan: Plan, product: Product) -> list[Level]:
+        a = _projected(self.x, self.origin, plan.to, product, self.threads)
+        b = a if self.gallery is None else _projected(self.gallery, self.origin, plan.to, product, self.threads)
         made = []
         for width in plan.widths:
             short_x = projection.level(a, width)
@@ -189,8 +194,8 @@ def knn(
         threads: that select; ``product`` has its own.
         product: ``product(a, b, out)`` writes the matrix product of a (B, D) and b (D, M).
         dtype: in which ``product`` really computes, float32 or float64; the bound on its error depends on it.
-        in_bfloat16: ``in_bfloat16(a, b, out)`` writes the product of a and b transposed, all three in bfloat16, for which
-            uint16 stands; None where that is no faster than ``product``.
+        in_bfloat16: ``in_bfloat16(a, b, out)`` writes the product of a and b transposed, all three in bfloat16, for
+            which uint16 stands; None where that is no faster than ``product``.
 
     Returns:
         ``(sq_dist, index)`` and the work, (N, k) float32 and int64: the row itself if there is no gallery, then
@@ -206,19 +211,24 @@ def knn(
         return Found(*out, 0)
 
     origin = find_origin(x, gallery, threads)
-    search = _Search(x, gallery, origin, threads, product, dtype)
     in_bfloat16 = in_bfloat16 if dtype == np.float32 and x.shape[1] > 0 else None
     plan = make_plan(x, gallery, k, origin, product, dtype, in_bfloat16 is not None)
+    rows = _Rows(x, gallery, origin, threads)
     if plan.to is not None:
-        levels = search.short(plan)
+        levels = rows.in_directions(plan, product)
     else:
-        levels = [search.whole() if in_bfloat16 is None else search.in_bfloat16()]
+        levels = [rows.whole(dtype) if in_bfloat16 is None else rows.in_bfloat16()]
     coarse, fine = levels[0], levels[1] if len(levels) == 2 else without_rows(levels[0])
     hint = np.empty((len(x), 0), np.int64) if hint is None else hint
     step = max(64, _BLOCK_SCORES // len(y))
-    shape, none = (min(step, len(x)), len(y)), (0, len(y))
+    block_shape, none = (min(step, len(x)), len(y)), (0, len(y))
     is_short = coarse.x.dtype == np.uint16
-    scores, short = np.empty(none if is_short else shape, dtype), np.empty(shape if is_short else none, np.uint16)
+    scores, short = (
+        np.empty(none if is_short else block_shape, dtype),
+        np.empty(block_shape if is_short else none, np.uint16),
+    )
+    scale_sq = origin.scale**2
+    factor = scale_sq if scale_sq > _TINY else 1.0
     bounded = measured = 0
     for first in range(0, len(x), step):
         block = coarse.x[first : first + step]
@@ -226,7 +236,7 @@ def knn(
             in_bfloat16(block, coarse.y, short[: len(block)])
         else:
             product(block, coarse.y.T, scores[: len(block)])
-        given = (first, x, y, alone, scores, short, without_rows(coarse), fine, origin.scale**2, hint, *out)
+        given = (first, x, y, alone, scores, short, without_rows(coarse), fine, scale_sq / factor, factor, hint, *out)
         for counts in over_rows(nearest, len(block), threads, *given, most=64):
             bounded, measured = bounded + counts[0], measured + counts[1]
     work = plan.multiply_adds + len(x) * len(y) * coarse.x.shape[1] + measured * x.shape[1] + bounded * fine.x.shape[1]

@@ -39,10 +39,10 @@ class DBSCANLabels(LabelGenerator):
 
     def clusterings(self, features: Tensor, eps: float | Sequence[float], **settings: Any) -> Tensor:
         """Labels (n,) of ``features`` (n, D), or (len(eps), n) of several radii; ``settings`` as in the op."""
-        c = self.config
-        return pseudo_labels(
-            features, eps=eps, min_samples=c.min_samples, k1=c.k1, k2=self.k2, group=label_group(), **settings
-        )
+        c, group = self.config, label_group()
+        if group is None and "knn" not in settings and c.k1 <= len(features):  # ranks share the search, without a hint
+            settings["knn"] = self.nearest(features, c.k1)
+        return pseudo_labels(features, eps=eps, min_samples=c.min_samples, k1=c.k1, k2=self.k2, group=group, **settings)
 
     @property
     def k2(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastreid_u._label_checks import require_clustering
 from fastreid_u.config import Config
 from fastreid_u.images import Images
+from fastreid_u.ops.knn import knn
 
 
 class Advice(NamedTuple):
@@ -36,6 +37,25 @@ class LabelGenerator(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.images = images
+        self._last: Tensor | None = None  # (count, k) int32 neighbours of last epoch by image, -1 for none; not saved
+
+    def nearest(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """``knn`` of ``features`` (n, D), the rows of readable images, with the neighbours of last epoch as a hint.
+
+        Memory kept: 4 k bytes an image, if features are on a CPU. A resumed run starts without; results do not change.
+        """
+        k, image = min(k, len(features)), self.images.readable.nonzero().flatten()
+        if features.device.type != "cpu" or len(image) != len(features) or k == 0:
+            return knn(features, k) if k else (features.new_zeros(0, 0), torch.zeros(0, 0, dtype=torch.int64))
+        hint = None
+        if self._last is not None:
+            row = torch.full((self.images.count + 1,), -1, dtype=torch.int32)  # the last for "none", which is -1
+            row[image] = torch.arange(len(image), dtype=torch.int32)
+            hint = row[self._last[image].long()]
+        found = knn(features, k, hint=hint)
+        self._last = torch.full((self.images.count, k), -1, dtype=torch.int32)
+        self._last[image] = image[found[1]].int()
+        return found
 
     def forward(self, features: Tensor, epoch: int) -> Tensor:
         """Labels (N,) int64, -1 or 0 .. C - 1, of ``features`` (N, D); unreadable images stay un-clustered."""

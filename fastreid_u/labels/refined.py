@@ -4,7 +4,6 @@
 from torch import Tensor
 
 from fastreid_u.labels.dbscan import DBSCANLabels
-from fastreid_u.ops.knn import knn
 from fastreid_u.ops.refine_clusters import refine_clusters
 
 
@@ -16,7 +15,7 @@ class RefinedLabels(DBSCANLabels):
 
     def cluster(self, features: Tensor, epoch: int) -> Tensor:
         c, eps = self.config, self.eps(epoch)
-        nearest = knn(features, min(c.k1, len(features)))  # both steps measure with the same lists
+        nearest = self.nearest(features, c.k1)  # both steps measure with the same lists
         labels, tight = self.clusterings(features, [eps, eps - c.eps_gap], knn=nearest)
         return refine_clusters(
             features, labels, tight,

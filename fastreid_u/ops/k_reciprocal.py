@@ -119,10 +119,12 @@ def neighbour_counts(op: str, k1: object, k2: object, rows: int, *, stacklevel: 
     return k1, min(k2, k1)
 
 
-def neighbours(op: str, x: Tensor, k1: int, knn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """The neighbour lists of ``x``: searched for, or the given ones after a check."""
+def neighbours(
+    op: str, x: Tensor, k1: int, knn: tuple[Tensor, Tensor] | None, hint: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The neighbour lists of ``x``: searched for, with a hint if there is one, or the given ones after a check."""
     if knn is None:
-        return nearest_neighbours(x, k1) if len(x) else (x.new_zeros(0, k1), x.new_zeros(0, k1).long())
+        return nearest_neighbours(x, k1, hint=hint) if len(x) else (x.new_zeros(0, k1), x.new_zeros(0, k1).long())
     if not isinstance(knn, (tuple, list)) or len(knn) != 2:
         raise TypeError(f"{op}: knn must be a pair (sq_dist, index), got {type(knn).__name__}")
     sq_dist = require_2d(op, "knn sq_dist", as_tensor(op, "knn sq_dist", knn[0]))

@@ -19,6 +19,7 @@ from fastreid_u._checks import (
     require_same_device,
     require_same_length,
     require_same_width,
+    require_values_in,
 )
 from fastreid_u.ops import _cpu_products
 from fastreid_u.ops._dispatch import choose
@@ -43,9 +44,9 @@ def knn(
         approximate: only with backend "faiss", for more rows than can all be compared. True builds an inverted file (4
             sqrt(M) lists at most, a sixteenth of them searched); or a ready faiss index, trained, that holds the
             searched rows as they are, in their order, with any metric and on any device. Neighbours may then be missed.
-        hint: (N, h) integers on ``x``'s device, rows that may be near, such as the neighbours of the epoch before. They are
-            measured first and save work; the result is the same whatever they are, and numbers of no row are passed
-            over. "faiss" and "reference" do without.
+        hint: (N, h) integers, rows of the searched set that may be near, as last epoch's ``index``; -1 for none. Any
+            rows will do: "numba" measures them first, as a limit to the k-th distance, and the result is the same
+            whatever they are. The other backends check it and search without it.
         backend: "auto", "numba" (a CPU, as many threads as ``torch.get_num_threads()``), "triton" (a GPU), "faiss"
             (never by "auto"; its own threads, on the host) or "reference"; anything but "auto" runs there or raises.
 
@@ -55,9 +56,9 @@ def knn(
         are exactly 0 apart, and ties, also at the cut-off, go to the lower index.
 
     Raises:
-        TypeError: not floating point, or not a dense array.
+        TypeError: not floating point, or not a dense array; a hint that is not of integers.
         ValueError: wrong shape, k < 1, NaN or infinity (the message counts the rows and names the first); an index of
-            other rows.
+            other rows; a hint of rows that there are not.
         RuntimeError: the backend asked for is not available here.
 
     "faiss" names k + 8 candidates, which are measured and ordered as everywhere: the row itself first, ties by lower
@@ -65,13 +66,10 @@ def knn(
     tell apart is searched again by another backend, which also completes rows for which an approximate index finds
     fewer than k.
 
-    Rows are compared in r + 1 numbers first where a sample of them shows that these tell most rows apart (r at most 127;
-    the spectrum of trained features), whole otherwise: in float32, or in bfloat16 on a CPU with such units. A bound on
-    every error decides which pairs are measured, so all ways give the same bits.
-
     Rows of zeros are points like any other. Memory: 12 N k bytes for the result, and a block of rows against all
-    others while it runs (48 MB and at most a copy of ``x`` on a CPU, 300 MB and a float16 copy of the gallery on a GPU, 32 MB a
-    temporary in the reference); faiss keeps a copy of its own, and 12 N (k + 8). Never N x N. Not differentiable.
+    others while it runs (32 MB, and a copy of ``x`` or less, on a CPU, 300 MB and a float16 copy of the gallery on a
+    GPU, 32 MB a temporary in the reference); faiss keeps a copy of its own, and 12 N (k + 8). Never N x N. Not
+    differentiable.
     """
     x = require_features("knn", "x", x)
     if gallery is not None:
@@ -79,14 +77,22 @@ def knn(
         require_same_device("knn", "gallery", gallery, "x", x)
     k = require_positive_int("knn", "k", k)
     k = clip_count("knn", "k", k, len(x if gallery is None else gallery))
-    hint = _checked_hint(hint, x, gallery)
     approximate = bool(approximate) if isinstance(approximate, np.bool_) else approximate
-    run = choose("knn", x.device, backend, numba=_numba, triton=_triton, faiss=_faiss, reference=_reference)
+    hint = None if hint is None else require_hint("knn", hint, x, x if gallery is None else gallery)
+    run = choose("knn", x.device, backend, numba=_numba, triton=_triton, faiss=_faiss, reference=reference.knn)
     if run is _faiss:
         return _faiss(x, k, gallery=gallery, approximate=approximate)
     if approximate is not False:
         raise ValueError(f"knn: approximate must be asked of backend 'faiss', got backend {backend!r}")
-    return run(x, k, gallery=gallery, hint=hint)
+    return _numba(x, k, gallery=gallery, hint=hint) if run is _numba else run(x, k, gallery=gallery)
+
+
+def require_hint(op: str, hint: object, x: Tensor, searched: Tensor) -> Tensor:
+    """A row of integers for each of ``x``: rows of ``searched``, or -1."""
+    hint = require_integer(op, "hint", require_2d(op, "hint", as_tensor(op, "hint", hint)))
+    require_same_length(op, "hint", hint, "x", x)
+    require_same_device(op, "hint", hint, "x", x)
+    return require_values_in(op, "hint", hint.long(), -1, len(searched), always=True)
 
 
 def own_first(sq_dist: Tensor, index: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,22 +139,7 @@ def _faiss(x: Tensor, k: int, *, gallery: Tensor | None, approximate: Any) -> tu
     return sq_dist.to(home), index.to(home)
 
 
-def _triton(x: Tensor, k: int, *, gallery: Tensor | None, hint: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _triton(x: Tensor, k: int, *, gallery: Tensor | None) -> tuple[Tensor, Tensor]:
     from fastreid_u.kernels.knn import knn as kernel
 
-    return kernel(x, k, gallery, hint)
-
-
-def _reference(x: Tensor, k: int, *, gallery: Tensor | None, hint: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return reference.knn(x, k, gallery=gallery)  # compares all rows, whatever the hint
-
-
-def _checked_hint(hint: Tensor | None, x: Tensor, gallery: Tensor | None) -> Tensor | None:
-    """The hint as int64, the numbers outside the searched rows as -1, which is none."""
-    if hint is None:
-        return None
-    hint = require_integer("knn", "hint", require_2d("knn", "hint", as_tensor("knn", "hint", hint))).long()
-    require_same_length("knn", "hint", hint, "x", x)
-    require_same_device("knn", "hint", hint, "x", x)
-    inside = (hint >= 0) & (hint < len(x if gallery is None else gallery))
-    return torch.where(inside, hint, -1)
+    return kernel(x, k, gallery)

@@ -17,6 +17,7 @@ from fastreid_u.ops._dispatch import choose, missing
 from fastreid_u.ops.dbscan import dbscan
 from fastreid_u.ops.jaccard import jaccard_graph
 from fastreid_u.ops.k_reciprocal import neighbour_counts, neighbours
+from fastreid_u.ops.knn import require_hint
 from fastreid_u.ops.pseudo_labels_sharded import LabelStep, agreed, share_clustering, share_search
 from fastreid_u.ranks import Ranks
 
@@ -31,6 +32,7 @@ def pseudo_labels(
     k1: int = 30,
     k2: int | None = None,
     knn: tuple[Tensor, Tensor] | None = None,
+    hint: Tensor | None = None,
     compat: bool = False,
     group: object | None = None,
     backend: str = "auto",
@@ -43,6 +45,8 @@ def pseudo_labels(
             each, on one encoding.
         min_samples: points within eps, the point itself included, that make a core point.
         k1, k2, knn, compat: as in :func:`fastreid_u.jaccard_graph`.
+        hint: rows that may be near, (N, h) integers as in :func:`fastreid_u.knn`, such as last epoch's neighbours; a
+            search takes less time, and the labels are the same whatever they are. Not used with ``knn``.
         group: a process group of ``torch.distributed`` that this process is in, or "world": every rank of it calls with
             the same arguments and all N rows, does its share, and gets the same labels, those of one process alone
             (:mod:`fastreid_u.ops.pseudo_labels_sharded`). The backend is then chosen by the device.
@@ -71,11 +75,11 @@ def pseudo_labels(
     if group is not None and backend != "auto":
         raise ValueError(f"{_OP}: backend must be 'auto' with a group, got {backend!r}")
     ranks = None if group is None else Ranks(_OP, group)
-    check = functools.partial(_checked, x, eps, min_samples, k1, k2, knn, compat)
-    step, several = check() if ranks is None else agreed(check, ranks)
+    check = functools.partial(_checked, x, eps, min_samples, k1, k2, knn, hint, compat)
+    step, several, hint = check() if ranks is None else agreed(check, ranks)
     shared = ranks is not None and len(step.x) > 0
     if shared and step.knn is None:
-        step = step._replace(knn=share_search(step, ranks))
+        step = step._replace(knn=share_search(step, ranks, hint))
     if shared and step.x.device.type == "cpu" and not missing("numba"):
         labels = share_clustering(step, ranks)
     else:
@@ -85,22 +89,23 @@ def pseudo_labels(
         cannot = {"cpp": missing("numba"), "cuda": missing("triton"), "cupy": missing("triton")}
         run = choose(_OP, step.x.device, backend, cannot=cannot, **runs, triton=_triton, reference=_by_graph)
         if step.knn is None:
-            step = step._replace(knn=neighbours(_OP, step.x, step.k1, None))
+            step = step._replace(knn=neighbours(_OP, step.x, step.k1, None, hint))
         labels = run(**step._asdict())
         if shared:
             labels = ranks.from_first(labels)
     return labels if several else labels[0]
 
 
-def _checked(x, eps, min_samples, k1, k2, knn, compat) -> tuple[LabelStep, bool]:
-    """The arguments of the step, and whether eps was a sequence."""
+def _checked(x, eps, min_samples, k1, k2, knn, hint, compat) -> tuple[LabelStep, bool, Tensor | None]:
+    """The arguments of the step, whether eps was a sequence, and the hint."""
     x = require_features(_OP, "x", x)
     eps, several = one_or_more(_OP, "eps", eps)
     radii = [require_in_range(_OP, "eps", e, 0, 1, open_low=True, open_high=True) for e in eps]
     min_samples = require_positive_int(_OP, "min_samples", min_samples)
     k1, k2 = neighbour_counts(_OP, k1, k2, len(x), stacklevel=4)
     knn = None if knn is None else neighbours(_OP, x, k1, knn)
-    return LabelStep(x, radii, min_samples, k1, k2, knn, compat), several
+    hint = None if hint is None else require_hint(_OP, hint, x, x)
+    return LabelStep(x, radii, min_samples, k1, k2, knn, compat), several, hint
 
 
 def _graph_free(

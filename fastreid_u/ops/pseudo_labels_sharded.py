@@ -46,8 +46,8 @@ class LabelStep(NamedTuple):
     compat: bool
 
 
-def agreed(check: Callable[[], tuple[LabelStep, bool]], ranks: Ranks) -> tuple[LabelStep, bool]:
-    """What ``check`` returns, if it raises on no rank and returns the same on all.
+def agreed(check: Callable[[], tuple[LabelStep, bool, Tensor | None]], ranks: Ranks) -> tuple:
+    """What ``check`` returns, if it raises on no rank and returns the same on all but for the hint.
 
     Raises:
         Exception: on every rank, at this first exchange.
@@ -55,7 +55,7 @@ def agreed(check: Callable[[], tuple[LabelStep, bool]], ranks: Ranks) -> tuple[L
     found, error, seen = None, None, [0] * 17
     try:
         found = check()
-        seen = _seen(*found)
+        seen = _seen(*found[:2])
     except FAULTS as fault:  # raised again as soon as the other ranks have heard of it
         error = fault
     ranks.agree(error, seen)
@@ -70,11 +70,11 @@ def _seen(step: LabelStep, several: bool) -> list[int]:
     return [*settings, *bits_of(step.x), *bits_of(eps), *bits_of(lists)]
 
 
-def share_search(step: LabelStep, ranks: Ranks) -> tuple[Tensor, Tensor]:
+def share_search(step: LabelStep, ranks: Ranks, hint: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Neighbours of all rows as ``knn`` lists them, each rank searching for its own; the distances, unread, are 0."""
     x = step.x
     begin, end = (len(x) * r // ranks.world for r in (ranks.rank, ranks.rank + 1))
-    found = nearest_neighbours(x[begin:end], step.k1, gallery=x)
+    found = nearest_neighbours(x[begin:end], step.k1, gallery=x, hint=None if hint is None else hint[begin:end])
     found = own_first(*found, torch.arange(begin, end, device=x.device))[1]
     index = torch.from_numpy(ranks.gather(found.int().cpu().numpy())).long().to(x.device)
     return x.new_zeros(1, 1).expand(index.shape), index

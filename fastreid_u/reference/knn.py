@@ -48,7 +48,7 @@ def knn(x: Tensor, k: int, *, gallery: Tensor | None = None) -> tuple[Tensor, Te
     # |error| of the expanded form is at most slack * (|x|^2 + |y|^2): two dot products, and additions
     slack = (4 * x.shape[1] + 16) * torch.finfo(torch.float64).eps
     # two different distances may round to the same number, and then the index decides
-    rounding, least = 1 + 4 * torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    rounding = 1 + 4 * torch.finfo(dtype).eps
 
     distances, indices = [], []
     step = max(1, _BLOCK_ENTRIES // len(y))
@@ -58,7 +58,7 @@ def knn(x: Tensor, k: int, *, gallery: Tensor | None = None) -> tuple[Tensor, Te
         lower = (1 - slack) * (norm_x + norm_y) - 2 * (x64 @ y64.T)
         nearest = lower.topk(k, largest=False)
         reach = (nearest.values + 2 * slack * (norm_x + norm_y[nearest.indices])).amax(dim=1, keepdim=True)
-        row, column = (lower <= reach.clamp(min=0) * rounding + least).nonzero(as_tuple=True)
+        row, column = (lower <= reach.clamp(min=0) * rounding).nonzero(as_tuple=True)
 
         pair, name = torch.unique(row * len(distinct) + copy_of[column], return_inverse=True)
         measured = pair_sq_dist(x[start : start + step], distinct, pair // len(distinct), pair % len(distinct))

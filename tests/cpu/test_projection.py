@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from fastreid_u.cpu.knn import centre
+from fastreid_u.cpu.centre import centre
 from fastreid_u.cpu.projection import Directions, doubt, find_directions, least, level, project, shares
 
 KINDS = ["low rank", "noise", "copies", "zeros", "all sizes", "one outlier", "near copies", "tiny"]
