@@ -47,6 +47,10 @@ SORT = {"BLOCK_T": 64, "BLOCK_E": 32}
 LISTS = {"BLOCK": 256, "LANES": 32}
 PASS = {"BLOCK": 512, "FILL": False}
 NOWHERE = dict.fromkeys(("begin_ptr", "pair_row_ptr", "pair_col_ptr", "overlap_ptr"))
+RANKS = {"query_ptr": "*i32", "start_ptr": "*i64", "twice_beta": "fp32", "zeta": "fp32"} | dict.fromkeys(
+    ("size_ptr", "other_size_ptr", "other_reach_ptr", "mark_ptr"), "*fp32"
+)
+EXACT = {"mark_ptr": "*fp64", "mark_column_ptr": "*i64"}
 # file, kernel, warps, constants, types that differ from TYPES
 LABELS = [
     ("knn", "_filter_kernel", 4, {"CAP": 512, "BLOCK_R": 8, "BLOCK_C": 512}, {}),
@@ -73,6 +77,12 @@ LABELS = [
     ("jaccard", "_pass_kernel", 4, PASS | NOWHERE, {}),
     ("jaccard", "_pass_kernel", 4, PASS | {"FILL": True, "count_ptr": None}, {}),
     ("jaccard", "_overlap_kernel", 2, LISTS, {}),
+    ("rank_metrics", "_rank_count_kernel", 4, {"BLOCK_C": 2048}, RANKS),
+    ("rank_metrics", "_rank_measure_kernel", 4, DISTANCE, RANKS | {"dist_ptr": "*fp64"}),
+    ("rank_metrics", "_rank_measure_kernel", 4, DISTANCE | {"BLOCK_D": 1}, RANKS | {"dist_ptr": "*fp64"}),
+    ("rank_metrics", "_rank_settle_kernel", 4, {"BLOCK_E": 128}, RANKS | EXACT | {"dist_ptr": "*fp64"}),
+    ("rank_metrics", "_rank_matrix_kernel", 4, {"BLOCK_C": 1024}, RANKS | EXACT | {"distmat_ptr": "*fp32"}),
+    ("rank_metrics", "_rank_matrix_kernel", 4, {"BLOCK_C": 1024}, RANKS | EXACT | {"distmat_ptr": "*fp64"}),
 ]  # fmt: skip
 SHARED = {"step": 163 * 1024, "labels": 48 * 1024}  # what sm_80 has; a third of it: several programs share a processor
 SPILLS = {
@@ -267,7 +277,8 @@ def of_the_labels(_: dict):
             argument: (TYPES | others).get(argument) or ("*i32" if argument.endswith("_ptr") else "i32")
             for argument in kernel.arg_names if argument not in constants
         }  # fmt: skip
-        sixteens = [argument for argument, kind in types.items() if kind[0] == "*" or argument == "D"]
+        plain = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
+        sixteens = [a for a, kind in types.items() if kind[0] == "*" or (a == "D" and a not in plain)]
         yield kernel, types, constants, sixteens, {"num_warps": warps}
 
 
