@@ -4,28 +4,28 @@
 Stands alone: needs torch and triton, nothing else; copy this file to use it elsewhere.
 Oracle: fastreid_u/reference/rank_metrics.py.
 
-A mark is a (distance, gallery index) of a query, a true match usually; its rank needs no sorted gallery, only the number
-of rows before it. Distances are float64 sums rounded to 24 bits, as `measure` gives them. Most rows need no such sum: a
-product of matrices places them between two marks, and the rest is measured.
+A mark is a (distance, gallery index) of a query, a true match usually; its rank needs no sorted gallery, only the
+number of rows before it. Distances are float64 sums rounded to 24 bits, as `measure` gives them. Most rows need no such
+sum: a product of matrices places them between two marks, and the rest is measured.
 
 The rows are centred and scaled by a power of two in float64, c, and stored as two float16 numbers, hi + lo: together
-exact to 2**-22. hi.hi' is added up in float32 over runs of CHUNK columns, each run a product of its own, hi.lo' + lo.hi'
-in another. With R = |c| + sqrt(D) / 4, whose second term covers entries below float16's normal range,
+exact to 2**-22. hi.hi' is added up in float32 over runs of CHUNK columns, each run a product of its own, hi.lo' and
+lo.hi' in another. With R = |c| + sqrt(D) / 4, whose second term covers entries below float16's normal range,
 
     | computed - |c - c'|^2 |  <=  2 beta R R' + zeta (R^2 + R'^2)
     beta = 2**-20 + (CHUNK + runs + 80) 2**-22 + (D + 32) 2**-31        zeta = 2**-20
 
 beta: lo.lo' and what hi + lo leave out are below 3.1 * 2**-22 R R'; a tensor core may cut off 2**-22 of |a| |b| at each
-addition, and the runs' lengths multiply to at most R R' together (Cauchy, Schwarz); the crossed run has 2 D additions of
-products below 2**-10 R R'. zeta: the lengths and the last additions in float32, and the 24 bits of the mark.
+addition, and the runs' lengths multiply to at most R R' together (Cauchy, Schwarz); the crossed run has 2 D additions
+of products below 2**-10 R R'. zeta: the lengths and the last additions in float32, and the 24 bits of the mark.
 
 A row whose interval holds no mark adds 1 at the first mark beyond it; any other is appended to a list. The list holds a
 whole tile of scores, so it cannot overflow, and is measured before the next tile, while the tile's rows are in the L2.
 All sums are of integers, so the result is one, whoever comes first.
 
 Cost: 6 Q G D on float16 tensor cores, 8 bytes a score and run, one search among a query's marks a score; then 2 D
-operations in float64 for each row in doubt. Memory: 2 D bytes times two a query, 16,384 queries at a time, and 0.3 GB of
-blocks at D = 2048. Never Q x G.
+operations in float64 for each row in doubt. Memory: 4 D bytes a query, 16,384 queries at a time, and 0.3 GB of blocks
+at D = 2048. Never Q x G.
 """
 
 import torch
@@ -41,7 +41,7 @@ _ENTRIES = 1 << 22  # of float64 temporaries while rows are centred
 
 @triton.jit
 def _passed(value, column, begin, size, mark_ptr, column_ptr, steps, RULE: tl.constexpr):
-    """How many of the ``size`` marks from ``begin`` come before: below the value, up to it, or up to (value, column)."""
+    """How many of the ``size`` marks from ``begin`` lie below the value, up to it, or up to (value, column)."""
     low = tl.zeros_like(column)
     high = low + size
     for _ in range(steps):
@@ -247,7 +247,7 @@ def count(
 def count_in(
     distmat: torch.Tensor, start: torch.Tensor, column: torch.Tensor, distance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same with ready distances: ``distmat`` (Q, G), float32 or float64, finite, and marks that are entries of it."""
+    """The same with ready distances: ``distmat`` (Q, G), float32 or float64, finite; marks are entries of it."""
     distmat = distmat.contiguous()
     marks = _Marks(start, column, distance)
     if len(marks.queries) and distmat.shape[1]:
