@@ -118,16 +118,16 @@ def rank_split(features: Tensor, split: Split, ap: str) -> dict[str, Any]:
     Rows of ``features`` (N, D) that are NaN are left out. ``ap`` names the formula of average precision, as
     ``rank_metrics`` has it.
     """
-    features = features.cpu()
-    readable = torch.isfinite(features).all(dim=1)
+    readable = torch.isfinite(features).all(dim=1).cpu()
     query = gallery = readable
     if split.queries is not None:
         first = torch.arange(len(readable), device="cpu") < split.queries
         query, gallery = readable & first, readable & ~first
     pids, camids, files = split.pids, split.camids if split.has_cameras else None, split.files
-    ranked = {"query": features[query], "gallery": features[gallery]}
+    rows = {"query": query, "gallery": gallery}
+    ranked = {name: features[picked.to(features.device)] for name, picked in rows.items()}
     if split.style is not None:
-        ranked = {"query": None, "gallery": None, "distmat": rerank(*ranked.values(), style=split.style)}
+        ranked = {"query": None, "gallery": None, "distmat": rerank(**ranked, style=split.style)}
     result = rank_metrics(
         **ranked, q_pids=pids[query], g_pids=pids[gallery],
         q_camids=None if camids is None else camids[query], g_camids=None if camids is None else camids[gallery],

@@ -5,23 +5,32 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastreid_u._checks import (
     as_tensor,
+    one_or_more,
     require_2d,
+    require_bool,
     require_choice,
     require_features,
     require_finite,
     require_floating,
     require_ids,
+    require_in_range,
     require_positive_int,
     require_same_device,
     require_same_width,
 )
+from fastreid_u.ops import _gallery_counts as counts
 from fastreid_u.ops._dispatch import choose
+from fastreid_u.ops._rank_details import ByCamera, CameraPairs, TrueAccepts, first_listed
+from fastreid_u.ops._ranked_lists import Distances, Ids, blocks_of_pairs, counted, scored
 from fastreid_u.reference import rank_metrics as reference
 
 
@@ -36,6 +45,9 @@ class RankMetrics:
         ap, inp: (num_valid_queries,) float64, per valid query in query order.
         valid: (num_queries,) bool, which queries these are.
         num_valid_queries, num_queries: how many count, how many there were.
+        tpr: (F,) float64, with ``fpr``: the share of matches accepted at each false positive rate.
+        by_camera: with ``by_camera``, scores of each query camera against each gallery camera.
+        top_index, top_distance: (Q, k), with ``top``: the first k of each ranked list; -1 and infinity past its end.
     """
 
     mAP: float
@@ -46,6 +58,10 @@ class RankMetrics:
     valid: Tensor
     num_valid_queries: int
     num_queries: int
+    tpr: Tensor | None = None
+    by_camera: CameraPairs | None = None
+    top_index: Tensor | None = None
+    top_distance: Tensor | None = None
 
     def top(self, rank: int) -> float:
         """CMC at ``rank`` (from 1): the share of valid queries with a match among the first ``rank``.
@@ -73,6 +89,9 @@ def rank_metrics(
     g_images: Tensor | None = None,
     ap: str = "rank",
     max_rank: int = 100,
+    fpr: float | Any | None = None,
+    by_camera: bool = False,
+    top: int | None = None,
     backend: str = "auto",
 ) -> RankMetrics:
     """Rank the gallery for each query and score the lists, the Market-1501 way.
@@ -90,7 +109,13 @@ def rank_metrics(
         ap: "rank", mean over matches of precision at their rank; "sklearn", the same with equal distances taken as one
             step, as scikit-learn does; "trapezoid", area under straight lines between the points of "sklearn".
         max_rank: length of the CMC curve; it stays at its last value beyond the end of a short list.
-        backend: "auto" or "reference"; anything but "auto" runs there or raises.
+        fpr: false positive rate, in [0, 1], or several. Of all query-gallery pairs of the valid queries, junk removed,
+            a threshold accepts those within a distance, all of a tie or none. ``tpr`` is the largest share of matches
+            that one accepts which accepts no more than floor(fpr x others) of the other pairs.
+        by_camera: also score each query camera against each gallery camera alone, by the same rules.
+        top: also list the first ``top`` of each ranking, junk left out: gallery indices and distances (squared, in
+            float32, from features). More than G is G.
+        backend: "auto", "numba" (a CPU), "triton" (a GPU) or "reference"; anything but "auto" runs there or raises.
 
     Returns:
         :class:`RankMetrics`. Queries without a true match left are not counted; if that is all of them, mAP, mINP and
@@ -99,8 +124,15 @@ def rank_metrics(
     Raises:
         TypeError, ValueError: wrong type, shape or choice, NaN or infinity; the message names argument, rule and value.
 
-    Streams over queries: never Q x G, beside a ``distmat`` that is one. Zheng et al., "Scalable Person
-    Re-identification: A Benchmark", ICCV 2015; mINP: Ye et al., TPAMI 2021.
+    The rank of a match is the number of gallery images before it, which is counted in blocks of scores: nothing is
+    sorted, never Q x G, beside a ``distmat`` that is one. Distances from features are squared, summed in float64 and
+    rounded to 24 bits, so copies tie. Memory: a centred copy of the queries, 80 MB of blocks, 100 bytes a pair of one
+    identity, 2**20 such pairs at a time. ``by_camera`` counts camera by camera, with a copy of
+    one camera's gallery; ``fpr`` passes over the gallery again, twice or more, in which more is measured than for the
+    ranks, in 16 bytes a pair of one identity and 100 MB; ``top`` is a ``knn`` of its own, with its memory. Each may
+    take several times the time of the ranks.
+
+    Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015; mINP: Ye et al., TPAMI 2021.
     """
     op = "rank_metrics"
     if distmat is None:
@@ -127,12 +159,18 @@ def rank_metrics(
     if len(q_pids) and q_camids is None and q_images is None and torch.equal(q_pids.cpu(), g_pids.cpu()):
         _warn_of_own_matches(op, query, gallery, distmat)
 
-    run = choose(op, device, backend, reference=reference.rank_metrics)
+    details = _details(op, fpr, by_camera, top, q_camids)
+    run = choose(
+        op, device, backend, reference=reference.rank_metrics,
+        numba=partial(_counted, counts.OfFeatures, counts.OfMatrix),
+        triton=partial(_counted, counts.OfFeaturesOnGPU, counts.OfMatrixOnGPU),
+    )  # fmt: skip
     scores = run(
         query, gallery, q_pids, g_pids, q_camids, g_camids, distmat=distmat, q_images=q_images, g_images=g_images,
-        ap=ap, max_rank=max_rank,
+        ap=ap, max_rank=max_rank, **details,
     )  # fmt: skip
-    metrics = RankMetrics(**scores._asdict(), num_valid_queries=len(scores.ap), num_queries=len(q_pids))
+    found = {**scores._asdict(), "by_camera": scores.by_camera and CameraPairs(*scores.by_camera)}
+    metrics = RankMetrics(**found, num_valid_queries=len(scores.ap), num_queries=len(q_pids))
     if metrics.num_valid_queries == 0:
         if len(q_pids) == 0:
             why = "there are no queries"
@@ -149,6 +187,54 @@ def rank_metrics(
             why = "no identity of the query is in the gallery"
         warnings.warn(f"{op}: none of {shape[0]} queries can be scored, the metrics are NaN: {why}", stacklevel=2)
     return metrics
+
+
+def _details(op: str, fpr: Any, by_camera: bool, top: int | None, camids: Tensor | None) -> dict[str, Any]:
+    """The results asked for beside the usual ones, checked."""
+    fprs = None if fpr is None else [require_in_range(op, "fpr", rate, 0, 1) for rate in one_or_more(op, "fpr", fpr)[0]]
+    if require_bool(op, "by_camera", by_camera) and camids is None:
+        raise ValueError(f"{op}: q_camids and g_camids must be given with by_camera, got None")
+    return {
+        "fprs": fprs, "by_camera": by_camera, "top": None if top is None else require_positive_int(op, "top", top)
+    }  # fmt: skip
+
+
+def _counted(
+    of_features: type, of_matrix: type, query: Tensor | None, gallery: Tensor | None, *numbers: Tensor | None,
+    distmat: Tensor | None, q_images: Tensor | None, g_images: Tensor | None, ap: str, max_rank: int,
+    fprs: list[float] | None, by_camera: bool, top: int | None,
+) -> reference.Scores:  # fmt: skip
+    """As ``reference.rank_metrics``, from counts of a backend."""
+    ids = Ids(*(None if x is None else x.cpu().numpy() for x in (*numbers, q_images, g_images)))
+    distances: Distances = of_features(query, gallery) if distmat is None else of_matrix(distmat)
+    device = (query if distmat is None else distmat).device
+    cameras = ByCamera(ids) if by_camera else None
+    accepts = TrueAccepts(ids, len(ids.g_pids)) if fprs is not None else None
+    aps, inps, firsts, valid = [], [], [], np.zeros(len(ids.q_pids), bool)
+    for pairs in blocks_of_pairs(ids, distances):
+        found = counted(pairs, distances, len(valid)) if cameras is None else cameras.count(pairs, distances, ap)
+        lists = scored(pairs.row, pairs, found, ap)
+        valid[lists.group] = True
+        aps.append(lists.ap)
+        inps.append(lists.inp)
+        firsts.append(lists.first)
+        if accepts is not None:
+            accepts.add(pairs)
+    ap_of, inp_of, first = (np.concatenate([np.empty(0), *parts]) for parts in (aps, inps, firsts))
+    within = np.bincount(first[first <= max_rank].astype(np.int64), minlength=max_rank + 1)[1:].cumsum()
+    count = len(ap_of)
+    listed = (None, None) if top is None else first_listed(query, gallery, distmat, ids, min(top, len(ids.g_pids)))
+    return reference.Scores(
+        mAP=float(ap_of.mean()) if count else float("nan"),
+        cmc=torch.from_numpy(within / (count or np.nan)).to(device),
+        mINP=float(inp_of.mean()) if count else float("nan"),
+        ap=torch.from_numpy(ap_of).to(device),
+        inp=torch.from_numpy(inp_of).to(device),
+        valid=torch.from_numpy(valid).to(device),
+        tpr=None if accepts is None else torch.from_numpy(accepts.result(distances, fprs)).to(device),
+        by_camera=None if cameras is None else cameras.result(device),
+        top_index=listed[0], top_distance=listed[1],
+    )  # fmt: skip
 
 
 def _warn_of_own_matches(op: str, query: Tensor | None, gallery: Tensor | None, distmat: Tensor | None) -> None:
