@@ -43,6 +43,9 @@ def label_kernels(x: Tensor) -> Tensor:
     assert torch.equal(labels, fastreid_u.pseudo_labels(x, eps=[0.5, 0.6], k1=9, k2=3))
     fastreid_u.rerank(x[:20], x[20:], 8, 3)
     fastreid_u.rerank(x[:20], x[20:], 8, 3, top=5)
+    people = torch.arange(65) % 8
+    fastreid_u.rank_metrics(x[:20], x[20:], people[:20], people[20:])
+    fastreid_u.rank_metrics(None, None, people[:20], people[20:], distmat=torch.cdist(x[:20], x[20:]))
     return labels[0]
 
 
