@@ -45,8 +45,8 @@ def knn(
             sqrt(M) lists at most, a sixteenth of them searched); or a ready faiss index, trained, that holds the
             searched rows as they are, in their order, with any metric and on any device. Neighbours may then be missed.
         hint: (N, h) integers, rows of the searched set that may be near, as last epoch's ``index``; -1 for none. Any
-            rows will do: "numba" measures them first, as a limit to the k-th distance, and the result is the same
-            whatever they are. The other backends check it and search without it.
+            rows will do: "numba" and "triton" measure them first, as a limit to the k-th distance, and the result is
+            the same whatever they are. The other backends check it and search without it.
         backend: "auto", "numba" (a CPU, as many threads as ``torch.get_num_threads()``), "triton" (a GPU), "faiss"
             (never by "auto"; its own threads, on the host) or "reference"; anything but "auto" runs there or raises.
 
@@ -84,7 +84,7 @@ def knn(
         return _faiss(x, k, gallery=gallery, approximate=approximate)
     if approximate is not False:
         raise ValueError(f"knn: approximate must be asked of backend 'faiss', got backend {backend!r}")
-    return _numba(x, k, gallery=gallery, hint=hint) if run is _numba else run(x, k, gallery=gallery)
+    return run(x, k, gallery=gallery, hint=hint) if run in (_numba, _triton) else run(x, k, gallery=gallery)
 
 
 def require_hint(op: str, hint: object, x: Tensor, searched: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def _faiss(x: Tensor, k: int, *, gallery: Tensor | None, approximate: Any) -> tu
     return sq_dist.to(home), index.to(home)
 
 
-def _triton(x: Tensor, k: int, *, gallery: Tensor | None) -> tuple[Tensor, Tensor]:
+def _triton(x: Tensor, k: int, *, gallery: Tensor | None, hint: Tensor | None = None) -> tuple[Tensor, Tensor]:
     from fastreid_u.kernels.knn import knn as kernel
 
-    return kernel(x, k, gallery)
+    return kernel(x, k, gallery, hint)

@@ -79,16 +79,13 @@ LABELS = [
     ("jaccard", "_pass_kernel", 4, PASS | NOWHERE, {}),
     ("jaccard", "_pass_kernel", 4, PASS | {"FILL": True, "count_ptr": None}, {}),
     ("jaccard", "_overlap_kernel", 2, LISTS, {}),
-<<<<<<< HEAD
     ("knn.cascade", "_append_kernel", 1, {"CAP": 1024, "BLOCK_W": 128}, {}),
-=======
     ("rank_metrics", "_rank_count_kernel", 4, {"BLOCK_C": 2048}, RANKS),
     ("rank_metrics", "_rank_measure_kernel", 4, DISTANCE, RANKS | {"dist_ptr": "*fp64"}),
     ("rank_metrics", "_rank_measure_kernel", 4, DISTANCE | {"BLOCK_D": 1}, RANKS | {"dist_ptr": "*fp64"}),
     ("rank_metrics", "_rank_settle_kernel", 4, {"BLOCK_E": 128}, RANKS | EXACT | {"dist_ptr": "*fp64"}),
     ("rank_metrics", "_rank_matrix_kernel", 4, {"BLOCK_C": 1024}, RANKS | EXACT | {"distmat_ptr": "*fp32"}),
     ("rank_metrics", "_rank_matrix_kernel", 4, {"BLOCK_C": 1024}, RANKS | EXACT | {"distmat_ptr": "*fp64"}),
->>>>>>> h-rgpu
 ]  # fmt: skip
 SHORT = {"query_ptr": "*fp16", "gallery_ptr": "*fp16", "best_ptr": "*fp32"}
 GUESS = {"COLUMNS": 64, "BLOCK_R": 128, "BLOCK_C": 64, "num_stages": 3}
@@ -307,14 +304,9 @@ def of_a_table(table: list[tuple]):
             argument: (TYPES | others).get(argument) or ("*i32" if argument.endswith("_ptr") else "i32")
             for argument in kernel.arg_names if argument not in constants
         }  # fmt: skip
-<<<<<<< HEAD
-        sixteens = [argument for argument, kind in types.items() if kind[0] == "*" or argument == "D"]
-        yield kernel, types, constants, sixteens, options
-=======
         plain = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
         sixteens = [a for a, kind in types.items() if kind[0] == "*" or (a == "D" and a not in plain)]
-        yield kernel, types, constants, sixteens, {"num_warps": warps}
->>>>>>> h-rgpu
+        yield kernel, types, constants, sixteens, options
 
 
 def row_of(kernel, types: dict, constants: dict, sixteens: list, options: dict, capability: int) -> dict:
