@@ -9,6 +9,7 @@ import torch
 
 from fastreid_u import jaccard_distance, jaccard_graph, k_reciprocal_encoding, pseudo_labels, suggest_eps
 from fastreid_u.config import Config
+from fastreid_u.images import Images
 from fastreid_u.labels.dbscan import DBSCANLabels
 from fastreid_u.labels.refined import RefinedLabels
 from fastreid_u.ops.refine_clusters import refine_clusters
@@ -84,7 +85,7 @@ def test_a_recipe_with_small_lists_makes_labels(labels, clustered):
     config = types.SimpleNamespace(
         **{name: getattr(config, name) for name in ("k1", "k2", "eps", "min_samples")}, **extra
     )
-    made = labels(config, None)
+    made = labels(config, Images(40))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = made.cluster(clustered(40, 8), epoch=0)
