@@ -15,24 +15,26 @@ single distance or block of rows can be had without the rest. Three sources offe
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Search = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # as :func:`fastreid_u.knn`
+Search = Callable[..., tuple[Tensor, Tensor]]  # as :func:`fastreid_u.knn`
 
 _TILE = 2048  # float64 rows against rows: 32 MB
+_LEAST_ROWS, _FOUND = 1024, 8  # rows from which the farthest are searched for; how many are measured of each
 _BLOCK = 2**22  # entries of a temporary: 32 MB of float64
 
 
 class FromFeatures:
     """Distances between the rows of ``query`` and ``gallery`` (n, D) in all, each to ``power``, over its row's largest.
 
-    Memory: the rows once more (and the neighbours of ``search``), and blocks. Differences that matter are summed in
-    float64: the largest by products of matrices (one dgemm of n^2 D multiplications, every tile used for both its
-    rows and its columns), those of pairs directly.
+    Memory: the rows three times (and the neighbours of ``search``), and blocks. Differences that matter are summed in
+    float64: the largest are found by ``search`` too, and where that proves nothing, as among many copies, or rows are
+    few, by products of matrices in float64, every tile used for both its rows and its columns.
     """
 
     def __init__(self, query: Tensor, gallery: Tensor, distance: str, search: Search, power: int = 2) -> None:
@@ -87,6 +89,44 @@ class FromFeatures:
 
     def _farthest(self) -> Tensor:
         """(n,) each row's squared distance to the row farthest from it."""
+        if len(self.x) < _LEAST_ROWS or not self.norm.any():
+            return self._farthest_of_all()
+        largest, open_rows = self._farthest_by_search()
+        if len(open_rows) > len(self.x) // 4:
+            return self._farthest_of_all()
+        for rows in open_rows.split(_TILE):
+            own, found = self.x[rows].double() - self.centre, largest.new_zeros(len(rows))
+            for others, norm in zip(self._tiles(0), self.norm.split(_TILE), strict=True):
+                torch.maximum(found, torch.addmm(norm, own, others.T, alpha=-2).amax(dim=1), out=found)
+            largest[rows] = (found + self.norm[rows]).clamp_(min=0)
+        return largest
+
+    def _farthest_by_search(self) -> tuple[Tensor, Tensor]:
+        """The largest distances that a search finds, and the rows for which it cannot prove them to be the largest.
+
+        With H twice the largest squared length, [c_i, 0] and [-c_j, h_j] with h_j^2 = H - 2 |c_j|^2 are at the squared
+        distance H + 2 |c_i|^2 - |c_i - c_j|^2: the farthest row is the nearest one there. Both are no longer than H^1/2
+        and |c_i|, so that rounding their numbers to float32, and then the squared distance, moves it by less than
+        16 u (H + |c_i|^2), u being half an ulp. Where the last row found is farther than the first by more than twice
+        that, no row was missed; those within twice that of the first are measured.
+        """
+        norm, d = self.norm, self.x.shape[1]
+        most = 2 * norm.max()
+        power = 2.0 ** -math.frexp(float(most.sqrt()))[1]  # exact, and float32 then holds any scale
+        query, gallery = self.x.new_zeros(len(norm), d + 1), self.x.new_empty(len(norm), d + 1)
+        for own, other, rows in zip(query.split(_TILE), gallery.split(_TILE), self._tiles(0), strict=True):
+            own[:, :d] = rows.mul_(power)
+            torch.neg(own[:, :d], out=other[:, :d])
+        gallery[:, d] = ((most - 2 * norm).clamp_(min=0).sqrt_() * power).to(gallery.dtype)
+        sq_dist, index = self.search(query, _FOUND, gallery=gallery)
+        moved = 16 * 2.0**-24 * power**2 * (most + norm)
+        in_doubt = sq_dist.double() - sq_dist[:, :1].double() <= 2 * moved[:, None]
+        row, column = in_doubt.nonzero(as_tuple=True)
+        largest = norm.new_zeros(len(norm)).scatter_reduce_(0, row, self._sq_dist(row, index[row, column]), "amax")
+        return largest, in_doubt[:, -1].nonzero().flatten()
+
+    def _farthest_of_all(self) -> Tensor:
+        """The same, by all distances in float64."""
         largest = torch.zeros_like(self.norm)
         for a, rows in zip(range(0, len(self.x), _TILE), self._tiles(0), strict=True):
             for b, others in zip(range(a, len(self.x), _TILE), self._tiles(a), strict=True):

@@ -33,7 +33,7 @@ STYLES = ("openreid", "zhong", "clustering")
 
 _LARGEST = 2.0**63  # whose square float32 still holds
 _BELOW_ZERO = 0.01  # of the largest distance, or of 1: what half precision may round below zero
-_BLOCK = 2**22  # entries of a block of queries against the gallery: 32 MB of float64
+_BLOCK = 2**23  # entries of a block of queries against the gallery: 64 MB of float64
 
 
 def rerank(
