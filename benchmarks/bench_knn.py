@@ -18,7 +18,7 @@ from fastreid_u.reference.knn import knn as reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 K, SAMPLED = 30, 256
-SIZES = {"tiny": (300, 32), "market1501": (12_936, 2048)}
+SIZES = {"tiny": (300, 32), "market1501": (12_936, 2048), "trained": (12_936, 2048)}  # trained: a network's features
 if DEVICE.type == "cuda":
     SIZES |= {"msmt17": (32_621, 2048), "100k": (100_000, 2048), "1M": (1_000_000, 2048)}
 # Rows up to which a rival runs; faiss may be the build without a GPU.
@@ -98,11 +98,11 @@ RIVALS = {
 
 
 @pytest.fixture(scope="module", params=SIZES)
-def workload(request, reid_features):
+def workload(request, reid_features, trained_features):
     n, d = SIZES[request.param]
     if DEVICE.type == "cuda" and torch.cuda.mem_get_info()[0] < 10 * n * d:
         pytest.skip(f"{n} x {d} needs {10 * n * d / 1e9:.0f} GB of free GPU memory")
-    return request.param, reid_features(n, d, DEVICE)
+    return request.param, (trained_features if request.param == "trained" else reid_features)(n, d, DEVICE)
 
 
 @pytest.mark.parametrize("name", RIVALS)
