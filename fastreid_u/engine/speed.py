@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is left to the machine: memory layout, images per batch of an extraction, precision of the steps.
 
-Rules decide, not a stopwatch, so that the same run comes out the same every time. docs/models.md has the figures that
+Rules decide, not a stopwatch, so that the same run comes out the same every time. docs/runs.md has the figures that
 they rest on.
 """
 
