@@ -34,6 +34,7 @@ _DECODE_ERRORS = (
 )
 
 _ORIENTATION = 0x0112  # EXIF tag
+_SPARE = 2  # times the wanted size that a JPEG is decoded to at least, in both directions, where it is larger
 
 
 class BadImage(ValueError):
@@ -53,7 +54,7 @@ class BadImage(ValueError):
         return f"{self.path}: {self.reason}"
 
 
-def read_rgb(path: str | os.PathLike, *, truncated: bool = False) -> Image.Image:
+def read_rgb(path: str | os.PathLike, *, truncated: bool = False, wanted: tuple[int, int] | None = None) -> Image.Image:
     """Decode a file to an 8-bit RGB image, upright.
 
     CMYK, palette and grey are converted; 16-bit grey keeps its upper 8 bits; transparent pixels are laid on black;
@@ -64,6 +65,9 @@ def read_rgb(path: str | os.PathLike, *, truncated: bool = False) -> Image.Image
         truncated: take a file that ends early as far as it goes, with the pixels that Pillow gives under its
             process-wide ``LOAD_TRUNCATED_IMAGES``, which is not touched. What is missing is grey or smeared in a
             JPEG, black in other formats.
+        wanted: (height, width) to which the image is going to be resized. A colour JPEG that is four times as large or
+            more, in both directions, is decoded at an eighth, a quarter or half of its size, whichever is the smallest
+            that leaves twice the wanted one; libjpeg averages pixels for that, in a fraction of the time.
 
     Raises:
         BadImage: empty, truncated (unless that is allowed and the header is whole), not an image, not a regular file,
@@ -75,14 +79,26 @@ def read_rgb(path: str | os.PathLike, *, truncated: bool = False) -> Image.Image
             raise BadImage(path, "not a file")
         with Image.open(path, formats=_FORMATS) as image:
             _refuse_large(path, image)
-            return upright_rgb(path, _loaded(path, image) if truncated else image)
+            _scale_down(image, wanted)
+            return upright_rgb(path, _loaded(path, image, wanted) if truncated else image)
     except BadImage:
         raise
     except _DECODE_ERRORS as error:
         raise BadImage(path, _reason(path, error)) from error
 
 
-def _loaded(path: str, image: Image.Image) -> Image.Image:
+def _scale_down(image: Image.Image, wanted: tuple[int, int] | None) -> None:
+    """Have a JPEG that was opened decoded at a fraction of its size, where that leaves enough (``read_rgb``)."""
+    if wanted is None or image.format != "JPEG" or image.mode != "RGB":
+        return
+    height, width = wanted
+    if image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8):  # stored on its side
+        height, width = width, height
+    if image.height >= 2 * _SPARE * height and image.width >= 2 * _SPARE * width:
+        image.draft("RGB", (_SPARE * width, _SPARE * height))
+
+
+def _loaded(path: str, image: Image.Image, wanted: tuple[int, int] | None) -> Image.Image:
     """``image`` of the file at ``path``, decoded as far as the file goes."""
     try:
         image.load()
@@ -92,7 +108,9 @@ def _loaded(path: str, image: Image.Image) -> Image.Image:
             raise
     if image.format in ("JPEG", "MPO"):  # with the mark of its end, libjpeg fills up what is missing
         with open(path, "rb") as file:
-            return Image.open(io.BytesIO(file.read() + b"\xff\xd9"), formats=_FORMATS)
+            whole = Image.open(io.BytesIO(file.read() + b"\xff\xd9"), formats=_FORMATS)
+        _scale_down(whole, wanted)
+        return whole
     image.tile = []  # nothing is left to decode: what was decoded is the picture
     return image
 
@@ -139,12 +157,15 @@ def _reason(path: str, error: BaseException) -> str:
 
 
 def read_pixels(path: str | os.PathLike, height: int, width: int, *, truncated: bool = False) -> torch.Tensor:
-    """Decode and resize: (3, height, width) uint8, bicubic as Pillow computes it (the published pipelines do)."""
-    return resized_pixels(read_rgb(path, truncated=truncated), height, width)
+    """Decode and resize: (3, height, width) uint8, bicubic as Pillow computes it (the published pipelines do).
+
+    Large JPEGs are decoded at a fraction of their size (``read_rgb``); docs/quirks.md has the difference.
+    """
+    return resized_pixels(read_rgb(path, truncated=truncated, wanted=(height, width)), height, width)
 
 
 def resized_pixels(image: Image.Image, height: int, width: int) -> torch.Tensor:
     """An RGB image as (3, height, width) uint8; see ``read_pixels``."""
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))

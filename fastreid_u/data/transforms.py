@@ -28,8 +28,11 @@ class Flip:
 
     p: float = 0.5
 
+    def draw(self, rng: np.random.Generator) -> bool:
+        return rng.random() < self.p
+
     def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-        return image.flip(-1) if rng.random() < self.p else image
+        return image.flip(-1) if self.draw(rng) else image
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,23 @@ class PadCrop:
 
     pad: int = 10
 
+    def draw(self, rng: np.random.Generator) -> tuple[int, int]:
+        """How far the picture moves up and to the left."""
+        dy, dx = rng.integers(-self.pad, self.pad + 1, size=2).tolist()
+        return dy, dx
+
     def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-        dy, dx = (int(d) for d in rng.integers(-self.pad, self.pad + 1, size=2))
-        height, width = image.shape[-2:]
-        out = torch.zeros_like(image)
-        if abs(dy) < height and abs(dx) < width:
-            source = image[:, max(dy, 0) : height + min(dy, 0), max(dx, 0) : width + min(dx, 0)]
-            out[:, max(-dy, 0) : height + min(-dy, 0), max(-dx, 0) : width + min(-dx, 0)] = source
-        return out
+        return torch.from_numpy(moved(image.numpy(), *self.draw(rng)))
+
+
+def moved(image: np.ndarray, dy: int, dx: int) -> np.ndarray:
+    """A copy of ``image`` (3, H, W), moved up by ``dy`` and to the left by ``dx``; what comes in is 0."""
+    height, width = image.shape[-2:]
+    out = np.zeros(image.shape, image.dtype)
+    if abs(dy) < height and abs(dx) < width:
+        source = image[:, max(dy, 0) : height + min(dy, 0), max(dx, 0) : width + min(dx, 0)]
+        out[:, max(-dy, 0) : height + min(-dy, 0), max(-dx, 0) : width + min(-dx, 0)] = source
+    return out
 
 
 @dataclass(frozen=True)
@@ -63,14 +75,16 @@ class ColorJitter:
         x = image.numpy().astype(np.float32)
         for which in rng.permutation(3):
             factor = np.float32(rng.uniform(max(0.0, 1.0 - self.strength), 1.0 + self.strength))
-            dull = np.float32(0.0)
+            dull = None  # black
             if which > 0:
                 grey = _luminance(x)
                 dull = grey.mean() if which == 1 else grey
             x *= factor
-            x += dull * (1 - factor)
-            np.clip(x, 0.0, 255.0, out=x)
-        return torch.from_numpy(np.rint(x).astype(np.uint8))
+            if dull is not None:
+                x += dull * (1 - factor)
+            np.maximum(x, np.float32(0), out=x)
+            np.minimum(x, np.float32(255), out=x)
+        return torch.from_numpy(np.rint(x, out=x).astype(np.uint8))
 
 
 @dataclass(frozen=True)
@@ -89,7 +103,10 @@ class Grey:
 def _luminance(image: np.ndarray) -> np.ndarray:
     """(3, H, W) to (H, W) float32, with the weights of ITU-R BT.601, as Pillow's and torchvision's grey."""
     red, green, blue = image
-    return np.float32(0.299) * red + np.float32(0.587) * green + np.float32(0.114) * blue
+    grey = np.float32(0.299) * red
+    grey += np.float32(0.587) * green
+    grey += np.float32(0.114) * blue
+    return grey
 
 
 @dataclass(frozen=True)
@@ -119,6 +136,12 @@ class Normalize:
         std = torch.tensor(self.std, dtype=torch.float32)[:, None, None]
         return image.to(torch.float32).div_(255.0).sub_(mean).div_(std)
 
+    def write(self, pixels: np.ndarray, out: np.ndarray) -> None:
+        """The same of ``pixels`` (3, H, W) uint8, to the bit, into ``out`` float32."""
+        np.divide(pixels, np.float32(255), out=out, dtype=np.float32)
+        out -= np.array(self.mean, np.float32)[:, None, None]
+        out /= np.array(self.std, np.float32)[:, None, None]
+
 
 def normalize_by(pixel_norm: str) -> Normalize:
     """The step for ``Config.pixel_norm``."""
@@ -146,19 +169,25 @@ class Erase:
     fill: tuple[float, float, float] = IMAGENET_MEAN
     tries: int = 100
 
-    def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    def draw(self, rng: np.random.Generator, height: int, width: int) -> tuple[slice, slice] | None:
+        """Rows and columns of the rectangle in an image of ``height`` and ``width``; None to leave it as it is."""
         if rng.random() >= self.p:
-            return image
-        height, width = image.shape[-2:]
+            return None
         for _ in range(self.tries):
             area = rng.uniform(*self.area) * height * width
             aspect = rng.uniform(*self.aspect)
             h, w = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
             if h < height and w < width:
                 top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-                image = image.clone()
-                image[:, top : top + h, left : left + w] = torch.tensor(self.fill)[:, None, None]
-                return image
+                return slice(top, top + h), slice(left, left + w)
+        return None
+
+    def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        place = self.draw(rng, *image.shape[-2:])
+        if place is None:
+            return image
+        image = image.clone()
+        image[:, place[0], place[1]] = torch.tensor(self.fill)[:, None, None]
         return image
 
 
