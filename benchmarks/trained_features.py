@@ -16,6 +16,8 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,18 +76,29 @@ def load(n: int, d: int) -> np.ndarray:
     return np.array(np.load(path, mmap_mode="r")[:n])
 
 
-def network(d: int, *, quiet: bool = False) -> Path:
-    """The weights of the network that gives ``d`` numbers; trained where the cache has none."""
-    import fastreid_u
+@contextmanager
+def bottleneck() -> Iterator[None]:
+    """Have the library build the network of 2048 numbers, which is none of its own."""
     from fastreid_u.models.resnet import RESNETS, ResNetSpec
 
     RESNETS[BOTTLENECK] = ResNetSpec(True, (1, 1, 1, 1), width=64)
+    try:
+        yield
+    finally:
+        del RESNETS[BOTTLENECK]
+
+
+def network(d: int, *, quiet: bool = False) -> Path:
+    """The weights of the network that gives ``d`` numbers; trained where the cache has none."""
+    import fastreid_u
+
     path, kind = file_of(d).with_suffix(".safetensors"), KINDS[d]
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         with tempfile.TemporaryDirectory(dir=cache()) as logs:
             told = dict(root=cache(), data=LEARNT, logs_dir=Path(logs) / "run", quiet=quiet)
-            run = fastreid_u.train("synthetic", arch=kind.arch, **told, **kind.settings)
+            with bottleneck():
+                run = fastreid_u.train("synthetic", arch=kind.arch, **told, **kind.settings)
             (run.folder / "model_last.safetensors").replace(path)
     return path
 
@@ -100,7 +113,9 @@ def make(d: int, *, quiet: bool = False) -> Path:
         return path
     world = generate(SyntheticConfig(**OTHERS), cache())
     images = sorted((world / "bounding_box_train").iterdir())[:rows]
-    features = fastreid_u.extract(network(d, quiet=quiet), images).features.float().cpu().numpy()
+    weights = network(d, quiet=quiet)
+    with bottleneck():
+        features = fastreid_u.extract(weights, images).features.float().cpu().numpy()
     if features.shape != (rows, d):
         raise ValueError(f"trained_features: expected {rows} x {d} numbers, got {features.shape}")
     part = path.with_suffix(".part.npy")

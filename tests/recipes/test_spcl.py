@@ -103,6 +103,7 @@ def test_clusters_are_chosen_as_published_and_the_bar_stays(golden, name, monkey
 
         def clusterings(features, *, eps, stored=stored, **rest):
             assert eps == [params["eps"], params["eps"] - params["eps_gap"], params["eps"] + params["eps_gap"]]
+            assert rest.pop("knn")[1].shape == (params["N"], params["k1"])
             assert rest == {"min_samples": 4, "k1": params["k1"], "k2": params["k2"], "group": None}
             return stored
 
