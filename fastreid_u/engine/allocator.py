@@ -26,8 +26,8 @@ def keeping_freed_memory(device: torch.device) -> Iterator[None]:
 
     glibc gives each large activation a mapping of its own, whose pages the system has to clear anew. Without that,
     features of 256 images of 128 x 64 take one thread 1.4 (resnet10) and 1.9 times (EfficientNet-Lite0) less processor
-    time, and steps 1.2 to 1.4 times less, for 0.1 to 0.4 GB more memory, which is given back afterwards. The settings
-    are the process's; a block within another changes nothing. Nothing is done without glibc, and where the environment
+    time, and steps 1.2 to 1.4 times less, for 0 to 0.4 GB more memory, which is given back afterwards. The settings are
+    the process's; a block within another changes nothing. Nothing is done without glibc, and where the environment
     has settings for its allocator.
     """
     global _blocks

@@ -34,6 +34,15 @@ def test_settings_hold_in_the_block_and_end_with_an_error_too(libc):
     libc.malloc_trim.assert_called_once_with(0)
 
 
+def test_a_block_within_another_changes_nothing(libc):
+    with keeping_freed_memory(torch.device("cpu")):
+        entered = len(libc.mock_calls)
+        with keeping_freed_memory(torch.device("cpu")):
+            pass
+        assert len(libc.mock_calls) == entered
+    libc.malloc_trim.assert_called_once_with(0)
+
+
 def test_nothing_is_set_for_a_gpu_nor_over_a_users_own_settings(libc, monkeypatch):
     with keeping_freed_memory(torch.device("cuda")):
         pass

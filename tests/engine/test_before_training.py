@@ -43,6 +43,20 @@ def weights(run, which="last"):
     return load_file(run.folder / f"model_{which}.safetensors")
 
 
+def test_what_the_machine_decided_holds_for_the_whole_run(dataset, tmp_path, monkeypatch):
+    """A resumed run, and features of its network, have the layout of its beginning, whatever the rule would be now."""
+    run, first = tmp_path / "run", fastreid_u.train(dataset, logs_dir=tmp_path / "run", epochs=0, **SMALL)
+    decided = first.config.channels_last
+    assert isinstance(decided, bool)
+    monkeypatch.setattr("fastreid_u.engine.speed._prefers_channels_last", lambda device: not decided)
+    resumed = fastreid_u.train(dataset, logs_dir=run, resume=True, epochs=1, quiet=True, device="cpu")
+    assert resumed.config.channels_last is decided
+    network, about = fastreid_u.load_model(run)
+    assert about["config"]["channels_last"] is decided
+    kernels = network.backbone.layer1[0].conv1.weight
+    assert kernels.is_contiguous(memory_format=torch.channels_last) is decided
+
+
 def test_a_run_that_only_does_harm_is_told_apart_from_a_success():
     line, warning = outcome(records(0.030, 0.020, 0.025, 0.022), "test split")
     assert line == "start mAP 3.0%; last epoch 2, mAP 2.2%; best mAP 2.5% at epoch 1, on the test split"
