@@ -3,13 +3,14 @@
 
 In eval mode a BatchNorm is ``s * x + t`` per channel, with s and t from its weight, bias and running statistics. After
 a convolution or a linear layer it is therefore the layer with weight ``s * W`` and bias ``s * b + t``. Which BatchNorm
-follows which layer is not read from the modules' names: one image is run through the network, and every function that
+follows which layer is not read from the modules' names: two images are run through the network, and every function that
 touches a layer's output is watched. A BatchNorm is folded if it alone does.
 """
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,11 +40,12 @@ def folded(network: nn.Module, images: Tensor) -> nn.Module:
       size of ``images``.
 
     ``network`` is not changed; what is not folded is shared with it, so the copy is of the network as it is now.
-    Features differ by rounding, some 1e-6 in float32.
+    Features differ by rounding, some 1e-6 in float32. Forward hooks are called for the watched run as well. A network
+    that takes another way for a batch of two than for a larger one is not seen to.
 
     Args:
         network: in eval mode, on any device, of any floating dtype.
-        images: (B, 3, H, W), of which the first is run through the network.
+        images: (B, 3, H, W), of which the first two are run through the network.
 
     Memory: the folded layers' weights, once more.
     """
@@ -51,7 +53,8 @@ def folded(network: nn.Module, images: Tensor) -> nn.Module:
         raise ValueError("folded: network must be in eval mode, got training mode")
     copy = _replica(network, {})
     watch = _Watch(copy)
-    watch.run(copy, images[:1])
+    with _kept_state(copy):
+        watch.run(copy, images[:2])  # of one, a squeeze without a dimension would make something else
     for layer, norm in watch.pairs():
         _fold(layer, norm)
     for layer, size in watch.padded():
@@ -64,13 +67,28 @@ def _replica(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
     if isinstance(module, torch.jit.ScriptModule):
         return module
     if module not in made:
-        new = made[module] = module.__new__(type(module))
+        new = made[module] = object.__new__(type(module))  # some classes, as torch.fx's, have a __new__ of their own
         vars(new).update(vars(module))
         for name in _OWN:
             vars(new)[name] = vars(module)[name].copy()
         for name, child in module._modules.items():
-            new._modules[name] = child and _replica(child, made)
+            new._modules[name] = None if child is None else _replica(child, made)
     return made[module]
+
+
+@contextmanager
+def _kept_state(copy: nn.Module) -> Iterator[None]:
+    """Inside the block ``copy`` has buffers of its own; they and torch's random draws are forgotten afterwards."""
+    modules = [m for m in copy.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    shared = [(m._buffers, dict(m._buffers)) for m in modules]
+    for buffers, _ in shared:
+        buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for buffers, before in shared:
+            buffers.update(before)
 
 
 class _Watch(TorchFunctionMode):
@@ -81,7 +99,10 @@ class _Watch(TorchFunctionMode):
         modules = [m for m in network.modules() if not m._forward_hooks and not m._forward_pre_hooks]
         self._layers = [m for m in modules if type(m) in (nn.Conv2d, nn.Linear) or _pads_itself(m)]
         self._norms = [m for m in modules if isinstance(m, _BatchNorm) and _foldable(m)]
-        self._weights = {id(weight): layer for layer in self._layers for weight in layer.parameters(recurse=False)}
+        self._weights: dict[int, list[nn.Module]] = {}  # by id of a weight, the layers that have it
+        for layer in self._layers:
+            for weight in layer.parameters(recurse=False):
+                self._weights.setdefault(id(weight), []).append(layer)
         self._within: list[nn.Module] = []
         self._runs: dict[nn.Module, int] = {}
         # by id of a layer's output, which is kept, so that no other tensor takes its id: the layer, and who reads it
@@ -136,8 +157,8 @@ class _Watch(TorchFunctionMode):
         for value in tree_leaves(given):
             if id(value) in self._made:
                 self._readers[id(value)].append(reader)
-            elif id(value) in self._weights:
-                self._elsewhere.add(self._weights[id(value)])
+            else:
+                self._elsewhere.update(self._weights.get(id(value), ()))
 
     def _enters(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self._within:

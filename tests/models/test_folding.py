@@ -121,7 +121,53 @@ class _WeightRead(nn.Module):
         return self.norm(self.conv(x)).mean(dim=(2, 3)) * self.conv.weight.norm()
 
 
-@pytest.mark.parametrize("kind", [_ReadTwice, _RunTwice, _WeightRead])
+class _TiedRead(nn.Module):
+    """Two convolutions with one weight, which something else reads through the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(2))
+        self.b.weight = self.a.weight
+        self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.second(self.b(self.first(self.a(x)))).mean(dim=(2, 3)) * self.a.weight.norm()
+
+
+class _Squeezes(nn.Module):
+    """Gives (C,) for a batch of one image, which the second BatchNorm refuses."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.neck = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.neck(self.norm(self.conv(x)).mean(dim=(2, 3), keepdim=True).squeeze())
+
+
+class _Empty(nn.Sequential):
+    """False as a bool, as modules are that hold nothing yet."""
+
+    def __len__(self):
+        return 0
+
+
+def _with_an_empty_part():
+    return nn.Sequential(_Empty(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.Flatten())
+
+
+def _traced():
+    return torch.fx.symbolic_trace(_ReadTwice())
+
+
+def _compiled_part():
+    return nn.Sequential(torch.compile(_ReadTwice(), backend="eager"), nn.Linear(4, 3), nn.BatchNorm1d(3))
+
+
+KINDS = [_ReadTwice, _RunTwice, _WeightRead, _TiedRead, _Squeezes, _with_an_empty_part, _traced, _compiled_part]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_what_else_reads_a_layer_is_left_alone(kind):
     torch.manual_seed(0)
@@ -131,8 +177,35 @@ def test_what_else_reads_a_layer_is_left_alone(kind):
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean += 0.3
     model.eval()
+    expected = model(images(torch.float64))
     copy = folded(model, images(torch.float64))
-    torch.testing.assert_close(copy(images(torch.float64)), model(images(torch.float64)), rtol=0, atol=1e-12)
+    assert torch.equal(model(images(torch.float64)), expected)
+    torch.testing.assert_close(copy(images(torch.float64)), expected, rtol=0, atol=1e-12)
+
+
+class _Counts(nn.Module):
+    """Counts images in a buffer and draws a number, in eval mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count.add_(len(x))
+        return self.norm(self.conv(x)).mean(dim=(2, 3)) + torch.rand(())
+
+
+@torch.no_grad()
+def test_the_watched_run_leaves_no_trace():
+    torch.manual_seed(0)
+    model = _Counts().eval()
+    draws = torch.get_rng_state()
+    copy = folded(model, images())
+    assert model.count == 0
+    assert torch.equal(torch.get_rng_state(), draws)
+    copy(images())
+    assert model.count == 3  # by a copy as by the network itself
 
 
 @torch.no_grad()
