@@ -25,7 +25,7 @@ from fastreid_u._checks import (
     require_same_width,
 )
 from fastreid_u.ops._dispatch import choose
-from fastreid_u.ops._scaled_distance import FromFeatures, FromMatrices, Unscaled, ordered_bits
+from fastreid_u.ops._scaled_distance import FromFeatures, FromMatrices, Unscaled, in_step, ordered_bits
 from fastreid_u.ops.knn import knn as nearest_neighbours
 from fastreid_u.reference import rerank as reference
 
@@ -238,9 +238,11 @@ def _mixed(
     step = max(1, _BLOCK // size)
     for first in range(0, queries, step):
         last = min(first + step, queries)
-        shared = overlaps(first, last).double()
-        final = source.to_gallery(first, last).mul_(lambda_value)
-        final += (weight - shared).mul_(2 * (1 - lambda_value)).div_(shared.neg_().add_(2 * weight))
+        final = source.to_gallery(first, last)
+        for mixed, shared in in_step(final, overlaps(first, last)):
+            shared = shared.double()
+            mixed.mul_(lambda_value)
+            mixed += (weight - shared).mul_(2 * (1 - lambda_value)).div_(shared.neg_().add_(2 * weight))
         for whole, part in zip(out, (final,) if top is None else _nearest(final.float(), top), strict=True):
             whole[first:last] = part
     return out[0] if top is None else out
