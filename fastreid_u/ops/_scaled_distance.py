@@ -2,8 +2,8 @@
 """The distances that re-ranking compares, squared and divided by the largest of their row, a block at a time.
 
 Row i of the published matrix is column i of the distances between all images, queries first, squared or not and divided
-by its maximum. Nothing but that maximum needs all pairs: it is found in one pass over tiles, and from then on any
-single distance or block of rows can be had without the rest. Three sources offer the same:
+by its maximum. Nothing but that maximum needs all pairs: it is found first, and from then on any single distance or
+block of rows can be had without the rest. Three sources offer the same:
 
     num_query, device
     ranking(k)               (n, k) int64, twice: nearest first, of equal ones the row itself, then the lower index; and

@@ -80,10 +80,10 @@ def rerank(
     Raises:
         TypeError, ValueError: wrong type, shape or value, NaN or infinity; the message names argument, rule and value.
 
-    Never (Q + G)^2: the column maxima come from one pass over tiles of distances, everything else from neighbour lists.
-    Memory: the result, 4 Q G bytes (0.21 GB for Market-1501, 3.8 GB for MSMT17; 12 Q top with ``top``), twice the
-    features, and 1 GB at most of sparse rows and blocks; beside ``distmats`` only the latter. "reference" takes 20
-    (Q + G)^2 bytes. Time goes into two products of matrices, one to find neighbours, one in float64 for the maxima.
+    Never (Q + G)^2: the column maxima come from a search for the farthest rows, everything else from neighbour lists.
+    Memory: the result, 4 Q G bytes (0.21 GB for Market-1501, 3.8 GB for MSMT17; 12 Q top with ``top``), four times
+    the features, and 1 GB at most of sparse rows and blocks; beside ``distmats`` only the latter. "reference" takes 20
+    (Q + G)^2 bytes. Time goes into the two searches, and into the product of queries and gallery in float64.
 
     Counts beyond the number of images are clipped with a warning. Equal distances rank the image itself first, then by
     index; query expansion takes them by index alone. So copies (equal rows of features; with ``distmats`` equal columns
