@@ -21,9 +21,7 @@ import numpy as np
 
 from . import bfloat16 as in_bfloat16
 from . import projection
-from ._threads import kernel, over_rows
-from .bfloat16 import sq_length
-from .centre import rounding
+from .centre import Origin, moved, rounding
 
 _DIRECTIONS = 64
 _LEFT = 0.15  # share of the squared length outside the directions up to which they pay
@@ -55,50 +53,16 @@ class Level(NamedTuple):
     scores: np.dtype | None = None  # None: the type of the centred rows
 
 
-@kernel
-def _centre(begin, end, x, picked, mean, scale, rows, norm):
-    for i in range(begin, end):
-        row = picked[i]
-        for d in range(x.shape[1]):
-            rows[i, d] = (x[row, d] - mean[d]) * scale
-        norm[i] = sq_length(rows[i])
-
-
-class Centring(NamedTuple):
-    """Rows less a middle, scaled by a power of two so that no component is above 1; distances change by the scale only.
-
-    Any middle will do; near the data sums are smaller, and with them the doubt.
-    """
-
-    middle: np.ndarray
-    scale: float
-    dtype: type
-    threads: int
-
-    @classmethod
-    def of(cls, query: np.ndarray, gallery: np.ndarray, dtype: type, threads: int) -> Centring:
-        middle = projection.strided(gallery, 2048).mean(axis=0, dtype=np.float64)
-        largest = np.abs(middle).max(initial=0) + max(
-            max(over_rows(_largest, len(x), threads, x, most=256), default=0.0) for x in (query, gallery)
-        )
-        return cls(middle, 2.0 ** -int(np.frexp(largest)[1]), dtype, threads)
-
-    def __call__(self, x: np.ndarray, picked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """``x[picked]`` centred, in ``dtype``, and its squared lengths in float64."""
-        rows, norm = np.empty((len(picked), x.shape[1]), self.dtype), np.empty(len(picked))
-        over_rows(_centre, len(picked), self.threads, x, picked, self.middle, self.scale, rows, norm, most=128)
-        return rows, norm
-
-
-def _largest(begin: int, end: int, x: np.ndarray) -> float:
-    return max(float(x[begin:end].max(initial=0)), -float(x[begin:end].min(initial=0)))
-
-
 def levels(
-    gallery: np.ndarray, centring: Centring, product: projection.Product, bfloat16: Callable | None = None
+    gallery: np.ndarray,
+    origin: Origin,
+    product: projection.Product,
+    threads: int,
+    dtype: type,
+    bfloat16: Callable | None = None,
 ) -> list[Level]:
     """What bounds distances to ``gallery``: the full product, and before it what is cheaper and worth a try."""
-    width, dtype = gallery.shape[1], centring.dtype
+    width = gallery.shape[1]
     bound, least = rounding(width, dtype)
 
     def transposed(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
@@ -106,10 +70,10 @@ def levels(
 
     full = Level(lambda rows, norm: Side(rows, np.zeros(len(rows))), transposed, lambda a, b: bound, least)
     if bfloat16 is not None and dtype == np.float32:
-        return [_in_bfloat16(bfloat16, centring.threads, bound, least), full]
+        return [_in_bfloat16(bfloat16, threads, bound, least), full]
     if width < _NARROW:
         return [full]
-    sample, norm = centring(gallery, np.arange(len(gallery))[:: max(1, len(gallery) // 2048)])
+    sample, norm = moved(np.ascontiguousarray(projection.strided(gallery, 2048)), origin, dtype, threads)
     to = projection.find_directions(sample, _DIRECTIONS, product)
     kept = projection.project(sample, norm, to, product).z
     if np.square(kept).sum() < (1 - _LEFT) * norm.sum():

@@ -33,13 +33,20 @@ def _shorten(begin, end, rows, bits, short):
         for d in range(rows.shape[1]):
             kept = (bits[i, d] + np.uint32(0x7FFF) + ((bits[i, d] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
             short[i, d] = kept
-            wide[d] = kept << np.uint32(16)
+        widen(short[i], wide)
         for d in range(rows.shape[1]):
             left[d] = rows[i, d] - widened[d]
         length = sq_length(rows[i])
         if length > 0.0:
             most = max(most, sq_length(left) / length)
     return np.sqrt(most)
+
+
+@kernel
+def widen(short, wide):
+    """Numbers in bfloat16, for which uint16 stands, to the bits of the same in float32."""
+    for j in range(len(short)):
+        wide[j] = np.uint32(short[j]) << np.uint32(16)
 
 
 def shorten(rows: np.ndarray, out: np.ndarray, threads: int = 1) -> float:

@@ -93,6 +93,13 @@ def move(x: np.ndarray, first: int, origin: Origin, out: np.ndarray, norm: np.nd
     over_rows(_centre, len(out), threads, x, first, *origin, out, norm, most=256)
 
 
+def moved(x: np.ndarray, origin: Origin, dtype: type, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """All rows of ``x`` centred, in ``dtype``, and their squared lengths in float64."""
+    out, norm = np.empty(x.shape, dtype), np.empty(len(x))
+    move(x, 0, origin, out, norm, threads)
+    return out, norm
+
+
 def centre(
     x: np.ndarray,
     gallery: np.ndarray | None,
@@ -102,9 +109,6 @@ def centre(
 ) -> Centred:
     """Both sets whole, moved to ``origin`` (by default their own) and scaled, in ``dtype``."""
     origin = find_origin(x, gallery, threads) if origin is None else origin
-    moved = []
-    for rows in (x,) if gallery is None else (x, gallery):
-        moved.append((np.empty(rows.shape, dtype), np.empty(len(rows))))
-        move(rows, 0, origin, *moved[-1], threads)
-    (rows_x, norm_x), (rows_y, norm_y) = moved[0], moved[-1]
+    rows_x, norm_x = moved(x, origin, dtype, threads)
+    rows_y, norm_y = (rows_x, norm_x) if gallery is None else moved(gallery, origin, dtype, threads)
     return Centred(rows_x, rows_y, norm_x, norm_y, origin.scale)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ._threads import kernel
+from .bfloat16 import widen
 from .measure import FAR, ascend, pack, sift, sq_dist, unpack
 
 _RUN = 32
@@ -66,13 +67,6 @@ def without_rows(level: Level) -> Level:
 def _bound(half, score, grain):
     """Half of what a score leaves of a distance at least, but for the query's own length."""
     return half - (score + grain * abs(score))
-
-
-@kernel
-def _widen(short, wide):
-    """Numbers in bfloat16, for which uint16 stands, to the bits of the same in float32."""
-    for j in range(len(short)):
-        wide[j] = np.uint32(short[j]) << np.uint32(16)
 
 
 @kernel(fastmath={"nnan", "nsz"})
@@ -200,7 +194,7 @@ def nearest(begin, end, first, x, y, alone, scores, short, coarse, fine, ratio, 
         if others == 0:
             continue
         if len(short) > 0:
-            _widen(short[r], bits)
+            widen(short[r], bits)
             score = row
             score[:] = bits.view(np.float32)
         else:

@@ -16,7 +16,7 @@ import numpy as np
 
 from . import bfloat16, projection
 from ._threads import over_rows
-from .centre import Origin, centre, find_origin, move, rounding
+from .centre import Origin, centre, find_origin, move, moved, rounding
 from .filter import Level, level_of, nearest, without_rows
 from .measure import rank_candidates as rank_candidates
 from .projection import Directions, Product, Projected
@@ -78,11 +78,9 @@ def make_plan(
         return Plan((), None, 0)
     rows = projection.strided(y, min(_SAMPLE, m // 8))
     queries = projection.strided(x, _QUERIES)
-    moved = []
-    for part in (rows, queries):
-        moved.append((np.empty(part.shape, dtype), np.empty(len(part))))
-        move(np.ascontiguousarray(part), 0, origin, *moved[-1])
-    (rows, norm), (queries, norm_queries) = moved
+    (rows, norm), (queries, norm_queries) = (
+        moved(np.ascontiguousarray(part), origin, dtype) for part in (rows, queries)
+    )
 
     widths = [w for w in _WIDTHS if w <= min(d // 2, len(rows) // 2)]
     to = projection.find_directions(rows, widths[-1], product)
@@ -130,15 +128,15 @@ def _projected(x: np.ndarray, origin: Origin, to: Directions, product: Product, 
 
 def _shortened(x: np.ndarray, origin: Origin, threads: int) -> tuple[np.ndarray, np.ndarray, float]:
     """Rows centred and rounded to bfloat16 a block at a time, their squared lengths before, and how far they moved."""
-    short, norm, moved = np.empty(x.shape, np.uint16), np.empty(len(x)), 0.0
+    short, norm, most = np.empty(x.shape, np.uint16), np.empty(len(x)), 0.0
     step = max(64, 2**21 // x.shape[1])
     rows = np.empty((min(step, len(x)), x.shape[1]), np.float32)
     for first in range(0, len(x), step):
         part = slice(first, min(first + step, len(x)))
         block = rows[: part.stop - first]
         move(x, first, origin, block, norm[part], threads)
-        moved = max(moved, bfloat16.shorten(block, short[part], threads))
-    return short, norm, moved
+        most = max(most, bfloat16.shorten(block, short[part], threads))
+    return short, norm, most
 
 
 class _Rows(NamedTuple):
@@ -154,10 +152,10 @@ class _Rows(NamedTuple):
         return level_of(rows.x, rows.y, rows.norm_x, rows.norm_y, *rounding(self.x.shape[1], dtype))
 
     def in_bfloat16(self) -> Level:
-        x, norm_x, moved = a = _shortened(self.x, self.origin, self.threads)
-        y, norm_y, moved_y = a if self.gallery is None else _shortened(self.gallery, self.origin, self.threads)
+        x, norm_x, of_x = a = _shortened(self.x, self.origin, self.threads)
+        y, norm_y, of_y = a if self.gallery is None else _shortened(self.gallery, self.origin, self.threads)
         bound, least = rounding(self.x.shape[1])
-        doubt = bfloat16.doubt(max(moved, moved_y), bound)
+        doubt = bfloat16.doubt(max(of_x, of_y), bound)
         return level_of(x, y, norm_x, norm_y, doubt, 8 * least, bfloat16.GRAIN)
 
     def in_directions(self, plan: Plan, product: Product) -> list[Level]:

@@ -14,8 +14,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ._levels import Centring, Side, levels
+from ._levels import Side, levels
 from ._threads import kernel, over_rows
+from .bfloat16 import widen
+from .centre import find_origin, moved
 from .measure import sq_dist
 from .projection import Product
 
@@ -83,8 +85,7 @@ def _place(
         limit = distance[b - 1] / unscale * (1.0 + 2.0**-20) - size * (1.0 - doubt - 2.0**-20) + least
         reach, twice, slope = np.float32(limit + abs(limit) * 2.0**-20), np.float32(2.0), np.float32(2.0 * grain)
         if len(short):
-            for j in range(width):
-                bits[j] = np.uint32(short[r, j]) << np.uint32(16)
+            widen(short[r], bits)
             of_row[:] = widened
         else:
             of_row[:] = scores[r]
@@ -180,15 +181,15 @@ def count(
     counts, which = np.zeros((3, len(column)), np.int64), np.flatnonzero(np.diff(start))
     if len(which) == 0:
         return counts
-    centring = Centring.of(query, gallery, dtype, threads)
-    queries = centring(query, which)
-    steps = levels(gallery, centring, product, bfloat16)
+    origin = find_origin(query, gallery, threads)
+    queries = moved(query if len(which) == len(query) else query[which], origin, dtype, threads)
+    steps = levels(gallery, origin, product, threads, dtype, bfloat16)
     sides: list[Side | None] = [None] * len(steps)
     room = min(_QUERIES, len(which)) * min(_CHUNK, len(gallery))
     scores = {kind: np.empty(room, kind) for kind in {step.scores or np.dtype(dtype) for step in steps}}
     for first in range(0, len(gallery), _CHUNK):
         width = min(_CHUNK, len(gallery) - first)
-        chunk = centring(gallery, np.arange(first, first + width))
+        chunk = moved(gallery[first : first + width], origin, dtype, threads)
         of_gallery: list[Side | None] = [None] * len(steps)
         for begin in range(0, len(which), _QUERIES):
             at = np.arange(begin, min(begin + _QUERIES, len(which)))
@@ -204,7 +205,7 @@ def count(
                 opened = np.empty(len(at), np.int64)
                 over_rows(
                     _place, len(at), threads, at, which, *both, queries[1], a.rest, chunk[1], b.rest,
-                    step.doubt(a, b), step.least, step.grain, centring.scale**-2, query, gallery, first,
+                    step.doubt(a, b), step.least, step.grain, origin.scale**-2, query, gallery, first,
                     start, column, distance, most, counts, opened, most=64,
                 )  # fmt: skip
                 at = at[opened > most]

@@ -15,6 +15,7 @@ import numpy as np
 
 from ._threads import kernel, over_rows
 from .k_reciprocal import average_rows, expand_set, mutual_neighbours, weigh_fixed
+from .measure import sq_dist
 from .rows import Rows, bits, invert, row_weight, table_bits
 
 
@@ -59,6 +60,12 @@ def _collect_sets(begin, end, lists, half, mutual):
 
 
 @kernel
+def _measure(begin, end, x, row, column, found):
+    for p in range(begin, end):
+        found[p] = sq_dist(x, x, row[p], column[p])
+
+
+@kernel
 def _weigh(begin, end, indptr, distance, unit, mass):
     for i in range(begin, end):
         if indptr[i] < indptr[i + 1]:
@@ -73,6 +80,13 @@ def _meet_gallery(begin, end, first, indptr, column, mass, start, holder, list_m
             c, own = column[e], mass[e]
             for p in range(start[c], start[c + 1]):
                 out[i, holder[p]] += min(own, list_mass[p])
+
+
+def measure(x: np.ndarray, row: np.ndarray, column: np.ndarray, *, threads: int) -> np.ndarray:
+    """Squared distances of ``x[row]`` (float32) and ``x[column]``, summed in float64: float64."""
+    found = np.empty(len(row))
+    over_rows(_measure, len(row), threads, x, row, column, found)
+    return found
 
 
 def encode(

@@ -2,8 +2,8 @@
 """The distances that re-ranking compares, squared and divided by the largest of their row, a block at a time.
 
 Row i of the published matrix is column i of the distances between all images, queries first, squared or not and divided
-by its maximum. Nothing but that maximum needs all pairs: it is found in one pass over tiles, and from then on any
-single distance or block of rows can be had without the rest. Three sources offer the same:
+by its maximum. Nothing but that maximum needs all pairs: it is found first, and from then on any single distance or
+block of rows can be had without the rest. Three sources offer the same:
 
     num_query, device
     ranking(k)               (n, k) int64, twice: nearest first, of equal ones the row itself, then the lower index; and
@@ -27,6 +27,7 @@ Search = Callable[..., tuple[Tensor, Tensor]]  # as :func:`fastreid_u.knn`
 _TILE = 2048  # float64 rows against rows: 32 MB
 _LEAST_ROWS, _FOUND = 1024, 8  # rows from which the farthest are searched for; how many are measured of each
 _BLOCK = 2**22  # entries of a temporary: 32 MB of float64
+_CACHED = 2**17  # 1 MB
 
 
 class FromFeatures:
@@ -44,7 +45,7 @@ class FromFeatures:
             self.x = _unit(self.x)
         self.power = power / 2 if distance == "euclidean" else power  # of the squared distance
         self.centre = self.x.mean(dim=0, dtype=torch.float64)  # distances stay, products lose less
-        self.norm = torch.cat([rows.square().sum(dim=1) for rows in self._tiles(0)])
+        self.norm = torch.cat([rows.square_().sum(dim=1) for rows in self._tiles(0)])
         self.scale = self._scale()
 
     def ranking(self, k: int) -> tuple[Tensor, Tensor]:
@@ -60,8 +61,13 @@ class FromFeatures:
         return (self._sq_dist(row, column) * self.scale[row]) ** self.power
 
     def _sq_dist(self, row: Tensor, column: Tensor) -> Tensor:
+        if not row.is_cuda:
+            from fastreid_u.cpu.rerank import measure
+
+            given = (array.numpy() for array in (self.x.contiguous(), row, column))
+            return torch.from_numpy(measure(*given, threads=torch.get_num_threads()))
         sq_dist = torch.empty(len(row), dtype=torch.float64, device=self.x.device)
-        step = max(1, (_BLOCK if row.is_cuda else 2**17) // max(1, self.x.shape[1]))
+        step = max(1, _BLOCK // max(1, self.x.shape[1]))
         for out, i, j in zip(sq_dist.split(step), row.split(step), column.split(step), strict=True):
             torch.sum((self.x[i].double() - self.x[j].double()).square_(), dim=1, out=out)
         return sq_dist
@@ -76,8 +82,9 @@ class FromFeatures:
             strict=True,
         ):
             torch.addmm(norm, own, rows.T, alpha=-2, out=out)
-        sq_dist.add_(self.norm[first:last, None]).clamp_(min=0).mul_(self.scale[first:last, None])
-        return sq_dist.pow_(self.power)
+        for part, norm, scale in in_step(sq_dist, self.norm[first:last, None], self.scale[first:last, None]):
+            part.add_(norm).clamp_(min=0).mul_(scale).pow_(self.power)
+        return sq_dist
 
     def _scale(self) -> Tensor:
         """(n,) what each row's squared distances are multiplied by."""
@@ -85,7 +92,9 @@ class FromFeatures:
         return torch.where(largest > 0, largest, 1).reciprocal()
 
     def _tiles(self, first: int) -> Iterator[Tensor]:
-        return (rows.double() - self.centre for rows in self.x[first:].split(_TILE))
+        """Centred rows in float64, a tile at a time; the next one is written over it."""
+        room = self.centre.new_empty(min(_TILE, len(self.x) - first), len(self.centre))
+        return (room[: len(rows)].copy_(rows).sub_(self.centre) for rows in self.x[first:].split(_TILE))
 
     def _farthest(self) -> Tensor:
         """(n,) each row's squared distance to the row farthest from it."""
@@ -208,6 +217,12 @@ class FromMatrices:
             block = torch.cat(part, dim=1).pow_(self.power)
             yield first, block
             first += len(block)
+
+
+def in_step(matrix: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Runs of rows of all of them, so few on a CPU that what is done to one after another stays in the cache."""
+    step = max(1, (_BLOCK if matrix.is_cuda else _CACHED) // max(1, matrix.shape[1]))
+    return zip(*(rows.split(step) for rows in (matrix, *others)), strict=True)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from fastreid_u._checks import (
     require_same_width,
 )
 from fastreid_u.ops._dispatch import choose
-from fastreid_u.ops._scaled_distance import FromFeatures, FromMatrices, Unscaled, ordered_bits
+from fastreid_u.ops._scaled_distance import FromFeatures, FromMatrices, Unscaled, in_step, ordered_bits
 from fastreid_u.ops.knn import knn as nearest_neighbours
 from fastreid_u.reference import rerank as reference
 
@@ -80,10 +80,10 @@ def rerank(
     Raises:
         TypeError, ValueError: wrong type, shape or value, NaN or infinity; the message names argument, rule and value.
 
-    Never (Q + G)^2: the column maxima come from one pass over tiles of distances, everything else from neighbour lists.
-    Memory: the result, 4 Q G bytes (0.21 GB for Market-1501, 3.8 GB for MSMT17; 12 Q top with ``top``), twice the
-    features, and 1 GB at most of sparse rows and blocks; beside ``distmats`` only the latter. "reference" takes 20
-    (Q + G)^2 bytes. Time goes into two products of matrices, one to find neighbours, one in float64 for the maxima.
+    Never (Q + G)^2: the column maxima come from a search for the farthest rows, everything else from neighbour lists.
+    Memory: the result, 4 Q G bytes (0.21 GB for Market-1501, 3.8 GB for MSMT17; 12 Q top with ``top``), four times
+    the features, and 1 GB at most of sparse rows and blocks; beside ``distmats`` only the latter. "reference" takes 20
+    (Q + G)^2 bytes. Time goes into the two searches, and into the product of queries and gallery in float64.
 
     Counts beyond the number of images are clipped with a warning. Equal distances rank the image itself first, then by
     index; query expansion takes them by index alone. So copies (equal rows of features; with ``distmats`` equal columns
@@ -238,9 +238,11 @@ def _mixed(
     step = max(1, _BLOCK // size)
     for first in range(0, queries, step):
         last = min(first + step, queries)
-        shared = overlaps(first, last).double()
-        final = source.to_gallery(first, last).mul_(lambda_value)
-        final += (weight - shared).mul_(2 * (1 - lambda_value)).div_(shared.neg_().add_(2 * weight))
+        final = source.to_gallery(first, last)
+        for mixed, shared in in_step(final, overlaps(first, last)):
+            shared = shared.double()
+            mixed.mul_(lambda_value)
+            mixed += (weight - shared).mul_(2 * (1 - lambda_value)).div_(shared.neg_().add_(2 * weight))
         for whole, part in zip(out, (final,) if top is None else _nearest(final.float(), top), strict=True):
             whole[first:last] = part
     return out[0] if top is None else out

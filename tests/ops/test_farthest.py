@@ -40,3 +40,15 @@ def test_searched_rows_are_proven_or_left_open():
     torch.testing.assert_close(largest, source._farthest_of_all(), rtol=1e-12, atol=0)
     source = _scaled_distance.FromFeatures(x[:40] * 0 + 1, -torch.ones(160, 16), "sqeuclidean", knn)
     assert len(source._farthest_by_search()[1]) == 200
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_are_measured_in_float64(kind):
+    x = KINDS[kind](torch.randn(150, 20, generator=torch.Generator().manual_seed(2)))
+    source = _scaled_distance.Unscaled(x[:40], x[40:], "sqeuclidean", knn)
+    row, column = torch.randint(150, (2, 3000), generator=torch.Generator().manual_seed(3))
+    found = source.pairs(row, column)
+    y = x.double().numpy()
+    np.testing.assert_allclose(found.numpy(), np.square(y[row] - y[column]).sum(axis=1), rtol=1e-12, atol=0)
+    assert torch.equal(found, source.pairs(column, row))
+    assert not found[(x[row] == x[column]).all(dim=1)].any()

@@ -7,6 +7,7 @@ import torch
 
 from fastreid_u.cpu import _levels
 from fastreid_u.cpu import rank_metrics as cpu
+from fastreid_u.cpu.centre import find_origin, moved
 from fastreid_u.ops import _cpu_products, _rank_details, _ranked_lists
 from fastreid_u.ops.rank_metrics import rank_metrics
 from fastreid_u.reference.knn import pair_sq_dist
@@ -95,15 +96,15 @@ def test_every_level_bounds_the_measured_distance(width, spread):
     x = torch.randn(90, 20, generator=generator) @ torch.randn(20, width, generator=generator)
     x = (x + spread * torch.randn(90, width, generator=generator) + 3).numpy()
     query, gallery = x[:30], x[30:]
-    centring = _levels.Centring.of(query, gallery, np.float32, 1)
-    sides = [centring(rows, np.arange(len(rows))) for rows in (query, gallery)]
+    origin = find_origin(query, gallery)
+    sides = [moved(rows, origin, np.float32) for rows in (query, gallery)]
     assert max(np.abs(rows).max() for rows, _ in sides) <= 1
     row, column = torch.cartesian_prod(torch.arange(30), torch.arange(60)).T
     exact = pair_sq_dist(torch.from_numpy(query), torch.from_numpy(gallery), row, column).numpy().reshape(30, 60)
-    exact = exact * centring.scale**2
+    exact = exact * origin.scale**2
     size = sides[0][1][:, None] + sides[1][1]
-    found = _levels.levels(gallery, centring, _cpu_products.product, _cpu_products.in_bfloat16)
-    found += _levels.levels(gallery, centring, _cpu_products.product)[:-1]
+    found = _levels.levels(gallery, origin, _cpu_products.product, 1, np.float32, _cpu_products.in_bfloat16)
+    found += _levels.levels(gallery, origin, _cpu_products.product, 1, np.float32)[:-1]
     assert len(found) == (3 if width == 600 else 2)
     for level in found:
         a, b = (level.side(*side) for side in sides)

@@ -232,6 +232,7 @@ def test_blocks_and_threads_do_not_matter(clustered, monkeypatch):
     expected = rerank(*features), rerank(None, None, distmats=matrices), rerank(*features, top=5)[1]
     monkeypatch.setattr(module, "_BLOCK", 200)
     monkeypatch.setattr(_scaled_distance, "_BLOCK", 2000)
+    monkeypatch.setattr(_scaled_distance, "_CACHED", 100)
     monkeypatch.setattr(_scaled_distance, "_TILE", 37)
     try:
         for threads in (1, 3):
