@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What benchmarks share: data, peak memory, the measured ceilings; and what their JSON says of the machine."""
 
+import ctypes
 import json
 import os
 import re
@@ -92,6 +93,9 @@ def peak_bytes() -> Callable[[Callable[[], Any], torch.device], tuple[Any, int]]
             result = run()
             torch.cuda.synchronize()
             return result, torch.cuda.max_memory_allocated() - before
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # what earlier calls freed would hide what this one takes
+            libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = resident("VmRSS")
         result = run()
