@@ -5,9 +5,6 @@ What a worker cannot hand over for want of shared memory, and a worker that dies
 """
 
 import contextlib
-import functools
-import multiprocessing
-import multiprocessing.context
 import os
 import pickle
 import signal
@@ -19,12 +16,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from fastreid_u._default_device import on_cpu
+from fastreid_u.data.contexts import context
 from fastreid_u.data.reader import Loaded, Reader, Task
 from fastreid_u.data.shared_memory import free_shared_memory
 
@@ -58,7 +55,7 @@ class Workers(DataLoader):
             num_workers=count,
             prefetch_factor=_AHEAD,
             persistent_workers=True,
-            multiprocessing_context=_context(self._start),
+            multiprocessing_context=context(self._start),
             pin_memory=pin_memory,
             generator=torch.Generator(),  # its own, so that an epoch does not advance torch's global generator
         )
@@ -270,34 +267,3 @@ def _timeout() -> float:
     if not 0 < seconds < threading.TIMEOUT_MAX:
         raise ValueError(f"make_loader: {TIMEOUT_VARIABLE} must be a positive number of seconds, got {text!r}")
     return seconds
-
-
-def _context(start: str | None) -> multiprocessing.context.BaseContext | None:
-    if start == "fork":
-        return _forking()
-    if start == "forkserver":  # the server imports what workers need once; without effect where it runs already
-        multiprocessing.set_forkserver_preload(["__main__", __name__])
-    return start and multiprocessing.get_context(start)
-
-
-@functools.cache
-def _forking() -> multiprocessing.context.BaseContext:
-    """Python's way to fork, for a process that may have threads.
-
-    Another thread may be drawing numbers at the moment of the fork. The lock of the generator that it draws from then
-    stays locked in the child for ever, and torch seeds that generator there.
-    """
-    plain = multiprocessing.get_context("fork")
-
-    class Process(plain.Process):
-        def start(self) -> None:
-            self.threads = threading.active_count()
-            super().start()
-
-        def run(self) -> None:
-            if self.threads > 1:
-                torch.random.default_generator = torch.Generator()
-                np.random.set_bit_generator(np.random.MT19937(0))
-            super().run()
-
-    return type("ForkContext", (type(plain),), {"Process": Process})()

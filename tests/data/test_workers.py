@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from fastreid_u.data import Sample, make_loader, test_transform, train_transform
+from fastreid_u.data.contexts import Flag, context
 from fastreid_u.data.reader import Task
 from fastreid_u.data.transforms import View
 from fastreid_u.data.workers import TIMEOUT_VARIABLE
@@ -189,6 +190,10 @@ class TestTooLittleSharedMemory:
         assert multiprocessing.active_children() == []
 
 
+def ends_with(flag):
+    os._exit(7 if flag.is_set() else 1)
+
+
 @linux
 class TestAWorkerThatDeliversNothing:
     def test_blocked_in_an_image(self, samples, monkeypatch):
@@ -213,6 +218,19 @@ class TestAWorkerThatDeliversNothing:
         with pytest.raises(TimeoutError, match="a stopped process"):
             list(reading)
         assert not worker.is_alive()
+
+    @pytest.mark.parametrize("start", ["fork", "forkserver", "spawn"])
+    def test_ended_while_it_asks_whether_to_end(self, start):
+        """What it asks has no lock that would never be free again."""
+        processes = context(start)
+        flag = processes.Event()
+        assert isinstance(flag, Flag)
+        flag.set()
+        worker = processes.Process(target=ends_with, args=(flag,))
+        worker.start()
+        worker.join(60)
+        assert worker.exitcode == 7
+        assert not processes.Event().is_set()
 
     def test_in_the_middle_of_an_epoch_that_was_left(self, samples, monkeypatch):
         """Beginning the next epoch waits for the end of the one before."""
